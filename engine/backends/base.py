@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the fast path needs of a model: four stages and the sizes of their tensors."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """Shapes that are fixed when a model is built (SAM 2 names in brackets)."""
+
+    image_size: int  # side of the square model input, pixels
+    channels: int  # d_model of the neck (256 at full size)
+    memory_channels: int  # mem_dim (64)
+    grid: int  # side of the stride-16 grid
+    mask: int  # side of the low-resolution mask: 4 x grid
+    memory_frames: int  # num_maskmem: P = 7, rows of maskmem_tpos_enc
+    video_size: int  # side of the square frames that the reasoner's video encoder reads, pixels
+
+
+class Stages(Protocol):
+    """The exported unit of work. All calls are deterministic and keep no state: memory is an argument."""
+
+    sizes: StageSizes
+
+    def image_encoder(self, pixels: Float[Tensor, "b 3 size size"]) -> ImageFeatures:
+        """`pixels`: normalised (ImageNet mean and deviation), squashed to the model's square input."""
+        ...
+
+    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+        """Condition one frame (b = 1 or b = o) on the memories of o objects. Rows without a valid memory are undefined."""
+        ...
+
+    def mask_decoder(
+        self,
+        features: ImageFeatures,
+        conditioned: Float[Tensor, "o c h w"] | None,
+        prompts: Float[Tensor, "o n c"] | None,
+    ) -> MaskPrediction:
+        """Decode o objects. `conditioned` None: an anchor (no_mem_embed is added); `prompts` None: propagation."""
+        ...
+
+    def memory_encoder(self, features: ImageFeatures, prediction: MaskPrediction) -> MemoryEntry:
+        """Encode the predicted masks of one frame (b = 1 or b = o) into memories."""
+        ...

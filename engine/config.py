@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one tree of run-time parameters. ROS parameters and YAML files are generated from it, names included.
+
+Every default works on a laptop CPU with the shipped `tabletop-tiny`. Values are rejected, never repaired.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def parameter(
+    default: Any,
+    description: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    live: bool = False,
+) -> Any:
+    """A documented field: `low`..`high` inclusive, `choices` for strings, `live` = may change while the node runs."""
+    metadata = {"description": description, "low": low, "high": high, "choices": choices, "live": live}
+    return field(default=default, metadata=metadata)
+
+
+def _check(group: str, config: Any) -> None:
+    for f in fields(config):
+        value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
+        name = f"{group}.{f.name}"
+        if f.type is not bool and isinstance(value, bool):
+            raise ValueError(f"{name} must be a {f.type.__name__}, got {value!r}")
+        if f.type is float and isinstance(value, int):
+            object.__setattr__(config, f.name, float(value))
+        elif not isinstance(value, f.type):
+            raise ValueError(f"{name} must be a {f.type.__name__}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if low is not None and value < low:
+            raise ValueError(f"{name} must be >= {low}, got {value}")
+        if high is not None and value > high:
+            raise ValueError(f"{name} must be <= {high}, got {value}")
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelParameters:
+    name: str = parameter("tabletop-tiny", "model to run", choices=("tabletop-tiny",))
+    weights: str = parameter("", "safetensors file of the weights; empty = the file shipped with the package")
+    device: str = parameter("cpu", "torch device, for example cpu or cuda:0")
+    threads: int = parameter(0, "CPU threads of the segmenter; 0 = torch's choice", low=0, high=256)
+
+    def __post_init__(self) -> None:
+        _check("model", self)
+
+
+@dataclass(frozen=True)
+class MemoryParameters:
+    """Sizes of the fixed buffers. VIRST, section 3.4 and appendix B: alpha = 3, P = 7."""
+
+    anchor_slots: int = parameter(8, "anchors kept per object; the oldest but the first is replaced", low=1, high=64)
+    anchors_attended: int = parameter(3, "alpha: anchors nearest in time that one frame attends to", low=1, high=16)
+    recent_frames: int = parameter(6, "P - 1: FIFO memory, frames", low=1, high=6)
+    pointers: int = parameter(16, "object pointers kept per object", low=1, high=16)
+    min_write_iou: float = parameter(0.5, "a mask below this predicted IoU is not remembered", low=0.0, high=1.0, live=True)
+    ring_steps: int = parameter(64, "frames whose features are cached for late answers", low=2, high=4096)
+
+    def __post_init__(self) -> None:
+        _check("memory", self)
+        if self.anchors_attended > self.anchor_slots:
+            raise ValueError(
+                f"memory.anchors_attended must be <= memory.anchor_slots ({self.anchor_slots}), got {self.anchors_attended}"
+            )
+
+
+@dataclass(frozen=True)
+class TrackingParameters:
+    max_objects: int = parameter(8, "goals at once; sizes the buffers", low=1, high=254)
+    lost_after_steps: int = parameter(3, "frames without the object before TRACKING becomes LOST", low=1, high=1000, live=True)
+    agree_iou: float = parameter(0.5, "IoU from which a refreshed anchor agrees with the running mask", low=0.0, high=1.0, live=True)
+    overrule_answers: int = parameter(
+        2, "answers in a row that must disagree with a confident track before they overrule it", low=1, high=100, live=True
+    )
+
+    def __post_init__(self) -> None:
+        _check("tracking", self)
+
+
+@dataclass(frozen=True)
+class ReasonerParameters:
+    endpoint: str = parameter("ipc:///tmp/virst_reasoner", "ZeroMQ address of the reasoner process")
+    period_s: float = parameter(1.0, "time between refreshes of a tracked goal", low=0.0, high=3600.0, live=True)
+    retry_s: float = parameter(0.3, "least time between requests of a goal that is not tracked", low=0.0, high=3600.0, live=True)
+    ttl_s: float = parameter(5.0, "a request without an answer for this long is given up and asked again", low=0.01, high=600.0, live=True)
+    clip_frames: int = parameter(8, "T_seg: frames of a clip", low=1, high=100)
+    clip_spacing_s: float = parameter(0.3, "time between the frames of a clip", low=0.0, high=60.0)
+
+    def __post_init__(self) -> None:
+        _check("reasoner", self)
+
+
+@dataclass(frozen=True)
+class GoalParameters:
+    max_length: int = parameter(300, "characters of a goal", low=1, high=100_000)
+
+    def __post_init__(self) -> None:
+        _check("goal", self)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All parameters of one Session."""
+
+    model: ModelParameters = field(default_factory=ModelParameters)
+    memory: MemoryParameters = field(default_factory=MemoryParameters)
+    tracking: TrackingParameters = field(default_factory=TrackingParameters)
+    reasoner: ReasonerParameters = field(default_factory=ReasonerParameters)
+    goal: GoalParameters = field(default_factory=GoalParameters)

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named exceptions. Every message says what is wrong and what to do about it."""
+
+
+class VirstError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class BadFrame(VirstError):
+    """An image that cannot be used: zero size, wrong dtype or channels. The frame is skipped, goals stay."""
+
+
+class BadGoal(VirstError):
+    """A goal that cannot be set: empty, too long, no word of it known, too many goals. Nothing changes."""
+
+
+class UnknownGoal(VirstError):
+    """A goal id that is not set. Nothing changes."""
+
+
+class WeightsError(VirstError):
+    """Weights that are missing, damaged or made for another model."""
+
+
+class WireError(VirstError):
+    """A message that breaks the reasoner's wire protocol. It is dropped."""
+
+
+class SceneError(VirstError):
+    """A simulated scene or recording that cannot be made, found or read."""

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dataclasses that cross borders between parts; nothing here computes.
+
+Letters of shapes: b batch, o objects (slots), t frames of a clip, n prompt tokens, c channels, h w the stride-16 grid,
+s memory slots, r pointer rows. Images are RGB uint8, stamps are nanoseconds, `step` counts processed frames.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+class ObjectState(Enum):
+    """What is known of a goal's object in one frame; the values are those of virst_msgs/SegmentedObject."""
+
+    SEARCHING = 0  # no answer of the reasoner yet
+    TRACKING = 1  # present in this frame
+    LOST = 2  # was tracked, not visible now; memory is kept
+    NOT_FOUND = 3  # the reasoner's newest answer says there is no such object
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One camera image as it enters the engine. The array is not copied: the caller must not write to it afterwards."""
+
+    image_rgb_u8: UInt8[np.ndarray, "height width 3"]
+    stamp_ns: int
+    camera: str = "camera"
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the image encoder makes of frames, once; shared by all objects, goals and the reasoner's fusion.
+
+    SAM 2 names: `top` is backbone_fpn[-1] before no_mem_embed, `high_res_s0/s1` are backbone_fpn[0/1] after
+    sam_mask_decoder.conv_s0 / conv_s1, `fusion` is the level that the frame-aware tokenizer of ST-Fusion reads.
+    """
+
+    top: Float[Tensor, "b c h w"]
+    high_res_s0: Float[Tensor, "b c0 h0 w0"]
+    high_res_s1: Float[Tensor, "b c1 h1 w1"]
+    fusion: Float[Tensor, "b cf hf wf"]
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """The mask decoder's word on each object in one frame."""
+
+    mask_logits: Float[Tensor, "o hm wm"]  # stride 4 of the model input; > 0 is object
+    iou: Float[Tensor, " o"]  # predicted IoU of that mask, 0..1 when trained
+    object_score_logits: Float[Tensor, " o"]  # <= 0: the object is not visible in this frame
+    pointer: Float[Tensor, "o c"]  # SAM 2's object pointer (no_obj_ptr already mixed in where absent)
+
+
+@dataclass(frozen=True)
+class MemoryEntry:
+    """One frame's memory of each object."""
+
+    spatial: Float[Tensor, "o m h w"]  # memory encoder output, without its temporal encoding
+    pointer: Float[Tensor, "o c"]
+
+
+@dataclass(frozen=True)
+class MemoryTensors:
+    """A fixed-shape view of the memory banks of all objects, as the memory attention stage reads it."""
+
+    spatial: Float[Tensor, "o s m h w"]
+    spatial_tpos: Int[Tensor, "o s"]  # row of maskmem_tpos_enc: P-1 for anchors (t_pos 0), k-1 for the frame k steps back
+    spatial_valid: Bool[Tensor, "o s"]
+    pointers: Float[Tensor, "o r c"]
+    pointer_distance: Float[Tensor, "o r"]  # steps between now and the pointer's frame, >= 0
+    pointer_valid: Bool[Tensor, "o r"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The T_seg frames of the window that the reasoner sees, oldest first."""
+
+    steps: Int[np.ndarray, " t"]  # int64
+    stamps_ns: Int[np.ndarray, " t"]  # int64
+    frames_rgb_u8: UInt8[np.ndarray, "t hv wv 3"]  # resized to the reasoner's input size
+    fusion: Float[np.ndarray, "t cf hf wf"]  # float16, ImageFeatures.fusion of the same frames
+    camera: str = "camera"
+
+
+@dataclass(frozen=True)
+class ReasonerRequest:
+    request_id: int
+    epoch: int
+    goal_id: str
+    sentence: str
+    clip: Clip
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Embeddings that stand in place of SAM's point prompts, for one frame and no other."""
+
+    step: int
+    stamp_ns: int
+    embeddings: Float[np.ndarray, "n c"]  # float32
+
+
+@dataclass(frozen=True)
+class ReasonerAnswer:
+    """The reasoner's answer to one request; `error` is not empty when it could not answer and says why."""
+
+    request_id: int
+    epoch: int
+    goal_id: str
+    prompts: tuple[Prompt, ...]  # one per frame of the clip, oldest first
+    error: str = ""
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A sentence that the user set. One goal owns one object: the union of everything the sentence means."""
+
+    goal_id: str
+    object_id: str
+    sentence: str
+    camera: str = ""  # '' = every camera
+    instance_id: int = 0  # 1..254, the object's value in the mask image
+
+
+@dataclass(frozen=True)
+class ObjectResult:
+    """One object in one frame."""
+
+    object_id: str
+    goal_id: str
+    instance_id: int
+    state: ObjectState
+    mask: Bool[np.ndarray, "height width"]  # camera size; all False unless TRACKING
+    score: float  # 0..1: predicted IoU x probability of presence; 0 unless TRACKING
+    prompt_age_s: float  # since the capture of the newest anchor's frame; inf when there is none
+    reasoner_latency_s: float  # of the newest answer; nan when there is none
+    message: str = ""  # why it is not tracking, for people: the reasoner's error, its absence, ...
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """Everything that belongs to one frame; `stamp_ns` is the frame's own."""
+
+    stamp_ns: int
+    step: int
+    camera: str
+    objects: tuple[ObjectResult, ...]
+    timings_ms: dict[str, float]  # per stage, summed over objects

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ament_python package `virst_ros`; the folder engine/ is installed as `virst_engine`."""
+
+from glob import glob
+
+from setuptools import find_packages, setup
+
+PACKAGE, ENGINE = "virst_ros", "virst_engine"  # ENGINE is the import name of the folder engine/
+
+setup(
+    name=PACKAGE,
+    version="0.1.0",
+    description="Real-time, language-guided video segmentation for robots",
+    license="Apache-2.0",
+    maintainer="virst_ros developers",
+    maintainer_email="maintainers@virst-ros.org",
+    python_requires=">=3.10",
+    packages=[PACKAGE, ENGINE, *(f"{ENGINE}.{name}" for name in find_packages("engine"))],
+    package_dir={ENGINE: "engine"},
+    package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"]},
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
+        (f"share/{PACKAGE}", ["package.xml"]),
+        (f"share/{PACKAGE}/launch", glob("launch/*.launch.py")),
+        (f"share/{PACKAGE}/config", glob("launch/params/*")),
+    ],
+    install_requires=[
+        "numpy",
+        "torch>=2.5",
+        "jaxtyping",
+        "safetensors",
+        "opencv-python-headless",
+        "transformers>=4.50",
+        "hydra-core",
+        "iopath",
+        "pillow",
+        "tqdm",
+        "pyzmq",
+        "msgpack",
+        "typer",
+        "rich",
+    ],
+    extras_require={
+        "sim": ["mujoco"],
+        "train": ["tensorboard"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "beartype", "psutil"],
+    },
+    tests_require=["pytest"],  # colcon test looks for this to choose pytest
+    entry_points={
+        "console_scripts": [
+            "virst = virst_engine.cli:main",
+            "virst-reasoner = virst_engine.slow.zmq_server:main",
+            "segmenter = virst_ros.segmenter_node:main",
+            "sim_camera = virst_ros.sim_camera_node:main",
+        ]
+    },
+)
