@@ -23,10 +23,11 @@ def parameter(
     return field(default=default, metadata=metadata)
 
 
-def _check(group: str, config: Any) -> None:
+def check_fields(group: str, config: Any) -> None:
+    """Raise ValueError, naming the field as `group.field`, unless every `parameter` of the dataclass allows its value."""
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
-        name = f"{group}.{f.name}"
+        name = f"{group}.{f.name}" if group else f.name
         if f.type is not bool and isinstance(value, bool):
             raise ValueError(f"{name} must be a {f.type.__name__}, got {value!r}")
         if f.type is float and isinstance(value, int):
@@ -52,7 +53,7 @@ class ModelParameters:
     threads: int = parameter(0, "CPU threads of the segmenter; 0 = torch's choice", low=0, high=256)
 
     def __post_init__(self) -> None:
-        _check("model", self)
+        check_fields("model", self)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MemoryParameters:
     ring_steps: int = parameter(64, "frames whose features are cached for late answers", low=2, high=4096)
 
     def __post_init__(self) -> None:
-        _check("memory", self)
+        check_fields("memory", self)
         if self.anchors_attended > self.anchor_slots:
             raise ValueError(
                 f"memory.anchors_attended must be <= memory.anchor_slots ({self.anchor_slots}), got {self.anchors_attended}"
@@ -84,7 +85,7 @@ class TrackingParameters:
     )
 
     def __post_init__(self) -> None:
-        _check("tracking", self)
+        check_fields("tracking", self)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class ReasonerParameters:
     clip_spacing_s: float = parameter(0.3, "time between the frames of a clip", low=0.0, high=60.0)
 
     def __post_init__(self) -> None:
-        _check("reasoner", self)
+        check_fields("reasoner", self)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class GoalParameters:
     max_length: int = parameter(300, "characters of a goal", low=1, high=100_000)
 
     def __post_init__(self) -> None:
-        _check("goal", self)
+        check_fields("goal", self)
 
 
 @dataclass(frozen=True)
