@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who answers requests (`Reasoner`), how the session reaches it (`ReasonerClient`), and two clients without a process."""
+"""Who answers requests (`Reasoner`), how the session reaches it (`ReasonerClient`), two clients without a process."""
 
 import logging
 from typing import Protocol
@@ -23,6 +23,10 @@ class ReasonerClient(Protocol):
 
     def submit(self, request: ReasonerRequest) -> None:
         """Leave a request. Where the previous one of the same goal has not been started yet, this one replaces it."""
+        ...
+
+    def cancel(self, goal_id: str) -> None:
+        """The goal is gone: its waiting request is dropped. One that runs already may still be answered."""
         ...
 
     def poll(self) -> list[ReasonerAnswer]:
@@ -62,6 +66,9 @@ class InProcessClient:
     def submit(self, request: ReasonerRequest) -> None:
         self._answers.pop(request.goal_id, None)
         self._answers[request.goal_id] = _answer_or_refuse(self._reasoner, request)
+
+    def cancel(self, goal_id: str) -> None:
+        self._answers.pop(goal_id, None)
 
     def poll(self) -> list[ReasonerAnswer]:
         answers = list(self._answers.values())
@@ -107,6 +114,9 @@ class DelayedClient:
         if self._running is None:
             self._start_next(newest_ns if self._now_ns is None else self._now_ns)
             self.advance(newest_ns)  # a delay of 0 is due at once
+
+    def cancel(self, goal_id: str) -> None:
+        self._waiting.pop(goal_id, None)
 
     def poll(self) -> list[ReasonerAnswer]:
         answers, self._answers = self._answers, []
