@@ -20,7 +20,7 @@ class StageSizes:
     grid: int  # side of the stride-16 grid
     mask: int  # side of the low-resolution mask: 4 x grid
     memory_frames: int  # num_maskmem: P = 7, rows of maskmem_tpos_enc
-    video_size: int  # side of the square frames that the reasoner's video encoder reads, pixels
+    video_size: int = 128  # side of the square frames that the reasoner's video encoder reads, pixels
 
 
 class Stages(Protocol):

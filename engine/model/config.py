@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dimensions of the networks. The same classes build `tabletop-tiny` and the full-size model; only these differ."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sam2Config:
+    """SAM 2.1 (arXiv 2408.00714); defaults are those of sam2.1_hiera_large."""
+
+    image_size: int = 1024
+    embed_dim: int = 144
+    num_heads: int = 2
+    stages: tuple[int, ...] = (2, 6, 36, 4)
+    global_attention_blocks: tuple[int, ...] = (23, 33, 43)
+    window_spec: tuple[int, ...] = (8, 4, 16, 8)
+    position_background: int = 7
+    top_down_levels: tuple[int, ...] = (2, 3)  # FPN levels that receive the coarser ones
+    channels: int = 256  # d_model
+    memory_channels: int = 64  # mem_dim
+    memory_layers: int = 4
+    memory_feedforward: int = 2048
+    memory_frames: int = 7  # num_maskmem = P
+    max_pointers: int = 16  # max_obj_ptrs_in_encoder
+    decoder_feedforward: int = 2048
+    iou_hidden: int = 256
+    fuser_layer_scale: float = 1e-6  # 0.1 for a short training from scratch
+    dropout: float = 0.1
+    multimask_prompted: bool = True  # three masks, best predicted IoU, where a prompt is given
+    multimask_tracking: bool = True
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // 16
+
+    @property
+    def backbone_channels(self) -> list[int]:
+        """Channels of the trunk's stages, coarsest first (backbone_channel_list)."""
+        return [self.embed_dim * 2**i for i in (3, 2, 1, 0)]
+
+
+@dataclass(frozen=True)
+class VideoEncoderConfig:
+    """The small video encoder of `tabletop-tiny` (the full-size model has VideoChat-Flash's in its place)."""
+
+    image_size: int = 128
+    stem_channels: tuple[int, ...] = (32, 64, 128, 192)  # one stride-2 residual stage each
+    layers: int = 2
+    heads: int = 6
+    feedforward: int = 512
+    clip_frames: int = 4  # frames that attend to each other, as in VideoChat-Flash
+    max_frames: int = 64
+    pool: int = 2  # tokens are averaged over pool x pool cells before the language model
+
+    @property
+    def channels(self) -> int:
+        return self.stem_channels[-1]
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // 2 ** len(self.stem_channels)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return (self.grid // self.pool) ** 2
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Qwen2 of `transformers`; defaults are those of Qwen2-7B as VIRST resizes it."""
+
+    hidden: int = 3584
+    layers: int = 28
+    heads: int = 28
+    kv_heads: int = 4
+    feedforward: int = 18944
+    vocabulary: int = 151647
+    rope_theta: float = 1e6
+    max_positions: int = 32768
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Spatio-Temporal Fusion (VIRST, section 3.3)."""
+
+    st_tokens: int = 10  # N
+    shared_st_embedding: bool = True  # released code: one row for all N; the paper: N rows
+    initial_fusion: bool = True  # equation 9
+    second_fusion: bool = True  # equations 10 and 11; False: the projected tokens are repeated over time
+    initial_heads: int = 8
+    heads: int = 8  # d_head 32 at 256 channels
+    layers: int = 2
+    feedforward: int = 1024
+    max_frames: int = 100
+    feature_level: int = -1  # FPN level that is tokenized: -1 = stride 16 (64 x 64 at 1024 px), 0 = stride 4
+    position_in_values: bool = False  # add SAM's dense positional encoding to the second fusion's values (not in VIRST)
+
+
+@dataclass(frozen=True)
+class VirstConfig:
+    name: str = "virst-7b"
+    sam2: Sam2Config = field(default_factory=Sam2Config)
+    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    language: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    words: tuple[str, ...] = ()  # the closed vocabulary of a tiny model, in token order after the special tokens
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "VirstConfig":
+        """Raises KeyError, TypeError or ValueError on anything that `to_json` did not write."""
+        raw = json.loads(text)
+        parts = {"sam2": Sam2Config, "video": VideoEncoderConfig, "language": LanguageModelConfig, "fusion": FusionConfig}
+        built = {key: _from_dict(kind, raw[key]) for key, kind in parts.items()}
+        return VirstConfig(name=raw["name"], words=tuple(raw["words"]), **built)
+
+
+def _from_dict(kind: Any, raw: dict[str, Any]) -> Any:
+    unknown = set(raw) - {f.name for f in fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown fields of {kind.__name__}: {', '.join(sorted(unknown))}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+
+
+def tabletop_tiny(words: tuple[str, ...], special_tokens: int = 4) -> VirstConfig:
+    """VIRST at toy scale: every part is there, the widths are small enough for a laptop CPU."""
+    return VirstConfig(
+        name="tabletop-tiny",
+        sam2=Sam2Config(
+            image_size=128,
+            embed_dim=32,
+            num_heads=1,
+            stages=(1, 2, 3, 1),
+            global_attention_blocks=(),
+            window_spec=(8, 8, 8, 4),
+            position_background=8,
+            top_down_levels=(0, 1, 2, 3),  # ST-Fusion reads level 0, which has to know what it sees
+            channels=128,
+            memory_channels=64,
+            memory_layers=2,
+            memory_feedforward=256,
+            decoder_feedforward=256,
+            iou_hidden=64,
+            fuser_layer_scale=0.1,
+            dropout=0.0,
+            multimask_prompted=False,
+            multimask_tracking=False,
+        ),
+        video=VideoEncoderConfig(),
+        language=LanguageModelConfig(
+            hidden=192, layers=4, heads=6, kv_heads=2, feedforward=512,
+            vocabulary=len(words) + special_tokens, rope_theta=1e4, max_positions=512,
+        ),
+        fusion=FusionConfig(
+            st_tokens=4, shared_st_embedding=False, initial_heads=6, heads=4, layers=2, feedforward=256,
+            feature_level=0, position_in_values=True,
+        ),
+        words=words,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VIRST: video encoder + language model + ST-Fusion + SAM 2 (arXiv 2603.27060, figure 2).
+
+One teacher-forced pass turns a sentence and a clip into prompts for every frame of the clip; SAM 2 decodes them and
+carries the masks on. In this file data flows from `encode_clip` through `prompts`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2Model
+
+from virst_engine.model.config import LanguageModelConfig, VirstConfig
+from virst_engine.model.sam2 import Sam2
+from virst_engine.model.st_fusion import InitialStFusion, SecondStFusion, dense_position
+from virst_engine.model.video_encoder import VideoEncoder
+
+
+@dataclass(frozen=True)
+class ClipEncoding:
+    """Everything about a clip that does not depend on the sentence."""
+
+    visual_tokens: Float[Tensor, "b v d"]  # the language model's view
+    initial_tokens: Float[Tensor, "b tokens d"] | None  # S_down for Initial ST-Fusion; None when it is off
+    second_maps: Float[Tensor, "b t c hd wd"]  # S_down for Second ST-Fusion
+
+
+@dataclass(frozen=True)
+class PromptOutput:
+    prompts: Float[Tensor, "b t n c"]
+    projected: Float[Tensor, "b n c"]  # [ST] tokens before Second ST-Fusion, the baseline of VIRST's table 4
+    attention_logits: Float[Tensor, "b heads n t t hd wd"] | None  # of the last second-fusion layer
+    answer_logits: Float[Tensor, "b answer vocabulary"] | None  # next-token logits of a teacher-forced answer
+
+
+def build_language_model(config: LanguageModelConfig) -> Qwen2Model:
+    return Qwen2Model(
+        Qwen2Config(
+            vocab_size=config.vocabulary,
+            hidden_size=config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            intermediate_size=config.feedforward,
+            max_position_embeddings=config.max_positions,
+            rope_theta=config.rope_theta,
+            attention_dropout=0.0,
+            use_cache=False,
+        )
+    )
+
+
+class Virst(nn.Module):
+    """All networks of one model. `seg_model` alone is the segmenter; the rest is the reasoner."""
+
+    def __init__(self, config: VirstConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, hidden, fusion = config.sam2.channels, config.language.hidden, config.fusion
+        self.seg_model = Sam2(config.sam2)
+        self.video_encoder = VideoEncoder(config.video)
+        self.mm_projector = nn.Sequential(
+            nn.Linear(config.video.channels, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+        )
+        self.frame_embedding = nn.Parameter(torch.randn(1, config.video.max_frames, 1, hidden) * 0.02)
+        self.language_model = build_language_model(config.language)
+        self.lm_head = nn.Linear(hidden, config.language.vocabulary, bias=False)
+        rows = 1 if fusion.shared_st_embedding else fusion.st_tokens
+        self.st_embedding = nn.Parameter(torch.randn(rows, hidden) * 0.02)  # E_ST
+        self.initial_seg_fusion_module = InitialStFusion(channels, hidden, fusion.initial_heads)
+        self.seg_prompter = SecondStFusion(channels, hidden, fusion)
+
+    def encode_clip(
+        self, frames: Float[Tensor, "b t 3 size size"], fusion_maps: Float[Tensor, "b t c h w"]
+    ) -> ClipEncoding:
+        """`frames`: normalised, at the video encoder's size; `fusion_maps`: ImageFeatures.fusion of the same frames."""
+        tokens = self.mm_projector(self.video_encoder(frames))
+        tokens = tokens + self.frame_embedding[:, : tokens.shape[1]]
+        initial = self.initial_seg_fusion_module.video_tokens(fusion_maps) if self.config.fusion.initial_fusion else None
+        return ClipEncoding(tokens.flatten(1, 2), initial, self.seg_prompter.video_maps(fusion_maps))
+
+    def prompts(
+        self,
+        clip: ClipEncoding,
+        clip_of_row: Int[Tensor, " rows"],
+        text: Int[Tensor, "rows length"],
+        text_valid: Bool[Tensor, "rows length"],
+        answer: Int[Tensor, "rows answer"] | None = None,
+        answer_valid: Bool[Tensor, "rows answer"] | None = None,
+    ) -> PromptOutput:
+        """Prompts for each sentence. Row i reads clip `clip_of_row[i]`; text is padded on the left.
+
+        The causal sequence is: sentence, video, N [ST] tokens, answer. The answer comes after the [ST] tokens, so it
+        teaches in training and is simply left out otherwise. [ST] hidden states are read at their own positions.
+        """
+        embed = self.language_model.embed_tokens
+        rows, n = text.shape[0], self.config.fusion.st_tokens
+        st = self.st_embedding.expand(n, -1).expand(rows, -1, -1)
+        if clip.initial_tokens is not None:
+            st = self.initial_seg_fusion_module(st, clip.initial_tokens[clip_of_row])
+        visual = clip.visual_tokens[clip_of_row]
+        parts = [embed(text), visual, st.to(visual.dtype)]
+        valid = [text_valid, torch.ones(rows, visual.shape[1] + n, dtype=torch.bool, device=text.device)]
+        if answer is not None and answer_valid is not None:
+            parts.append(embed(answer))
+            valid.append(answer_valid)
+        mask = torch.cat(valid, dim=1)
+        hidden = self.language_model(
+            inputs_embeds=torch.cat(parts, dim=1),
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        start = text.shape[1] + visual.shape[1]
+        maps = clip.second_maps[clip_of_row]
+        position = dense_position(self.seg_model.sam_prompt_encoder.get_dense_pe(), *maps.shape[-2:])
+        st = hidden[:, start : start + n]
+        prompts, attention = self.seg_prompter(st, maps, position)
+        logits = None
+        if answer is not None:  # the last [ST] token predicts the answer's first word
+            logits = self.lm_head(hidden[:, start + n - 1 : start + n - 1 + answer.shape[1]])
+        return PromptOutput(prompts, self.seg_prompter.seg_proj(st), attention, logits)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The method `virst`: one forward pass of the model turns a request into prompts for every frame of its clip."""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from virst_engine.errors import BadGoal
+from virst_engine.model.virst import Virst
+from virst_engine.model.words import WordTokenizer, pad_rows
+from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_DEVIATION = (0.229, 0.224, 0.225)
+LONGEST_GOAL_WORDS = 40
+
+
+def normalise(frames_rgb_u8: Tensor) -> Tensor:
+    """(..., h, w, 3) uint8 -> (..., 3, h, w) float32, ImageNet mean and deviation."""
+    x = frames_rgb_u8.to(torch.float32) / 255
+    mean, deviation = x.new_tensor(IMAGE_MEAN), x.new_tensor(IMAGE_DEVIATION)
+    return ((x - mean) / deviation).movedim(-1, -3)
+
+
+class VirstReasoner:
+    """`Reasoner` on a Virst in evaluation mode. Goals it cannot read come back as answers with an error."""
+
+    def __init__(self, model: Virst, *, second_fusion: bool = True) -> None:
+        self._model = model.eval()
+        self._second_fusion = second_fusion
+        self._tokenizer = WordTokenizer(model.config.words)
+
+    @torch.inference_mode()
+    def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
+        start = time.perf_counter()
+        try:
+            tokens = self._tokenizer.encode_goal(request.sentence, LONGEST_GOAL_WORDS)
+        except BadGoal as error:
+            return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, (), str(error))
+        model, clip = self._model, request.clip
+        device = model.frame_embedding.device
+        text, valid = pad_rows([tokens])
+        frames = normalise(torch.from_numpy(np.array(clip.frames_rgb_u8)).to(device))
+        maps = torch.from_numpy(np.array(clip.fusion)).to(device, torch.float32)
+        encoded = model.encode_clip(frames[None], maps[None])
+        encode_ms = (time.perf_counter() - start) * 1e3
+        row = torch.zeros(1, dtype=torch.long, device=device)
+        output = model.prompts(encoded, row, text.to(device), valid.to(device))
+        embeddings = output.prompts
+        if not self._second_fusion:  # ablation: the projected [ST] tokens, the same for every frame
+            embeddings = output.projected[:, None].expand_as(embeddings)
+        rows = embeddings[0].float().cpu().numpy()
+        prompts = tuple(
+            Prompt(int(step), int(stamp), embedding)
+            for step, stamp, embedding in zip(clip.steps, clip.stamps_ns, rows, strict=True)
+        )
+        total_ms = (time.perf_counter() - start) * 1e3
+        timings = {"encode_clip": encode_ms, "language": total_ms - encode_ms, "total": total_ms}
+        return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts, "", timings)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find, check, load and save weights: safetensors with the model's configuration in their header.
+
+Nothing here executes what a file contains. Weights are stored as float16 and run as float32.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from virst_engine.backends.base import Stages
+from virst_engine.backends.torch_backend import TorchStages
+from virst_engine.config import ModelParameters
+from virst_engine.errors import WeightsError
+from virst_engine.model.config import VirstConfig
+from virst_engine.model.virst import Virst
+from virst_engine.slow.reasoner import Reasoner
+from virst_engine.slow.virst_reasoner import VirstReasoner
+
+log = logging.getLogger(__name__)
+
+FORMAT = "virst-weights-1"
+SHIPPED = Path(__file__).parent / "weights"
+REMEDY = "reinstall the package, train them with `virst train`, or give another file with the parameter model.weights"
+
+
+def weights_path(parameters: ModelParameters) -> Path:
+    """The file that `parameters` mean. Raises WeightsError when it does not exist."""
+    path = Path(parameters.weights).expanduser() if parameters.weights else SHIPPED / f"{parameters.name}.safetensors"
+    if not path.is_file():
+        raise WeightsError(f"the weights of {parameters.name} are missing: no file {path}; {REMEDY}")
+    return path
+
+
+def save_model(model: Virst, path: Path, card: dict[str, object] | None = None) -> None:
+    """Write all weights of a model as float16, with its configuration and a few facts about their origin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
+        for name, value in model.state_dict().items()
+    }
+    metadata = {"format": FORMAT, "config": model.config.to_json(), "card": json.dumps(card or {})}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)  # a reader never sees half a file
+
+
+def read_card(path: Path) -> dict[str, object]:
+    """The facts that `save_model` stored. Raises WeightsError for a file that is not ours."""
+    return dict(json.loads(_read_metadata(path)["card"]))
+
+
+def load_model(path: Path, *, device: str = "cpu") -> Virst:
+    """The model of a weights file, in evaluation mode, float32. Raises WeightsError naming cause and remedy."""
+    metadata = _read_metadata(path)
+    try:
+        model = Virst(VirstConfig.from_json(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} holds a configuration that this version cannot build ({error}); {REMEDY}") from error
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is damaged ({error}); {REMEDY}") from error
+    expected = model.state_dict()
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    shapes = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
+    for kind, names in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes for", shapes)):
+        if names:
+            raise WeightsError(f"{path} {kind} {len(names)} tensors, for example {min(names)}; {REMEDY}")
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in tensors.items()})
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise WeightsError(f"the model cannot run on device {device!r}: {error}; set model.device") from error
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no readable safetensors file ({error}); {REMEDY}") from error
+    if metadata.get("format") != FORMAT or "config" not in metadata:
+        raise WeightsError(f"{path} is a safetensors file, but not one of `virst train` (format {FORMAT}); {REMEDY}")
+    return metadata
+
+
+def load_stages(parameters: ModelParameters) -> Stages:
+    """The segmenter's stages on `parameters.device`. Raises WeightsError."""
+    _limit_threads(parameters)
+    model = load_model(weights_path(parameters), device=parameters.device)
+    return stages_of(model)
+
+
+def stages_of(model: Virst) -> TorchStages:
+    return TorchStages(
+        model.seg_model, fusion_level=model.config.fusion.feature_level, video_size=model.config.video.image_size
+    )
+
+
+def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
+    """The reasoner on `parameters.device`; `second_fusion` False is the ablation of VIRST's table 4. Raises WeightsError."""
+    _limit_threads(parameters)
+    model = load_model(weights_path(parameters), device=parameters.device)
+    return VirstReasoner(model, second_fusion=second_fusion)
+
+
+def _limit_threads(parameters: ModelParameters) -> None:
+    if parameters.threads:
+        torch.set_num_threads(parameters.threads)
