@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+import threading
+
+import numpy as np
+import pytest
+from virst_engine.errors import BadFrame
+from virst_engine.types import Frame, FrameResult
+
+from virst_ros.frame_inbox import FrameInbox
+from virst_ros.inference_thread import InferenceThread
+
+
+def frame(stamp_ns):
+    return Frame(np.zeros((4, 6, 3), np.uint8), stamp_ns)
+
+
+class Scripted:
+    """A session whose step does what the script says for each stamp: an exception is raised, the rest succeeds."""
+
+    def __init__(self, script):
+        self.script = script
+        self.threads = set()
+
+    def step(self, frame):
+        self.threads.add(threading.current_thread().name)
+        outcome = self.script.get(frame.stamp_ns)
+        if outcome is not None:
+            raise outcome
+        return FrameResult(frame.stamp_ns, 0, frame.camera, (), {})
+
+
+class Running:
+    """The thread, with a way to give it one frame at a time."""
+
+    def __init__(self, script, stop_after_failures=3):
+        self.session = Scripted(script)
+        self.inbox = FrameInbox()
+        self.results, self.rejected = [], []
+        self._done = threading.Semaphore(0)
+        self.thread = InferenceThread(self.session, self.inbox, self._result, self._reject, stop_after_failures)
+        self.thread.start()
+
+    def _result(self, header, frame, result):
+        self.results.append((header, result.stamp_ns))
+        self._done.release()
+
+    def _reject(self, reason):
+        self.rejected.append(reason)
+        self._done.release()
+
+    def give(self, *stamps):
+        for stamp_ns in stamps:
+            self.inbox.put((f"header {stamp_ns}", frame(stamp_ns)))
+            assert self._done.acquire(timeout=10.0)
+
+
+def test_results_come_with_the_header_of_their_frame_from_one_thread():
+    running = Running({})
+    running.give(1, 2)
+    assert running.thread.stop(10.0)
+    assert running.results == [("header 1", 1), ("header 2", 2)]
+    assert running.session.threads == {"inference"}
+
+
+def test_a_bad_frame_is_skipped_and_the_next_one_works():
+    running = Running({1: BadFrame("no pixels")})
+    running.give(1, 2)
+    assert running.thread.stop(10.0)
+    assert running.rejected == ["no pixels"]
+    assert running.results == [("header 2", 2)]
+
+
+def test_the_same_failure_in_a_row_stops_with_its_traceback():
+    running = Running({stamp: RuntimeError("boom") for stamp in (1, 2, 3)})
+    running.give(1, 2, 3)
+    running.thread._thread.join(10.0)
+    assert not running.thread.running
+    assert running.thread.failed
+    assert "RuntimeError: boom" in running.thread.failure_traceback
+    assert "in step" in running.thread.failure_traceback
+    with pytest.raises(RuntimeError, match="inference has stopped"):
+        running.thread.call(lambda: 1).result(10.0)
+
+
+def test_failures_that_differ_or_are_interrupted_do_not_stop():
+    failures = {
+        1: RuntimeError("a"),
+        2: RuntimeError("b"),
+        3: RuntimeError("b"),
+        5: RuntimeError("b"),
+        6: RuntimeError("b"),
+    }
+    running = Running(failures)
+    running.give(1, 2, 3, 4, 5, 6, 7)
+    assert running.thread.stop(10.0)
+    assert not running.thread.failed
+    assert [stamp for _, stamp in running.results] == [4, 7]
+
+
+def test_requests_run_on_the_thread_and_give_back_values_and_exceptions():
+    running = Running({})
+    assert running.thread.call(lambda: threading.current_thread().name).result(10.0) == "inference"
+
+    def fail():
+        raise KeyError("asked for")
+
+    with pytest.raises(KeyError, match="asked for"):
+        running.thread.call(fail).result(10.0)
+    running.give(1)
+    assert running.thread.stop(10.0)
+
+
+def test_requests_after_the_end_are_refused_at_once():
+    running = Running({})
+    assert running.thread.stop(10.0)
+    with pytest.raises(RuntimeError, match="inference has stopped"):
+        running.thread.call(lambda: 1).result(10.0)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ROS messages <-> engine types; the only file that knows both, and the only one that knows BGR.
+
+No cv_bridge: its builds break with NumPy 2, and an image is a header and a buffer.
+"""
+
+import copy
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from builtin_interfaces.msg import Time
+from sensor_msgs.msg import CameraInfo, Image, RegionOfInterest
+from std_msgs.msg import Header
+from virst_engine.errors import BadFrame
+from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState
+from virst_msgs.msg import Goal as GoalMessage
+from virst_msgs.msg import SegmentedObject, SegmentedObjectArray, StageTimings
+
+COLOUR_CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
+_TO_RGB = {
+    "bgr8": cv2.COLOR_BGR2RGB,
+    "rgba8": cv2.COLOR_RGBA2RGB,
+    "bgra8": cv2.COLOR_BGRA2RGB,
+    "mono8": cv2.COLOR_GRAY2RGB,
+}
+_DEPTH_TYPES = {"32FC1": np.dtype(np.float32), "16UC1": np.dtype(np.uint16)}
+
+
+def stamp_ns(stamp: Time) -> int:
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def time_message(nanoseconds: int) -> Time:
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    return Time(sec=seconds, nanosec=rest)
+
+
+def _rows(message: Image, bytes_per_pixel: int) -> np.ndarray:
+    """The pixels' bytes, (height, width * bytes_per_pixel), a view without the padding of the rows."""
+    height, width, step = message.height, message.width, message.step
+    what = f"{width}x{height} {message.encoding} image"
+    if height == 0 or width == 0:
+        raise BadFrame(f"{what} has no pixels: the camera driver sends empty images; check its resolution")
+    row_bytes = width * bytes_per_pixel
+    if step < row_bytes:
+        raise BadFrame(
+            f"{what} has step {step}, but a row needs {row_bytes} bytes: the camera driver must set step "
+            "to width x bytes per pixel, plus padding if there is any"
+        )
+    available, full = len(message.data), height * step
+    needed = full - step + row_bytes  # some drivers leave out the padding of the last row
+    if available < needed:
+        raise BadFrame(
+            f"{what} has {available} bytes of data, but {height} rows of step {step} need {needed}: it was cut short"
+        )
+    if available > full:
+        raise BadFrame(
+            f"{what} has {available} bytes of data, but {height} rows of step {step} are {full}: "
+            "step or height do not describe the data; fix them in the camera driver"
+        )
+    flat = np.frombuffer(message.data, np.uint8)
+    if available < full:
+        flat = np.concatenate([flat, np.zeros(full - available, np.uint8)])
+    return flat.reshape(height, step)[:, :row_bytes]
+
+
+def image_rgb(message: Image) -> np.ndarray:
+    """The picture as RGB uint8 (height, width, 3), C-contiguous; for tight rgb8 a view of the message's own buffer.
+
+    Grey images become grey RGB, alpha is left out. is_bigendian does not matter: every supported channel is one byte.
+
+    Raises:
+        BadFrame: unsupported encoding, no pixels, or data that height, width and step do not describe.
+    """
+    channels = COLOUR_CHANNELS.get(message.encoding)
+    if channels is None:
+        raise BadFrame(
+            f"image encoding {message.encoding!r} is not supported, only {', '.join(COLOUR_CHANNELS)}: "
+            "have the camera driver publish rgb8, or convert before (for bayer and yuv: image_proc)"
+        )
+    pixels = _rows(message, channels).reshape(message.height, message.width, channels)
+    if message.encoding == "rgb8":
+        return np.ascontiguousarray(pixels)
+    return cv2.cvtColor(pixels, _TO_RGB[message.encoding])
+
+
+def frame(message: Image, camera: str) -> Frame:
+    """One camera image as the engine takes it. Raises BadFrame like `image_rgb`."""
+    return Frame(image_rgb(message), stamp_ns(message.header.stamp), camera)
+
+
+def depth_m(message: Image) -> np.ndarray:
+    """Depth in metres, float32 (height, width); the unit follows the encoding (REP-118), NaN = not measured.
+
+    Raises:
+        BadFrame: unsupported encoding, no pixels, or data that height, width and step do not describe.
+    """
+    kind = _DEPTH_TYPES.get(message.encoding)
+    if kind is None:
+        raise BadFrame(
+            f"depth encoding {message.encoding!r} is not supported, only 32FC1 (metres) and 16UC1 (millimetres): "
+            "choose one in the camera driver"
+        )
+    rows = np.ascontiguousarray(_rows(message, kind.itemsize))
+    values = rows.view(kind.newbyteorder(">" if message.is_bigendian else "<"))
+    metres = values.astype(np.float32) * np.float32(0.001 if message.encoding == "16UC1" else 1.0)
+    metres[~(metres > 0.0)] = np.nan
+    return metres
+
+
+def image_message(header: Header, pixels: np.ndarray, encoding: str) -> Image:
+    """An Image that owns a copy of `pixels` (height, width[, channels], any dtype). The header is used as it is."""
+    height, width = pixels.shape[:2]
+    tight = np.ascontiguousarray(pixels)
+    data = array("B")
+    # frombytes of a byte view is the one fast way in; a list or bytes takes rclpy many times as long.
+    data.frombytes(memoryview(tight.reshape(-1).view(np.uint8)))
+    return Image(
+        header=header,
+        height=height,
+        width=width,
+        encoding=encoding,
+        is_bigendian=0,
+        step=tight.strides[0],
+        data=data,
+    )
+
+
+def instance_mask(objects: Sequence[ObjectResult], height: int, width: int) -> np.ndarray:
+    """Instance ids, uint8 (height, width): 0 background, 1..254 objects. Where masks overlap the better score wins."""
+    ids = np.zeros((height, width), np.uint8)
+    for found in sorted(objects, key=lambda found: found.score):
+        if found.state is ObjectState.TRACKING:
+            ids[found.mask] = found.instance_id
+    return ids
+
+
+def camera_info_message(header: Header, info: CameraInfo) -> CameraInfo:
+    """The camera's calibration under the header of the processed frame (consumers pair it with the mask by stamp)."""
+    paired = copy.copy(info)
+    paired.header = header
+    return paired
+
+
+def object_message(found: ObjectResult, sentence: str) -> SegmentedObject:
+    """One object of one frame; box and centroid are of the mask, in pixels of the input image."""
+    message = SegmentedObject(
+        object_id=found.object_id,
+        goal_id=found.goal_id,
+        goal=sentence,
+        instance_id=found.instance_id,
+        state=found.state.value,
+        score=float(found.score),
+        centroid_x_px=math.nan,
+        centroid_y_px=math.nan,
+        prompt_age=float(found.prompt_age_s),
+        reasoner_latency=float(found.reasoner_latency_s),
+        message=found.message,
+    )
+    moments = cv2.moments(found.mask.view(np.uint8), binaryImage=True)
+    if found.state is ObjectState.TRACKING and moments["m00"] > 0:
+        x, y, width, height = cv2.boundingRect(found.mask.view(np.uint8))
+        message.area_px = int(moments["m00"])
+        message.bbox = RegionOfInterest(x_offset=x, y_offset=y, height=height, width=width)
+        message.centroid_x_px = moments["m10"] / moments["m00"]
+        message.centroid_y_px = moments["m01"] / moments["m00"]
+    return message
+
+
+def objects_message(
+    header: Header,
+    result: FrameResult,
+    sentences: Mapping[str, str],
+    age_ms: float,
+    frames_in: int,
+    frames_dropped: int,
+) -> SegmentedObjectArray:
+    """Everything known of one frame; `sentences` by goal id."""
+    in_order = sorted(result.objects, key=lambda found: found.instance_id)
+    return SegmentedObjectArray(
+        header=header,
+        step=result.step,
+        objects=[object_message(found, sentences.get(found.goal_id, "")) for found in in_order],
+        timings=StageTimings(
+            stage=list(result.timings_ms),
+            duration_ms=[float(ms) for ms in result.timings_ms.values()],
+            age_ms=age_ms,
+            frames_in=frames_in,
+            frames_dropped=frames_dropped,
+        ),
+    )
+
+
+def goal_message(goal: Goal, state: ObjectState, set_at_ns: int) -> GoalMessage:
+    return GoalMessage(
+        goal_id=goal.goal_id,
+        goal=goal.sentence,
+        camera=goal.camera,
+        object_ids=[goal.object_id],
+        instance_ids=[goal.instance_id],
+        states=[state.value],
+        set_at=time_message(set_at_ns),
+    )

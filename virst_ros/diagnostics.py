@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the node tells on /diagnostics: rates, drops, ages, reasoner, goals, memory, and why nothing arrives.
+
+diagnostic_updater is not to be had from the Python package index, so the messages are made here.
+"""
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+from virst_engine.types import FrameResult, Goal, ObjectResult
+
+OK, WARN, ERROR, STALE = (
+    DiagnosticStatus.OK,
+    DiagnosticStatus.WARN,
+    DiagnosticStatus.ERROR,
+    DiagnosticStatus.STALE,
+)
+RATE_WINDOW_S = 5.0
+RECENT_S = 10.0  # how long a rejected frame or goal keeps its status at WARN
+AGES_KEPT = 512
+
+
+class RateWindow:
+    """Events per second over the last `RATE_WINDOW_S`, in constant memory."""
+
+    def __init__(self) -> None:
+        self._times_s: deque[float] = deque(maxlen=1024)
+
+    def add(self, now_s: float) -> None:
+        self._times_s.append(now_s)
+
+    def rate_hz(self, now_s: float) -> float:
+        recent = [t for t in self._times_s if now_s - t <= RATE_WINDOW_S]
+        if len(recent) < 2:
+            return 0.0
+        return (len(recent) - 1) / max(recent[-1] - recent[0], now_s - recent[-1], 1e-6)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What only the node can see, read at the moment of a report."""
+
+    state: str  # label of the lifecycle state
+    image_topic: str  # with all remappings applied
+    image_publishers: int
+    received: int
+    dropped: int
+    no_image_after_s: float
+    inference_traceback: str  # not empty: inference has stopped
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What is loaded; empty strings before configure."""
+
+    name: str = ""
+    weights: str = ""
+    backend: str = ""
+    device: str = ""
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM, MiB; nan where there is no /proc."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        return math.nan
+
+
+def _text(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _status(name: str, level: bytes, message: str, hardware_id: str, values: Mapping[str, object]) -> DiagnosticStatus:
+    return DiagnosticStatus(
+        name=name,
+        level=level,
+        message=message,
+        hardware_id=hardware_id,
+        values=[KeyValue(key=key, value=_text(value)) for key, value in values.items()],
+    )
+
+
+class Diagnostics:
+    """Collects events from every thread of the node and turns them into diagnostic statuses.
+
+    Args:
+        name: the node's name; statuses are called "<name>: input", ": output", ": reasoner", ": goals", ": model".
+        now_s: a steady clock, seconds.
+    """
+
+    def __init__(self, name: str, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self.model = LoadedModel()
+        self.configure_failure = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all events: the node is activated."""
+        with self._lock:
+            self._start_s = self._now_s()
+            self._images, self._masks = RateWindow(), RateWindow()
+            self._image_s: float | None = None
+            self._image_size = ""
+            self._size_changes = 0
+            self._depth = RateWindow()
+            self._depth_problem = ""
+            self._bad_frames, self._bad_frame, self._bad_frame_s = 0, "", -math.inf
+            self._qos_problems: dict[str, str] = {}
+            self._published = 0
+            self._ages_ms: deque[float] = deque(maxlen=AGES_KEPT)
+            self._timings_ms: dict[str, float] = {}
+            self._objects: tuple[ObjectResult, ...] = ()
+            self._goals: tuple[Goal, ...] = ()
+            self._reasoner_problem = ""
+            self._bad_goals, self._bad_goal, self._bad_goal_s = 0, "", -math.inf
+
+    def image_received(self, size: str) -> None:
+        """A message came on the image topic, good or bad; `size` is for people, for example "640x480 rgb8"."""
+        with self._lock:
+            self._image_s = self._now_s()
+            self._images.add(self._image_s)
+            if self._image_size and size != self._image_size:
+                self._size_changes += 1
+            self._image_size = size
+
+    def depth_received(self, problem: str = "") -> None:
+        with self._lock:
+            self._depth.add(self._now_s())
+            self._depth_problem = problem
+
+    def frame_rejected(self, reason: str) -> None:
+        with self._lock:
+            self._bad_frames += 1
+            self._bad_frame, self._bad_frame_s = reason, self._now_s()
+
+    def goal_rejected(self, reason: str) -> None:
+        with self._lock:
+            self._bad_goals += 1
+            self._bad_goal, self._bad_goal_s = reason, self._now_s()
+
+    def qos_incompatible(self, topic: str, reason: str) -> None:
+        with self._lock:
+            self._qos_problems[topic] = reason
+
+    def goals_changed(self, goals: Sequence[Goal]) -> None:
+        with self._lock:
+            self._goals = tuple(goals)
+
+    def result_published(self, result: FrameResult, age_s: float, reasoner_problem: str) -> None:
+        with self._lock:
+            self._masks.add(self._now_s())
+            self._published += 1
+            self._ages_ms.append(age_s * 1e3)
+            self._timings_ms = dict(result.timings_ms)
+            self._objects = result.objects
+            self._reasoner_problem = reasoner_problem
+
+    def statuses(self, seen: Surroundings) -> list[DiagnosticStatus]:
+        """One status per subject, as of now."""
+        with self._lock:
+            return [
+                self._input(seen),
+                self._output(seen),
+                self._reasoner(seen),
+                self._goal_states(seen),
+                self._process(seen),
+            ]
+
+    def _input(self, seen: Surroundings) -> DiagnosticStatus:
+        now_s = self._now_s()
+        silent_s = now_s - (self._start_s if self._image_s is None else self._image_s)
+        values: dict[str, object] = {
+            "topic": seen.image_topic,
+            "publishers": seen.image_publishers,
+            "rate (Hz)": self._images.rate_hz(now_s),
+            "image": self._image_size or "none yet",
+            "received": seen.received,
+            "dropped": seen.dropped,
+            "bad frames": self._bad_frames,
+            "last bad frame": self._bad_frame or "none",
+            "changes of size or encoding": self._size_changes,
+            "depth rate (Hz)": self._depth.rate_hz(now_s),
+            "depth problem": self._depth_problem or "none",
+        }
+        values |= {f"incompatible QoS on {topic}": reason for topic, reason in self._qos_problems.items()}
+        level, message = OK, f"{seen.image_topic} arrives"
+        if seen.state != "active":
+            level, message = STALE, f"not active ({seen.state}): no images are taken"
+        elif silent_s > seen.no_image_after_s:
+            level, message = ERROR, self._why_silent(seen, silent_s)
+        elif now_s - self._bad_frame_s < RECENT_S:
+            level, message = WARN, f"{self._bad_frames} bad frames, skipped; last: {self._bad_frame}"
+        elif self._qos_problems:
+            level, message = WARN, next(iter(self._qos_problems.values()))
+        return _status(f"{self._name}: input", level, message, self.model.device, values)
+
+    def _why_silent(self, seen: Surroundings, silent_s: float) -> str:
+        nothing = (
+            f"no images on {seen.image_topic} since {'activation, ' if self._image_s is None else ''}{silent_s:.1f} s"
+        )
+        if seen.image_publishers == 0:
+            return f"{nothing}: nobody publishes it; see `ros2 topic list` and remap `image` to the camera's topic"
+        if seen.image_topic in self._qos_problems:
+            return f"{nothing}: {self._qos_problems[seen.image_topic]}"
+        if self._image_s is not None:
+            return f"{nothing}: it has a publisher, but it has stopped sending; check the camera"
+        return (
+            f"{nothing}: announced by {seen.image_publishers} publisher(s) but nothing arrives. Images above half a "
+            "megabyte do not pass between processes with Fast DDS's defaults: set FASTDDS_DEFAULT_PROFILES_FILE to "
+            "virst_ros's fastdds_profile.xml for the camera AND for this node, or check that the camera is sending"
+        )
+
+    def _output(self, seen: Surroundings) -> DiagnosticStatus:
+        now_s = self._now_s()
+        values: dict[str, object] = {"rate (Hz)": self._masks.rate_hz(now_s), "published": self._published}
+        if self._ages_ms:
+            p50, p95, p99 = np.percentile(np.asarray(self._ages_ms), (50, 95, 99))
+            values |= {"age p50 (ms)": float(p50), "age p95 (ms)": float(p95), "age p99 (ms)": float(p99)}
+        values |= {f"{stage} (ms)": ms for stage, ms in self._timings_ms.items()}
+        level, message = OK, "masks are published"
+        if seen.inference_traceback:
+            values["traceback"] = seen.inference_traceback
+            last_line = seen.inference_traceback.strip().splitlines()[-1]
+            level = ERROR
+            message = f"inference stopped: {last_line}; deactivate and activate the node to try again"
+        elif seen.state != "active":
+            level, message = STALE, f"not active ({seen.state}): no masks are published"
+        elif not self._masks.rate_hz(now_s):
+            level, message = STALE, "no masks lately: see input"
+        return _status(f"{self._name}: output", level, message, self.model.device, values)
+
+    def _reasoner(self, seen: Surroundings) -> DiagnosticStatus:
+        latencies = {
+            f"latency of {found.goal_id} (s)": f"{found.reasoner_latency_s:.3f}"
+            for found in self._objects
+            if math.isfinite(found.reasoner_latency_s)
+        }
+        if seen.state != "active":
+            level, message = STALE, f"not active ({seen.state}): nothing is asked"
+        elif self._reasoner_problem:
+            level, message = WARN, f"{self._reasoner_problem} (masks go on from memory)"
+        else:
+            level, message = OK, "listening"
+        return _status(f"{self._name}: reasoner", level, message, self.model.device, latencies)
+
+    def _goal_states(self, seen: Surroundings) -> DiagnosticStatus:
+        values: dict[str, object] = {
+            "goals": len(self._goals),
+            "rejected": self._bad_goals,
+            "last rejected": self._bad_goal or "none",
+        }
+        found_by_goal = {found.goal_id: found for found in self._objects}
+        for goal in self._goals:
+            values[f"{goal.goal_id}: {goal.sentence}"] = _goal_words(found_by_goal.get(goal.goal_id))
+        level, message = OK, f"{len(self._goals)} goal(s)"
+        if seen.state != "active":
+            level, message = STALE, f"not active ({seen.state}): goals are not followed"
+        elif self._now_s() - self._bad_goal_s < RECENT_S:
+            level, message = WARN, f"rejected: {self._bad_goal}"
+        return _status(f"{self._name}: goals", level, message, self.model.device, values)
+
+    def _process(self, seen: Surroundings) -> DiagnosticStatus:
+        values = {
+            "state": seen.state,
+            "model": self.model.name,
+            "weights": self.model.weights,
+            "backend": self.model.backend,
+            "device": self.model.device,
+            "resident memory (MiB)": resident_mib(),
+        }
+        level, message = OK, f"{self.model.name} on {self.model.device}"
+        if self.configure_failure:
+            level, message = ERROR, self.configure_failure
+        elif not self.model.name:
+            level, message = STALE, "no model is loaded: configure the node"
+        return _status(f"{self._name}: model", level, message, self.model.device, values)
+
+
+def _goal_words(found: ObjectResult | None) -> str:
+    if found is None:
+        return "not seen in the newest frame yet"
+    words = f"{found.state.name} score {found.score:.2f}"
+    if math.isfinite(found.prompt_age_s):
+        words += f" prompt age {found.prompt_age_s:.1f} s"
+    return f"{words} ({found.message})" if found.message else words
+
+
+def worst(statuses: Iterable[DiagnosticStatus]) -> bytes:
+    """The level that needs most attention: ERROR, WARN, STALE, OK."""
+    order = (OK, STALE, WARN, ERROR)
+    return max((status.level for status in statuses), key=order.index, default=OK)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one thread that calls the Session: takes the newest frame, steps, hands the result on."""
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
+
+from virst_engine.errors import BadFrame
+from virst_engine.types import Frame, FrameResult
+
+from virst_ros.frame_inbox import FrameInbox
+
+logger = logging.getLogger(__name__)
+
+Header = TypeVar("Header")
+Answer = TypeVar("Answer")
+
+
+class Steps(Protocol):
+    """The part of a Session that this thread calls by itself."""
+
+    def step(self, frame: Frame) -> FrameResult: ...
+
+
+class InferenceThread(Generic[Header]):
+    """Owns a session while it runs: nobody else may call it, others leave requests with `call`.
+
+    A frame that the session rejects (BadFrame) is counted and skipped. Any other failure skips the frame too; the same
+    failure `stop_after_failures` times in a row ends the thread, with the last traceback kept in `failure_traceback`.
+
+    Args:
+        session: its `step` is called for each frame, on this thread.
+        inbox: frames together with what the receiver of the result needs to know about them (the header).
+        on_result: called on this thread with the header, the frame and its result.
+        on_bad_frame: called on this thread with the reason, for each frame that was skipped.
+    """
+
+    def __init__(
+        self,
+        session: Steps,
+        inbox: FrameInbox[tuple[Header, Frame]],
+        on_result: Callable[[Header, Frame, FrameResult], None],
+        on_bad_frame: Callable[[str], None],
+        stop_after_failures: int = 5,
+    ) -> None:
+        self._session = session
+        self._inbox = inbox
+        self._on_result = on_result
+        self._on_bad_frame = on_bad_frame
+        self._stop_after_failures = stop_after_failures
+        self._requests: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self.failure_traceback = ""
+
+    @property
+    def failed(self) -> bool:
+        """The thread has given up; `failure_traceback` says on what."""
+        return bool(self.failure_traceback)
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, request: Callable[[], Answer]) -> "Future[Answer]":
+        """Run `request` on this thread between two frames. Its exception becomes the future's."""
+        future: Future[Answer] = Future()
+        self._requests.put((request, future))
+        self._inbox.wake()
+        if not self.running:
+            self._refuse_requests()
+        return future
+
+    def stop(self, timeout_s: float) -> bool:
+        """Finish the frame at hand and end; False when that took longer than `timeout_s`."""
+        self._stopping.set()
+        self._inbox.close()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        self._refuse_requests()
+        return not self.running
+
+    def _run(self) -> None:
+        failure, times = "", 0
+        try:
+            while not self._stopping.is_set():
+                self._serve_requests()
+                item = self._inbox.take(timeout_s=0.1)
+                if item is None:
+                    continue
+                header, frame = item
+                try:
+                    self._on_result(header, frame, self._session.step(frame))
+                    failure, times = "", 0
+                except BadFrame as error:
+                    self._on_bad_frame(str(error))
+                except Exception as error:
+                    text = f"{type(error).__name__}: {error}"
+                    failure, times = text, times + 1 if text == failure else 1
+                    self._on_bad_frame(f"unexpected failure, frame skipped: {text}")
+                    logger.exception("a frame failed (%d in a row)", times)
+                    if times >= self._stop_after_failures:
+                        self.failure_traceback = traceback.format_exc()
+                        logger.critical("inference stopped after the same failure %d times in a row: %s", times, text)
+                        return
+        finally:
+            self._inbox.close()
+            self._refuse_requests()
+
+    def _serve_requests(self) -> None:
+        while True:
+            try:
+                request, future = self._requests.get_nowait()
+            except Empty:
+                return
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(request())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _refuse_requests(self) -> None:
+        while True:
+            try:
+                _, future = self._requests.get_nowait()
+            except Empty:
+                return
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError("inference has stopped"))

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of the segmenter: the engine's tree (`EngineConfig`, named `group.field`) and the node's own.
+
+`python -m virst_ros.parameters` prints them all with their defaults, as a parameter file; that works without ROS.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from virst_engine.config import EngineConfig, check_fields, parameter
+
+QOS_NAMES = ("DEFAULT", "SENSOR_DATA", "SYSTEM_DEFAULT")
+
+
+@dataclass(frozen=True)
+class NodeParameters:
+    """What the node adds to the engine's configuration."""
+
+    autostart: bool = parameter(True, "configure and activate without waiting for a lifecycle manager")
+    camera_name: str = parameter("camera", "name of the camera; goals may be limited to it")
+    initial_goal: str = parameter("", "goal that is set at the first activation; empty = none")
+    input_qos: str = parameter("SENSOR_DATA", "quality of service of image, depth and camera_info", choices=QOS_NAMES)
+    input_depth: int = parameter(
+        1, "images kept by the middleware; the node itself keeps only the newest", low=1, high=100
+    )
+    output_qos: str = parameter("DEFAULT", "quality of service of mask and camera_info", choices=QOS_NAMES)
+    output_depth: int = parameter(5, "results kept by the middleware for a slow reader", low=1, high=1000)
+    use_depth: bool = parameter(False, "subscribe to the registered depth image and watch its rate and size")
+    overlay: bool = parameter(True, "draw the overlay while somebody subscribes to it", live=True)
+    diagnostics_period_s: float = parameter(1.0, "time between two messages on /diagnostics", low=0.05, high=60.0)
+    no_image_after_s: float = parameter(
+        2.0, "time without an image after which it is reported", low=0.1, high=3600.0, live=True
+    )
+    stop_after_failures: int = parameter(
+        5, "the same unexpected failure this many times in a row stops the inference", low=1, high=1000
+    )
+
+    def __post_init__(self) -> None:
+        check_fields("", self)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One ROS parameter; `low` and `high` are inclusive, None = unlimited."""
+
+    name: str
+    type: type
+    default: Any
+    description: str
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+    live: bool
+
+    @property
+    def constraints(self) -> str:
+        """The allowed values, in words; empty when the type says it all."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f">= {self.low:g}"
+        if self.high is not None:
+            return f"<= {self.high:g}"
+        return ""
+
+
+def _spec(group: str, f: "dataclasses.Field[Any]") -> ParameterSpec:
+    return ParameterSpec(
+        name=f"{group}.{f.name}" if group else f.name,
+        type=f.type,  # type: ignore[arg-type]  # the class itself: the configuration has no string annotations
+        default=f.default,
+        description=f.metadata["description"],
+        low=f.metadata["low"],
+        high=f.metadata["high"],
+        choices=tuple(f.metadata["choices"]),
+        live=f.metadata["live"],
+    )
+
+
+def engine_specs() -> list[ParameterSpec]:
+    """The parameters of `EngineConfig`, in its order."""
+    return [
+        _spec(group.name, f)
+        for group in dataclasses.fields(EngineConfig)
+        for f in dataclasses.fields(group.default_factory)  # type: ignore[arg-type]
+    ]
+
+
+def node_specs(parameters: type = NodeParameters) -> list[ParameterSpec]:
+    """The parameters of a node's own dataclass, in its order."""
+    return [_spec("", f) for f in dataclasses.fields(parameters)]
+
+
+def engine_config(values: Mapping[str, Any]) -> EngineConfig:
+    """The configuration that `values` (by ROS name, others ignored) describe. ValueError where one is not allowed."""
+    groups = {}
+    for group in dataclasses.fields(EngineConfig):
+        kind: Any = group.default_factory
+        chosen = {
+            f.name: values[f"{group.name}.{f.name}"]
+            for f in dataclasses.fields(kind)
+            if f"{group.name}.{f.name}" in values
+        }
+        groups[group.name] = kind(**chosen)
+    return EngineConfig(**groups)
+
+
+def node_parameters(values: Mapping[str, Any], parameters: type = NodeParameters) -> Any:
+    """The node's own parameters out of `values`. ValueError where one is not allowed."""
+    return parameters(**{f.name: values[f.name] for f in dataclasses.fields(parameters) if f.name in values})
+
+
+def declare(node: Any, specs: Iterable[ParameterSpec]) -> None:
+    """Declare parameters on an rclpy node, with their descriptions and ranges; read-only ones cannot change later.
+
+    Raises:
+        rclpy.exceptions.InvalidParameterValueException: a start value is outside its range.
+        rclpy.exceptions.InvalidParameterTypeException: a start value has another type.
+    """
+    # Imported here so that the default parameter file can be printed and tested where there is no ROS.
+    from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, ParameterType
+
+    kinds = {
+        bool: ParameterType.PARAMETER_BOOL,
+        int: ParameterType.PARAMETER_INTEGER,
+        float: ParameterType.PARAMETER_DOUBLE,
+        str: ParameterType.PARAMETER_STRING,
+    }
+    for spec in specs:
+        descriptor = ParameterDescriptor(
+            name=spec.name,
+            type=kinds[spec.type],
+            description=spec.description,
+            additional_constraints=spec.constraints,
+            read_only=not spec.live,
+        )
+        if spec.type is int and (spec.low is not None or spec.high is not None):
+            low = int(spec.low) if spec.low is not None else -(2**63)
+            high = int(spec.high) if spec.high is not None else 2**63 - 1
+            descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
+        if spec.type is float and (spec.low is not None or spec.high is not None):
+            low_f = float(spec.low) if spec.low is not None else -sys.float_info.max
+            high_f = float(spec.high) if spec.high is not None else sys.float_info.max
+            descriptor.floating_point_range = [FloatingPointRange(from_value=low_f, to_value=high_f, step=0.0)]
+        node.declare_parameter(spec.name, spec.default, descriptor)
+
+
+def values_of(node: Any, specs: Iterable[ParameterSpec]) -> dict[str, Any]:
+    """The present values of declared parameters, by name."""
+    return {spec.name: node.get_parameter(spec.name).value for spec in specs}
+
+
+class ParameterGate:
+    """Accepts a change of parameters only when the whole configuration allows it, and then tells `on_change`.
+
+    Made for `add_on_set_parameters_callback`. The checks across fields (anchors attended <= anchor slots) are the
+    configuration's own. `on_change` gets both configurations as they are after the change; it must not fail.
+    """
+
+    def __init__(self, node: Any, on_change: Callable[[EngineConfig, NodeParameters], None]) -> None:
+        self._node = node
+        self._specs = [*engine_specs(), *node_specs()]
+        self._on_change = on_change
+
+    def __call__(self, changes: list[Any]) -> Any:
+        from rcl_interfaces.msg import SetParametersResult
+
+        values = values_of(self._node, self._specs)
+        values.update({change.name: change.value for change in changes})
+        try:
+            engine, node = engine_config(values), node_parameters(values)
+        except ValueError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        self._on_change(engine, node)
+        return SetParametersResult(successful=True)
+
+
+def _yaml_scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        text = f"{value:.12g}"
+        # ROS tells a double from an integer by its decimal point.
+        return text if any(mark in text for mark in ".en") or not math.isfinite(value) else f"{text}.0"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+
+
+def default_yaml() -> str:
+    """A parameter file with every parameter of the segmenter, its default, meaning and range."""
+    lines = [
+        "# SPDX-License-Identifier: Apache-2.0",
+        "# Every parameter of the segmenter with its default. Generated by: python -m virst_ros.parameters",
+        '# "live" = may be changed while the node runs (ros2 param set).',
+        "/**:",
+        "  ros__parameters:",
+    ]
+    group_now = ""
+    for spec in [*node_specs(), *engine_specs()]:
+        group, _, name = spec.name.rpartition(".")
+        if group != group_now:
+            lines.append(f"    {group}:")
+            group_now = group
+        indent = "      " if group else "    "
+        notes = "; ".join(text for text in (spec.description, spec.constraints, "live" if spec.live else "") if text)
+        lines += [f"{indent}# {notes}", f"{indent}{name}: {_yaml_scalar(spec.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(default_yaml())
