@@ -83,6 +83,9 @@ class TrackingParameters:
     overrule_answers: int = parameter(
         2, "answers in a row that must disagree with a confident track before they overrule it", low=1, high=100, live=True
     )
+    replay_steps: int = parameter(
+        3, "cached frames that are replayed per new frame after a late answer", low=2, high=4096, live=True
+    )
 
     def __post_init__(self) -> None:
         check_fields("tracking", self)
@@ -91,6 +94,7 @@ class TrackingParameters:
 @dataclass(frozen=True)
 class ReasonerParameters:
     endpoint: str = parameter("ipc:///tmp/virst_reasoner", "ZeroMQ address of the reasoner process")
+    curve_keys: str = parameter("", "folder of CURVE keys, needed for tcp:// (virst-reasoner --make-curve-keys)")
     period_s: float = parameter(1.0, "time between refreshes of a tracked goal", low=0.0, high=3600.0, live=True)
     retry_s: float = parameter(0.3, "least time between requests of a goal that is not tracked", low=0.0, high=3600.0, live=True)
     ttl_s: float = parameter(5.0, "a request without an answer for this long is given up and asked again", low=0.01, high=600.0, live=True)

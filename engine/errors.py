@@ -26,5 +26,9 @@ class WireError(VirstError):
     """A message that breaks the reasoner's wire protocol. It is dropped."""
 
 
+class EndpointError(VirstError):
+    """A reasoner address that cannot be used: malformed, taken, without permission, tcp without keys."""
+
+
 class SceneError(VirstError):
     """A simulated scene or recording that cannot be made, found or read."""

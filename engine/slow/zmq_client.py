@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The session's end of the border to the reasoner process. Nothing here ever waits for the other side.
+
+There is no thread: each call moves whatever can be moved right now. ZeroMQ's own thread does the sending, and connects
+again by itself when the reasoner was killed. A request that was under way then is lost; the session asks again.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+from virst_engine.errors import EndpointError, WireError
+from virst_engine.slow import wire
+from virst_engine.slow.zmq_endpoint import bound_memory, check_endpoint, receive, use_client_keys
+from virst_engine.types import ReasonerAnswer, ReasonerRequest
+from zmq.utils.monitor import parse_monitor_message
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_REQUESTS = 64  # answers to older ones are dropped
+MESSAGES_PER_CALL = 16  # bounds the work of one call when garbage pours in
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the answer to a request must repeat."""
+
+    epoch: int
+    goal_id: str
+    frames: tuple[tuple[int, int], ...]  # (step, stamp_ns)
+
+
+class ZmqReasonerClient:
+    """A ReasonerClient over ZeroMQ. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        curve_keys: str = "",
+        heartbeat_s: float = 0.5,
+        silent_after_s: float = 2.0,
+        busy_after_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start connecting. `status` complains of silence after `silent_after_s` and of one endless request after
+        `busy_after_s`. Raises EndpointError for an address or keys that can never work.
+        """
+        check_endpoint(endpoint, curve_keys)
+        self._endpoint = endpoint
+        self._heartbeat_s, self._silent_after_s, self._busy_after_s = heartbeat_s, silent_after_s, busy_after_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._unsent: dict[str, list[wire.Buffer]] = {}  # by goal
+        self._asked: OrderedDict[int, _Asked] = OrderedDict()  # by request id
+        self._answers: list[ReasonerAnswer] = []
+        self._is_connected = False
+        self._problem = ""  # what the other side said or did wrong; cleared by a good message
+        self._heartbeat: wire.Heartbeat | None = None
+        self._next_hello_s = clock()
+        self._unheard_since_s: float | None = None  # the first hello that nothing has followed yet
+        self._is_closed = False
+        self._context = zmq.Context()
+        try:
+            self._socket, self._events = self._connect(curve_keys)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+
+    def _connect(self, curve_keys: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        socket = self._context.socket(zmq.DEALER)
+        bound_memory(socket, messages=1)
+        socket.immediate = True  # no queue for a reasoner that is not there: it would get outdated requests
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
+        if curve_keys:
+            use_client_keys(socket, curve_keys)
+        events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _REFUSED)
+        try:
+            socket.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            raise EndpointError(f"{self._endpoint} is no address: {error}; set reasoner.endpoint") from error
+        return socket, events
+
+    def submit(self, request: ReasonerRequest) -> None:
+        """Leave a request; it replaces an unsent one of the same goal. The clip's arrays must not change any more.
+
+        Raises:
+            WireError: the request breaks a bound of the protocol.
+        """
+        parts = wire.encode(request)
+        clip = request.clip
+        frames = tuple(zip(clip.steps.tolist(), clip.stamps_ns.tolist(), strict=True))
+        with self._lock:
+            if self._is_closed:
+                return
+            self._asked[request.request_id] = _Asked(request.epoch, request.goal_id, frames)
+            while len(self._asked) > REMEMBERED_REQUESTS:
+                self._asked.popitem(last=False)
+            self._unsent[request.goal_id] = parts
+            self._exchange()
+
+    def cancel(self, goal_id: str) -> None:
+        """The goal is gone: its waiting request is dropped, here and in the reasoner."""
+        with self._lock:
+            self._unsent.pop(goal_id, None)
+            if not self._is_closed:
+                self._exchange()
+                self._send(wire.encode(wire.Cancel(goal_id)))
+
+    def poll(self) -> list[ReasonerAnswer]:
+        """The answers that came since the last call. Only answers to requests of this client come through."""
+        with self._lock:
+            if not self._is_closed:
+                self._exchange()
+            answers, self._answers = self._answers, []
+            return answers
+
+    def status(self) -> str:
+        """Empty when a reasoner listens, else why not and what to do."""
+        with self._lock:
+            if self._is_closed:
+                return "the connection to the reasoner is closed"
+            self._exchange()
+            if self._problem:
+                return self._problem
+            if not self._is_connected:
+                return f"no reasoner answers at {self._endpoint}; start virst-reasoner"
+            silent_s = 0.0 if self._unheard_since_s is None else self._clock() - self._unheard_since_s
+            if self._heartbeat is None:
+                return f"the reasoner at {self._endpoint} is there but has not answered for {silent_s:.1f} s (loading?)"
+            if silent_s > self._silent_after_s:
+                return f"the reasoner at {self._endpoint} hangs, silent for {silent_s:.1f} s; restart virst-reasoner"
+            if self._heartbeat.busy_s > self._busy_after_s:
+                return (
+                    f"the reasoner at {self._endpoint} has worked on one request for {self._heartbeat.busy_s:.0f} s; "
+                    "restart virst-reasoner, or give it a faster device"
+                )
+            return ""
+
+    def close(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._send(wire.encode(wire.Cancel("")))
+            self._is_closed = True
+            self._unsent.clear()
+            self._socket.disable_monitor()
+            self._socket.close(linger=50)  # ms, so that the farewell can leave
+            self._context.term()
+
+    def _exchange(self) -> None:
+        self._watch_connection()
+        self._receive_messages()
+        if self._is_connected and self._clock() >= self._next_hello_s:
+            self._next_hello_s = self._clock() + self._heartbeat_s
+            if self._unheard_since_s is None:
+                self._unheard_since_s = self._clock()
+            self._send(wire.encode(wire.Hello()))
+        for goal_id in list(self._unsent):
+            if not self._send(self._unsent[goal_id]):
+                break
+            del self._unsent[goal_id]
+
+    def _watch_connection(self) -> None:
+        while self._events.poll(0):
+            event = parse_monitor_message(self._events.recv_multipart())["event"]
+            was_connected, self._is_connected = self._is_connected, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._heartbeat = self._unheard_since_s = None
+            self._next_hello_s = self._clock()
+            if self._is_connected or was_connected:
+                self._problem = ""
+            if event & _REFUSED:
+                self._problem = (
+                    f"the reasoner at {self._endpoint} does not accept our keys; set reasoner.curve_keys to the folder "
+                    "that it was started with"
+                )
+
+    def _receive_messages(self) -> None:
+        for _ in range(MESSAGES_PER_CALL):
+            try:
+                parts = receive(self._socket)
+            except zmq.Again:
+                return
+            self._unheard_since_s = None
+            try:
+                self._accept(wire.decode(parts))
+            except WireError as error:
+                logger.warning("dropped a message of the reasoner: %s", error)
+                self._problem = f"the reasoner at {self._endpoint} sends what we do not understand: {error}"
+
+    def _accept(self, message: wire.Message) -> None:
+        match message:
+            case wire.Heartbeat():
+                self._heartbeat = message
+                self._problem = ""
+            case ReasonerAnswer():
+                self._check_answer(message)
+                self._answers.append(message)
+            case wire.Refusal():
+                logger.warning("the reasoner refused a message: %s", message.error)
+                self._problem = f"the reasoner at {self._endpoint} refuses our messages: {message.error}"
+            case _:
+                raise WireError(f"kind: a reasoner does not send {type(message).__name__}")
+
+    def _check_answer(self, answer: ReasonerAnswer) -> None:
+        asked = self._asked.get(answer.request_id)
+        if asked is None:
+            raise WireError(f"request_id: {answer.request_id} was not asked, or answered before")
+        if (answer.epoch, answer.goal_id) != (asked.epoch, asked.goal_id):
+            raise WireError(f"goal_id: request {answer.request_id} was about goal {asked.goal_id}, epoch {asked.epoch}")
+        if answer.prompts and tuple((prompt.step, prompt.stamp_ns) for prompt in answer.prompts) != asked.frames:
+            raise WireError(f"steps: the answer to request {answer.request_id} is about other frames")
+        del self._asked[answer.request_id]
+
+    def _send(self, parts: list[wire.Buffer]) -> bool:
+        """Whether ZeroMQ took the message; it does not while nobody is connected or an earlier one is stuck."""
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        return True
