@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of every object, in buffers that are allocated once.
+
+Anchors are permanent (never aged out by time, replaced only by newer anchors), recent frames are temporary. One frame
+attends to the alpha anchors nearest in time and to the P - 1 recent entries (VIRST, section 3.4), with the temporal
+encodings of SAM 2: anchors all share row P - 1 of maskmem_tpos_enc, the recent entry k writes ago has row k - 1
+(sam2/modeling/sam2_base.py, `_prepare_memory_conditioned_features`, commit 2b90b9f).
+
+Departures from SAM 2:
+- Causal: an anchor of a later step than the frame is never attended.
+- Writes are gated by the caller, and "k frames back" means k *writes* back, as in SAMURAI: an object that was hidden
+  for a second still has its last P - 1 views. Without gating both meanings are the same.
+- Object pointers keep their true distance in steps. Those of the attended anchors come on top of the last
+  `pointers - 1` written ones.
+- A frame that is an anchor may be in the recent ring too, with the mask that was tracked there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from virst_engine.backends.base import StageSizes
+from virst_engine.config import MemoryParameters
+from virst_engine.types import MemoryEntry, MemoryTensors
+
+EMPTY = -1  # in place of a step: nothing is remembered there
+
+
+class MemoryBank:
+    """Memory of `rows` objects. Contents are on the device; which step sits where is numpy, so nothing waits."""
+
+    def __init__(
+        self,
+        sizes: StageSizes,
+        parameters: MemoryParameters,
+        rows: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._anchors, self._recent, self._pointers = (
+            parameters.anchor_slots, parameters.recent_frames, parameters.pointers - 1,
+        )  # fmt: skip
+        if self._recent >= sizes.memory_frames:
+            raise ValueError(
+                f"memory.recent_frames must be < the model's {sizes.memory_frames} memory frames, got {self._recent}"
+            )
+        self._attended = parameters.anchors_attended
+        self._anchor_tpos = sizes.memory_frames - 1
+        # Anchors first, then the ring: one gather reads both.
+        columns = self._anchors + self._recent
+        shape = (rows, columns, sizes.memory_channels, sizes.grid, sizes.grid)
+        self._spatial = torch.zeros(shape, device=device, dtype=dtype)
+        self._pointer = torch.zeros((rows, self._anchors + self._pointers, sizes.channels), device=device, dtype=dtype)
+        self._anchor_steps = np.full((rows, self._anchors), EMPTY, dtype=np.int64)
+        self._recent_steps = np.full((rows, self._recent), EMPTY, dtype=np.int64)
+        self._pointer_steps = np.full((rows, self._pointers), EMPTY, dtype=np.int64)
+        self._writes = np.zeros(rows, dtype=np.int64)  # recent entries ever written; the next goes to writes % ring
+
+    def remember_anchor(self, slot: int, step: int, entry: MemoryEntry, entry_row: int = 0) -> None:
+        """Keep row `entry_row` of `entry` as an anchor; an anchor of the same step is replaced.
+
+        The first anchor stays for good: it is what the user meant. When all slots are full, the oldest of the others
+        makes room, unless the new one is older still.
+        """
+        steps = self._anchor_steps[slot]
+        same, free = np.flatnonzero(steps == step), np.flatnonzero(steps == EMPTY)
+        if same.size:
+            column = int(same[0])
+        elif free.size:
+            column = int(free[0])
+        elif self._anchors == 1:
+            column = 0
+        else:
+            column = 1 + int(steps[1:].argmin())
+            if steps[column] > step:
+                return
+        self._spatial[slot, column].copy_(entry.spatial[entry_row])
+        self._pointer[slot, column].copy_(entry.pointer[entry_row])
+        steps[column] = step
+
+    def remember_recent(self, slot: int, step: int, entry: MemoryEntry, entry_row: int = 0) -> None:
+        """Push row `entry_row` of `entry` into the ring of recent frames; the oldest entry falls out."""
+        writes = int(self._writes[slot])
+        column = writes % self._recent
+        self._spatial[slot, self._anchors + column].copy_(entry.spatial[entry_row])
+        self._recent_steps[slot, column] = step
+        if self._pointers:
+            column = writes % self._pointers
+            self._pointer[slot, self._anchors + column].copy_(entry.pointer[entry_row])
+            self._pointer_steps[slot, column] = step
+        self._writes[slot] = writes + 1
+
+    def clear(self, slot: int) -> None:
+        self._anchor_steps[slot] = EMPTY
+        self._recent_steps[slot] = EMPTY
+        self._pointer_steps[slot] = EMPTY
+        self._writes[slot] = 0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Make `target` remember what `source` does, and nothing else."""
+        for buffer in (self._spatial, self._pointer):
+            buffer[target].copy_(buffer[source])
+        for table in (self._anchor_steps, self._recent_steps, self._pointer_steps, self._writes):
+            table[target] = table[source]
+
+    def is_empty(self, slot: int) -> bool:
+        return self._anchor_steps[slot, 0] == EMPTY and self._writes[slot] == 0
+
+    def anchor_steps(self, slot: int) -> list[int]:
+        """Steps of the anchors kept, ascending."""
+        return sorted(int(step) for step in self._anchor_steps[slot] if step != EMPTY)
+
+    def recent_steps(self, slot: int) -> list[int]:
+        """Steps of the recent ring, ascending."""
+        return sorted(int(step) for step in self._recent_steps[slot] if step != EMPTY)
+
+    @torch.inference_mode()
+    def read(self, step: int, slots: Sequence[int]) -> MemoryTensors:
+        """What frame `step` attends to, one row per slot; a copy. Shapes depend on the number of slots only."""
+        rows = np.asarray(slots, dtype=np.int64)[:, None]
+        anchor_steps = self._anchor_steps[rows[:, 0]]
+        usable = (anchor_steps != EMPTY) & (anchor_steps <= step)
+        age = np.where(usable, step - anchor_steps, np.iinfo(np.int64).max)
+        anchors = age.argsort(axis=1, kind="stable")[:, : self._attended]
+        anchors_valid = np.take_along_axis(usable, anchors, axis=1)
+        anchors_age = np.take_along_axis(age, anchors, axis=1)
+
+        writes = self._writes[rows]
+        back = np.arange(1, self._recent + 1)
+        recent, recent_valid = (writes - back) % self._recent, writes >= back
+        columns = np.concatenate((anchors, self._anchors + recent), axis=1)
+        valid = np.concatenate((anchors_valid, recent_valid), axis=1)
+        tpos = np.empty_like(columns)
+        tpos[:, : self._attended], tpos[:, self._attended :] = self._anchor_tpos, back - 1
+
+        pointers, pointers_valid, distance = anchors, anchors_valid, anchors_age
+        if self._pointers:
+            back = np.arange(1, self._pointers + 1)
+            recent, recent_valid = (writes - back) % self._pointers, writes >= back
+            recent_age = step - np.take_along_axis(self._pointer_steps[rows[:, 0]], recent, axis=1)
+            pointers = np.concatenate((anchors, self._anchors + recent), axis=1)
+            pointers_valid = np.concatenate((anchors_valid, recent_valid), axis=1)
+            distance = np.concatenate((anchors_age, recent_age), axis=1)
+        distance = np.where(pointers_valid, distance, 0).astype(np.float32)
+
+        return MemoryTensors(
+            spatial=_gather(self._spatial, rows, columns),
+            spatial_tpos=self._on_device(tpos),
+            spatial_valid=self._on_device(valid),
+            pointers=_gather(self._pointer, rows, pointers),
+            pointer_distance=self._on_device(distance),
+            pointer_valid=self._on_device(pointers_valid),
+        )
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._spatial.device, non_blocking=True)
+
+
+def _gather(buffer: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+    flat = torch.from_numpy((rows * buffer.shape[1] + columns).reshape(-1)).to(buffer.device, non_blocking=True)
+    return buffer.flatten(0, 1).index_select(0, flat).unflatten(0, columns.shape)

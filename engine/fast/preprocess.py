@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Camera image -> what the networks read. SAM 2 squashes to a square too; aspect is not kept (sam2 SAM2Transforms)."""
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from virst_engine.errors import BadFrame
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_image(image: object) -> None:
+    """Raises BadFrame unless `image` is uint8, height x width x 3 and has pixels."""
+    if not isinstance(image, np.ndarray):
+        raise BadFrame(f"an image must be a numpy array, got {type(image).__name__}; convert it before the engine")
+    if image.dtype != np.uint8:
+        raise BadFrame(f"an image must be uint8, got {image.dtype}; scale it to 0..255 and convert it")
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise BadFrame(f"an image must be height x width x 3 (RGB), got {image.shape}; convert it to RGB")
+    if image.shape[0] == 0 or image.shape[1] == 0:
+        raise BadFrame(f"an image must have pixels, got {image.shape[1]} x {image.shape[0]}; check the camera driver")
+
+
+def resize_image(image_rgb_u8: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The image squashed to a square; a copy, even where the size is right already."""
+    height, width = image_rgb_u8.shape[:2]
+    if (height, width) == (size, size):
+        return image_rgb_u8.copy()
+    # Averaging keeps small things when shrinking; it is nearest neighbour, hence blocky, when enlarging.
+    shrinks = height >= size and width >= size
+    return cv2.resize(image_rgb_u8, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+class Preprocess:
+    """Keeps the normalisation constants on the device, so that only uint8 pixels travel to it."""
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self._size, self._device = size, torch.device(device)
+        mean = torch.tensor(IMAGENET_MEAN, device=self._device).reshape(3, 1, 1)
+        std = torch.tensor(IMAGENET_STD, device=self._device).reshape(3, 1, 1)
+        self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
+
+    def __call__(self, image_rgb_u8: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "1 3 size size"]:
+        """float32 pixels: squashed, ImageNet mean and deviation. The image has passed `check_image`."""
+        pixels = torch.from_numpy(resize_image(image_rgb_u8, self._size)).to(self._device)
+        return (pixels.permute(2, 0, 1) * self._scale + self._shift)[None].contiguous()

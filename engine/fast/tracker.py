@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One camera frame in, the masks of all objects out: a causal Temporal Dynamic Anchor Updater (VIRST, section 3.4).
+
+Published VIRST has the whole video and attends to future anchors. Here an anchor arrives late, for a past frame. It is
+decoded on the cached features of that frame and no other. Where it contradicts what was tracked, the frames since then
+are replayed from the cache on a shadow row of the memory bank, a few per new frame, so that the stream goes on; when
+the shadow has caught up, it replaces the object's row at once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from virst_engine.backends.base import Stages
+from virst_engine.config import MemoryParameters, TrackingParameters
+from virst_engine.fast.feature_ring import FeatureRing
+from virst_engine.fast.memory_bank import MemoryBank
+from virst_engine.fast.preprocess import Preprocess, check_image
+from virst_engine.timing import StageTimer
+from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One object in one frame, as the mask decoder sees it."""
+
+    step: int
+    mask_logits: Float[Tensor, "hm wm"]
+    iou: float  # predicted IoU
+    presence: float  # probability that the object is visible
+    is_present: bool  # visible, with at least one pixel
+    is_remembered: bool  # good enough to be written to memory
+
+
+@dataclass(frozen=True)
+class TrackedFrame:
+    """One processed frame. `features` is a view into the ring: copy what has to outlive it."""
+
+    step: int
+    stamp_ns: int
+    features: ImageFeatures
+
+
+@dataclass(frozen=True)
+class DecodedAnchors:
+    """The prompts of one answer, each decoded on the features of its own frame (b = k); oldest first."""
+
+    steps: tuple[int, ...]
+    is_cached: tuple[bool, ...]  # in the ring, so the frames since then can be replayed; else only pinned
+    is_present: tuple[bool, ...]
+    agreement: tuple[float | None, ...]  # IoU with the mask believed there; None: the object was not looked for there
+    features: ImageFeatures
+    prediction: MaskPrediction
+    sightings: tuple[Sighting, ...]
+
+
+class Tracker:
+    """Owns the stages' inputs and outputs between frames. One thread only.
+
+    Row `slot` of the memory bank is the object of that slot, row `slots + slot` its shadow during a replay.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        memory: MemoryParameters,
+        tracking: TrackingParameters,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._stages, self._parameters, self._tracking, self._device = stages, memory, tracking, torch.device(device)
+        self._slots = tracking.max_objects
+        self._preprocess = Preprocess(stages.sizes.image_size, self._device)
+        self._memory = MemoryBank(stages.sizes, memory, 2 * self._slots, device=self._device)
+        self._ring = FeatureRing(memory.ring_steps, 2 * self._slots, self._slots, stages.sizes.mask, self._device)
+        self._sightings: dict[int, Sighting] = {}  # row -> the newest one
+        self._replays: dict[int, int] = {}  # slot -> last step that its shadow has seen
+        self._step = -1
+
+    @property
+    def memory(self) -> MemoryBank:
+        return self._memory
+
+    @property
+    def ring(self) -> FeatureRing:
+        return self._ring
+
+    @torch.inference_mode()
+    def step(self, frame: Frame, timer: StageTimer | None = None) -> TrackedFrame:
+        """Segment every remembered object in a new frame and update its memory. `sighting` tells what was found.
+
+        Raises BadFrame, before anything has changed.
+        """
+        timer = timer or StageTimer(self._device)
+        check_image(frame.image_rgb_u8)
+        with timer.stage("preprocess"):
+            pixels = self._preprocess(frame.image_rgb_u8)
+        with timer.stage("image_encoder"):
+            features = self._stages.image_encoder(pixels)
+
+        self._step += 1
+        self._ring.push(self._step, frame.stamp_ns, features)
+        slots = [slot for slot in range(self._slots) if not self._memory.is_empty(slot)]
+        if slots:
+            self._propagate(self._step, features, slots, timer)
+        return TrackedFrame(self._step, frame.stamp_ns, features)
+
+    def sighting(self, slot: int) -> Sighting | None:
+        """The object in the newest frame; None while nothing is remembered of it."""
+        sighting = self._sightings.get(slot)
+        return sighting if sighting is not None and sighting.step == self._step else None
+
+    @torch.inference_mode()
+    def decode_anchors(self, slot: int, steps: Sequence[int], prompts: Float[Tensor, "k n c"]) -> DecodedAnchors | None:
+        """Decode the prompts whose frames are still cached; None when none is. Nothing is remembered yet.
+
+        Args:
+            steps: each prompt's frame, ascending.
+        """
+        kept = [i for i, step in enumerate(steps) if self._ring.has(step) or self._ring.has_pinned(slot, step)]
+        if not kept:
+            return None
+        kept_steps = tuple(steps[i] for i in kept)
+        features = self._ring.gather(kept_steps, slot)
+        prediction = self._stages.mask_decoder(features, None, prompts[kept].to(self._device))
+        sightings = self._look(prediction, kept_steps)
+        return DecodedAnchors(
+            steps=kept_steps,
+            is_cached=tuple(self._ring.has(step) for step in kept_steps),
+            is_present=tuple(s.is_present for s in sightings),
+            agreement=tuple(self._agreement(slot, s) for s in sightings),
+            features=features,
+            prediction=prediction,
+            sightings=tuple(sightings),
+        )
+
+    @torch.inference_mode()
+    def add_anchors(self, slot: int, anchors: DecodedAnchors, chosen: Sequence[int]) -> None:
+        """Remember the chosen ones of `anchors` next to what is known of the object."""
+        self._remember_anchors(slot, anchors, chosen)
+
+    @torch.inference_mode()
+    def start_over(self, slot: int, anchors: DecodedAnchors, chosen: Sequence[int]) -> None:
+        """Begin a shadow that knows the chosen anchors only; `catch_up` brings it to the present and swaps it in.
+
+        Until then the object is tracked as before. The shadow starts at the newest chosen anchor.
+        """
+        shadow = self._slots + slot
+        self._memory.clear(shadow)
+        self._ring.forget(shadow)
+        self._remember_anchors(shadow, anchors, chosen)
+        for i in chosen:
+            sighting = anchors.sightings[i]
+            self._ring.believe(sighting.step, shadow, sighting.mask_logits > 0)
+            self._sightings[shadow] = sighting
+        self._replays[slot] = anchors.steps[chosen[-1]]
+
+    @torch.inference_mode()
+    def jump(self, slot: int, anchors: DecodedAnchors, chosen: int) -> None:
+        """Know the object by one anchor whose frame the ring has lost; the next frame attends to it as it is."""
+        self.forget(slot)
+        self._remember_anchors(slot, anchors, [chosen])
+
+    def is_replaying(self, slot: int) -> bool:
+        return slot in self._replays
+
+    @torch.inference_mode()
+    def catch_up(self) -> list[int]:
+        """Replay at most `tracking.replay_steps` cached frames; the slots whose shadow took over in this frame.
+
+        The shadow that is furthest behind moves first: shadows meet at the same frame and then move as one batch.
+        """
+        unmeasured = StageTimer()
+        for _ in range(self._tracking.replay_steps):
+            behind = min(self._replays.values(), default=self._step)
+            if behind == self._step:
+                break
+            # A frame that was evicted meanwhile is skipped: memory attention does not need consecutive frames.
+            step = max(behind + 1, self._ring.oldest_step())
+            features = self._ring.features(step)
+            if features is None:
+                raise AssertionError(f"step {step} is neither evicted nor cached")
+            slots = [slot for slot, seen in self._replays.items() if seen < step]
+            self._propagate(step, features, [self._slots + slot for slot in slots], unmeasured)
+            for slot in slots:
+                self._replays[slot] = step
+
+        done = [slot for slot, seen in self._replays.items() if seen == self._step]
+        for slot in done:
+            self._take_over(slot)
+        return done
+
+    def pin(self, slot: int, step: int) -> None:
+        """Keep the features of this frame for a late answer about the object, however late."""
+        self._ring.pin(slot, step)
+
+    def forget(self, slot: int) -> None:
+        """The object and its shadow were never there."""
+        for row in (slot, self._slots + slot):
+            self._memory.clear(row)
+            self._ring.forget(row)
+            self._sightings.pop(row, None)
+        self._ring.release_pin(slot)
+        self._replays.pop(slot, None)
+
+    def restart(self) -> None:
+        """Forget all objects and all cached frames. Steps go on: no step ever names two frames."""
+        for slot in range(self._slots):
+            self.forget(slot)
+        self._ring.clear()
+
+    def _propagate(self, step: int, features: ImageFeatures, rows: list[int], timer: StageTimer) -> None:
+        """Memory -> mask -> memory, for the objects of these rows in one frame, live or replayed."""
+        with timer.stage("memory_attention"):
+            conditioned = self._stages.memory_attention(features, self._memory.read(step, rows))
+        with timer.stage("mask_decoder"):
+            prediction = self._stages.mask_decoder(features, conditioned, None)
+            sightings = self._look(prediction, [step] * len(rows))
+
+        if any(s.is_remembered for s in sightings):
+            with timer.stage("memory_encoder"):
+                entry = self._stages.memory_encoder(features, prediction)
+                for i, (row, sighting) in enumerate(zip(rows, sightings, strict=True)):
+                    if sighting.is_remembered:  # a hidden object must not overwrite what we remember of it
+                        self._memory.remember_recent(row, step, entry, i)
+        for row, sighting in zip(rows, sightings, strict=True):
+            self._sightings[row] = sighting
+            self._believe(step, row, sighting)
+
+    def _look(self, prediction: MaskPrediction, steps: Sequence[int]) -> list[Sighting]:
+        # One transfer from the device for all numbers of all objects.
+        largest = prediction.mask_logits.flatten(1).amax(dim=1)
+        numbers = torch.stack((prediction.iou, prediction.object_score_logits, largest)).tolist()
+        sightings = []
+        for i, (iou, score, logit) in enumerate(zip(*numbers, strict=True)):
+            is_present = score > 0 and logit > 0
+            is_remembered = is_present and iou >= self._parameters.min_write_iou  # False for NaN
+            presence = 1.0 / (1.0 + math.exp(-max(min(score, 60.0), -60.0)))
+            sightings.append(Sighting(steps[i], prediction.mask_logits[i], iou, presence, is_present, is_remembered))
+        return sightings
+
+    def _believe(self, step: int, row: int, sighting: Sighting) -> None:
+        mask = sighting.mask_logits > 0
+        self._ring.believe(step, row, mask if sighting.is_present else torch.zeros_like(mask))
+
+    def _agreement(self, slot: int, sighting: Sighting) -> float | None:
+        believed = self._ring.belief(sighting.step, slot)
+        if believed is None:
+            return None
+        decoded = sighting.mask_logits > 0 if sighting.is_present else torch.zeros_like(believed)
+        union = int((believed | decoded).sum())
+        return int((believed & decoded).sum()) / union if union else 1.0
+
+    def _remember_anchors(self, row: int, anchors: DecodedAnchors, chosen: Sequence[int]) -> None:
+        entry: MemoryEntry = self._stages.memory_encoder(anchors.features, anchors.prediction)
+        for i in chosen:
+            self._memory.remember_anchor(row, anchors.steps[i], entry, i)
+
+    def _take_over(self, slot: int) -> None:
+        shadow = self._slots + slot
+        self._memory.copy_slot(shadow, slot)
+        self._ring.copy_slot(shadow, slot)
+        self._sightings[slot] = self._sightings.pop(shadow)
+        self._memory.clear(shadow)
+        self._ring.forget(shadow)
+        del self._replays[slot]

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public entry point: frames and sentences in, masks out. Joins the fast path (every frame) and the slow one."""
+
+import dataclasses
+import logging
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from virst_engine.backends.base import Stages
+from virst_engine.config import EngineConfig
+from virst_engine.errors import BadFrame, VirstError
+from virst_engine.fast.object_registry import ObjectRegistry
+from virst_engine.fast.postprocess import empty_mask, mask_at_size
+from virst_engine.fast.preprocess import check_image, resize_image
+from virst_engine.fast.tracker import DecodedAnchors, Sighting, TrackedFrame, Tracker
+from virst_engine.slow.anchors import Action, AnchorEvidence, Decision, Situation, decide, select_anchors
+from virst_engine.slow.frame_window import FrameWindow
+from virst_engine.slow.goals import GoalBook, OpenRequest
+from virst_engine.slow.reasoner import ReasonerClient
+from virst_engine.timing import StageTimer
+from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState, Prompt
+
+logger = logging.getLogger(__name__)
+
+WEAK_ANCHOR_SCORE = 0.5  # factor on the score of an object known only by an anchor that could not be replayed
+
+
+@dataclass
+class _Track:
+    """What the fast path knows of one goal's object."""
+
+    goal: Goal
+    slot: int
+    state: ObjectState = ObjectState.SEARCHING
+    absent_steps: int = 0
+    is_settled: bool = False  # by an answer that saw a full window
+    is_weak: bool = False  # known only by an anchor whose frame was evicted
+    disagreements: int = 0
+    newest_anchor_ns: int | None = None
+    replay_anchor_ns: int | None = None  # becomes the newest anchor when the replay is through
+    replay_is_settled: bool = False
+    latency_s: float = float("nan")
+    problem: str = ""  # what was wrong with the newest answer
+
+
+@dataclass(frozen=True)
+class _Command:
+    """Left by any thread, carried out at the start of the next frame by the thread that owns the models."""
+
+    add: _Track | None = None
+    remove: _Track | None = None
+    reset: bool = False
+
+
+class Session:
+    """Segments what sentences mean in the stream of one camera.
+
+    `set_goal`, `clear_goal`, `goals`, `goal_states` and `reset` may be called from any thread; `step` from one, which
+    owns the models. Answers of the reasoner are taken within `step`, which never waits for them.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        stages: Stages,
+        reasoner: ReasonerClient,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """The session closes the reasoner's client. `device` is where the stages are; default: config.model.device."""
+        self._config, self._reasoner = config, reasoner
+        self._device = torch.device(config.model.device if device is None else device)
+        self._sizes = stages.sizes
+        self._tracker = Tracker(stages, config.memory, config.tracking, device=self._device)
+        self._window = FrameWindow(config.reasoner.clip_frames, config.reasoner.clip_spacing_s)
+        self._tracks: dict[str, _Track] = {}  # by goal id; the step thread's own
+        self._camera: str | None = None
+        self._newest_ns: int | None = None
+        self._trouble = ""  # the reasoner's status
+        self._is_closed = False
+
+        self._lock = threading.Lock()  # guards what follows; never held while a model runs
+        self._book = GoalBook(config.goal, config.reasoner, config.tracking.max_objects)
+        self._registry = ObjectRegistry(config.tracking.max_objects)
+        self._commands: list[_Command] = []
+        self._pending: dict[str, _Track] = {}  # every goal that is set, the newest included
+        self._states: dict[str, ObjectState] = {}
+
+    @classmethod
+    def open(cls, config: EngineConfig | None = None, reasoner: ReasonerClient | None = None) -> "Session":
+        """A session with the weights and the reasoner that the configuration names.
+
+        Raises:
+            WeightsError: the weights are missing, damaged or made for another model.
+            EndpointError: the reasoner's address can never work. An absent reasoner is no error: it may come later.
+        """
+        # Imported here: a session with other stages or another client needs neither.
+        from virst_engine.weights import load_stages
+
+        config = EngineConfig() if config is None else config
+        if config.model.threads:
+            torch.set_num_threads(config.model.threads)
+        stages = load_stages(config.model)
+        if reasoner is None:
+            from virst_engine.slow.zmq_client import ZmqReasonerClient
+
+            reasoner = ZmqReasonerClient(config.reasoner.endpoint)
+        return cls(config, stages, reasoner)
+
+    def set_goal(
+        self, sentence: str, *, goal_id: str = "", object_id: str = "", camera: str = "", replace: bool = False
+    ) -> Goal:
+        """Start looking for what the sentence means; returns at once. Empty ids are filled in.
+
+        With `replace`, every other goal is cleared first.
+
+        Raises:
+            BadGoal: it cannot be set; nothing has changed.
+        """
+        with self._lock:
+            goal = self._book.prepare(sentence, goal_id=goal_id, object_id=object_id, camera=camera, replace=replace)
+            if replace:
+                for old in self._book.goals():
+                    self._clear(old.goal_id)
+            assignment = self._registry.assign(goal.object_id)
+            goal = dataclasses.replace(goal, instance_id=assignment.instance_id)
+            self._book.put(goal)
+            track = _Track(goal, assignment.slot)
+            self._pending[goal.goal_id] = track
+            self._commands.append(_Command(add=track))
+        logger.info("goal %s: %s", goal.goal_id, goal.sentence)
+        return goal
+
+    def clear_goal(self, goal_id: str) -> Goal:
+        """Stop tracking its object. Raises UnknownGoal."""
+        with self._lock:
+            return self._clear(goal_id)
+
+    def goals(self) -> tuple[Goal, ...]:
+        """In the order in which they were set."""
+        with self._lock:
+            return self._book.goals()
+
+    def goal_states(self) -> dict[str, ObjectState]:
+        """Goal id -> its object's state in the newest frame; SEARCHING for a goal that no frame has met yet."""
+        with self._lock:
+            return {goal.goal_id: self._states.get(goal.goal_id, ObjectState.SEARCHING) for goal in self._book.goals()}
+
+    def reset(self) -> None:
+        """Forget all that was seen; goals stay and are asked about anew. Answers on their way are dropped."""
+        with self._lock:
+            self._book.new_epoch()
+            self._commands.append(_Command(reset=True))
+
+    def close(self) -> None:
+        """Give back the reasoner's connection. May be called twice."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._reasoner.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.inference_mode()
+    def step(self, frame: Frame) -> FrameResult:
+        """Segment one new frame. A stamp older than the last one's (a bag that starts again) resets the session first.
+
+        Raises:
+            BadFrame: the image cannot be used, or comes from another camera; nothing has changed.
+        """
+        self._check(frame)
+        if self._newest_ns is not None and frame.stamp_ns < self._newest_ns:
+            logger.warning("the clock went back by %.3f s: starting over", (self._newest_ns - frame.stamp_ns) / 1e9)
+            self.reset()
+        self._carry_out_commands()
+        self._camera, self._newest_ns = frame.camera, frame.stamp_ns
+
+        timer = StageTimer(self._device)
+        tracked = self._tracker.step(frame, timer)
+        with timer.stage("window"):
+            self._remember_for_reasoner(frame, tracked)
+        for track in self._tracks.values():
+            self._note_sighting(track)
+        with timer.stage("anchors"):
+            self._listen(frame)
+            self._ask(frame)
+            self._listen(frame)  # a reasoner in this process has answered already
+        with timer.stage("replay"):
+            for slot in self._tracker.catch_up():
+                self._note_takeover(slot)
+        with timer.stage("postprocess"):
+            height, width = frame.image_rgb_u8.shape[:2]
+            objects = tuple(
+                self._result(track, frame.stamp_ns, height, width)
+                for track in self._tracks.values()
+                if track.goal.camera in ("", frame.camera)
+            )
+        with self._lock:
+            self._states = {goal_id: track.state for goal_id, track in self._tracks.items()}
+        return FrameResult(frame.stamp_ns, tracked.step, frame.camera, objects, timer.ms())
+
+    def _check(self, frame: Frame) -> None:
+        if self._is_closed:
+            raise VirstError("the session is closed; open a new one")
+        check_image(frame.image_rgb_u8)
+        if self._camera is not None and frame.camera != self._camera:
+            raise BadFrame(
+                f"this session sees camera {self._camera!r}, got a frame of {frame.camera!r}; open a session per camera"
+            )
+
+    def _clear(self, goal_id: str) -> Goal:
+        goal = self._book.clear(goal_id)
+        self._registry.release(goal.object_id)
+        self._commands.append(_Command(remove=self._pending.pop(goal_id)))
+        return goal
+
+    def _carry_out_commands(self) -> None:
+        with self._lock:
+            commands, self._commands = self._commands, []
+        for command in commands:
+            if command.remove is not None:
+                goal_id = command.remove.goal.goal_id
+                self._tracks.pop(goal_id, None)
+                self._tracker.forget(command.remove.slot)
+                self._reasoner.cancel(goal_id)
+            if command.add is not None:
+                self._tracks[command.add.goal.goal_id] = command.add
+            if command.reset:
+                self._tracker.restart()
+                self._window.clear()
+                self._tracks = {goal_id: _Track(track.goal, track.slot) for goal_id, track in self._tracks.items()}
+                for goal_id in self._tracks:
+                    self._reasoner.cancel(goal_id)
+
+    def _remember_for_reasoner(self, frame: Frame, tracked: TrackedFrame) -> None:
+        if len(self._window) == 0:
+            self._window.clear(frame.camera)
+        small_rgb_u8 = resize_image(frame.image_rgb_u8, self._sizes.video_size)
+        fusion = tracked.features.fusion[0].to(torch.float16).cpu().numpy()
+        self._window.push(tracked.step, frame.stamp_ns, small_rgb_u8, fusion)
+
+    def _note_sighting(self, track: _Track) -> None:
+        """TRACKING while the object is seen, LOST once it has not been for a few frames; memory finds it again."""
+        sighting = self._tracker.sighting(track.slot)
+        if sighting is None:
+            return
+        if sighting.is_present:
+            track.state, track.absent_steps = ObjectState.TRACKING, 0
+            return
+        track.absent_steps += 1
+        if track.absent_steps >= self._config.tracking.lost_after_steps:
+            track.state = ObjectState.LOST
+
+    def _note_takeover(self, slot: int) -> None:
+        track = next(track for track in self._tracks.values() if track.slot == slot)
+        sighting = self._tracker.sighting(slot)
+        is_present = sighting is not None and sighting.is_present
+        track.state = ObjectState.TRACKING if is_present else ObjectState.LOST
+        track.absent_steps = 0 if is_present else self._config.tracking.lost_after_steps
+        track.newest_anchor_ns, track.is_settled = track.replay_anchor_ns, track.replay_is_settled
+        track.is_weak, track.disagreements = False, 0
+
+    def _ask(self, frame: Frame) -> None:
+        """Hand the reasoner the newest clip for every goal that is due."""
+        was_in_trouble = bool(self._trouble)
+        self._trouble = self._reasoner.status()
+        recovered = was_in_trouble and not self._trouble
+        requests = []
+        with self._lock:
+            for goal in self._book.give_up(frame.stamp_ns, everything=recovered):
+                if not recovered and goal.goal_id in self._tracks:
+                    self._tracks[
+                        goal.goal_id
+                    ].problem = f"no answer of the reasoner for {self._config.reasoner.ttl_s:g} s, asked again"
+            if self._trouble:  # nobody listens: goals stay due and get the newest clip when somebody does
+                return
+            due = [track for track in self._tracks.values() if self._is_due(track, frame)]
+            if due:
+                clip = self._window.clip()
+                is_full = self._window.is_full(clip)
+                requests = [
+                    (track, self._book.open_request(track.goal.goal_id, clip, is_full_window=is_full)) for track in due
+                ]
+        for track, request in requests:
+            self._tracker.pin(track.slot, int(request.clip.steps[-1]))
+            self._reasoner.submit(request)
+
+    def _is_due(self, track: _Track, frame: Frame) -> bool:
+        # A goal that was cleared or set anew by another thread has a new track from the next frame on.
+        if not self._is_same_goal(track):
+            return False
+        if track.goal.camera not in ("", frame.camera) or self._tracker.is_replaying(track.slot):
+            return False
+        is_tracked = track.state is ObjectState.TRACKING and self._is_confident(track)
+        return self._book.is_due(track.goal.goal_id, frame.stamp_ns, is_tracked=is_tracked)
+
+    def _is_same_goal(self, track: _Track) -> bool:
+        pending = self._pending.get(track.goal.goal_id)
+        return pending is not None and pending.goal == track.goal
+
+    def _is_confident(self, track: _Track) -> bool:
+        sighting = self._tracker.sighting(track.slot)
+        return sighting is not None and sighting.is_remembered and not track.is_weak
+
+    def _listen(self, frame: Frame) -> None:
+        for answer in self._reasoner.poll():
+            with self._lock:
+                request = self._book.take_answer(answer)
+                track = self._tracks.get(answer.goal_id)
+                is_current = track is not None and self._is_same_goal(track)
+            if request is None or track is None or not is_current:
+                logger.debug("goal %s: dropped an answer that nobody waits for", answer.goal_id)
+                continue
+            track.latency_s = (frame.stamp_ns - request.asked_ns) / 1e9
+            track.problem = answer.error or self._what_is_wrong(answer.prompts)
+            if not track.problem:
+                self._apply(track, answer.prompts, request)
+
+    def _what_is_wrong(self, prompts: tuple[Prompt, ...]) -> str:
+        if not prompts:
+            return "the reasoner's answer has no prompts; restart it with this version"
+        shapes = {prompt.embeddings.shape for prompt in prompts}
+        if len(shapes) > 1 or next(iter(shapes))[1] != self._sizes.channels:
+            return (
+                f"the reasoner's prompts have shapes {sorted(shapes)}, this model needs n x {self._sizes.channels}; "
+                "start it with the same model"
+            )
+        if not all(np.isfinite(prompt.embeddings).all() for prompt in prompts):
+            return "the reasoner's prompts are not finite numbers; check its weights"
+        return ""
+
+    def _apply(self, track: _Track, prompts: tuple[Prompt, ...], request: OpenRequest) -> None:
+        """Decode the answer's anchors on their own frames, decide what they mean, act."""
+        selected = select_anchors(prompts)
+        embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in selected]).astype(np.float32))
+        anchors = self._tracker.decode_anchors(track.slot, [prompt.step for prompt in selected], embeddings)
+        decision = self._decide(track, anchors)
+        track.disagreements = decision.disagreements
+        logger.debug("goal %s: %s", track.goal.goal_id, decision.action.name)
+
+        if decision.action is Action.ASK_AGAIN or anchors is None:
+            track.problem = "the reasoner answers too late: the frames are gone; raise memory.ring_steps"
+            self._ask_again(track)
+            return
+        stamps_ns = {prompt.step: prompt.stamp_ns for prompt in selected}
+        newest_ns = stamps_ns[anchors.steps[decision.chosen[-1]]] if decision.chosen else None
+        if decision.action is Action.INSERT:
+            self._tracker.add_anchors(track.slot, anchors, decision.chosen)
+            track.newest_anchor_ns = newest_ns
+            track.is_settled = track.is_settled or request.is_full_window
+            track.is_weak = False
+        elif decision.action is Action.START_OVER:
+            self._tracker.start_over(track.slot, anchors, decision.chosen)
+            track.replay_anchor_ns, track.replay_is_settled = newest_ns, request.is_full_window
+        elif decision.action is Action.DECLARE_ABSENT:
+            self._tracker.forget(track.slot)
+            track.state, track.newest_anchor_ns, track.is_settled = ObjectState.NOT_FOUND, None, False
+        elif decision.action is Action.JUMP:
+            self._tracker.jump(track.slot, anchors, decision.chosen[-1])
+            track.newest_anchor_ns, track.is_settled, track.is_weak = newest_ns, False, True
+            self._ask_again(track)
+
+    def _decide(self, track: _Track, anchors: DecodedAnchors | None) -> Decision:
+        evidence = (
+            []
+            if anchors is None
+            else [
+                AnchorEvidence(*row)
+                for row in zip(anchors.is_cached, anchors.is_present, anchors.agreement, strict=True)
+            ]
+        )
+        situation = Situation(track.state, self._is_confident(track), track.is_settled, track.disagreements)
+        tracking = self._config.tracking
+        return decide(evidence, situation, agree_iou=tracking.agree_iou, overrule_answers=tracking.overrule_answers)
+
+    def _ask_again(self, track: _Track) -> None:
+        with self._lock:
+            self._book.ask_again(track.goal.goal_id)
+
+    def _result(self, track: _Track, stamp_ns: int, height: int, width: int) -> ObjectResult:
+        sighting = self._tracker.sighting(track.slot)
+        is_visible = track.state is ObjectState.TRACKING and sighting is not None and sighting.is_present
+        mask = empty_mask(height, width)
+        score = 0.0
+        if is_visible and sighting is not None:
+            mask = mask_at_size(sighting.mask_logits.float().cpu().numpy(), height, width)
+            score = self._score(track, sighting)
+        anchor_ns = track.newest_anchor_ns
+        return ObjectResult(
+            object_id=track.goal.object_id,
+            goal_id=track.goal.goal_id,
+            instance_id=track.goal.instance_id,
+            state=track.state,
+            mask=mask,
+            score=score,
+            prompt_age_s=float("inf") if anchor_ns is None else (stamp_ns - anchor_ns) / 1e9,
+            reasoner_latency_s=track.latency_s,
+            message=self._message(track),
+        )
+
+    def _score(self, track: _Track, sighting: Sighting) -> float:
+        score = min(max(sighting.iou, 0.0), 1.0) * sighting.presence
+        return score * WEAK_ANCHOR_SCORE if track.is_weak else score
+
+    def _message(self, track: _Track) -> str:
+        if track.state is ObjectState.TRACKING:
+            return ""
+        if track.problem:
+            return track.problem
+        if self._trouble:
+            return self._trouble
+        if self._tracker.is_replaying(track.slot):
+            return "found in an earlier frame, catching up"
+        return {
+            ObjectState.SEARCHING: "waiting for the reasoner's first answer",
+            ObjectState.LOST: "not visible at the moment; it is found again when it comes back",
+            ObjectState.NOT_FOUND: "the reasoner sees nothing that fits the sentence",
+        }[track.state]

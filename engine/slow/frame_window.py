@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which past frames the reasoner sees, and a bounded store to take them from."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from virst_engine.types import Clip
+
+ROWS_PER_SPACING = 8  # frames closer together than spacing / 8 are not all kept: bounds the store at any frame rate
+
+
+def choose_frames(stamps_ns: Sequence[int], count: int, spacing_ns: int) -> list[int]:
+    """Positions in `stamps_ns` (ascending) of the clip's frames, oldest first; the newest frame is always the last.
+
+    Going back from the newest, each frame is the one nearest to `spacing_ns` times its number, and older than the one
+    after it. When there is no older frame left, the oldest one is repeated at the front. A spacing of 0 takes the
+    newest `count` frames as they are.
+    """
+    position = len(stamps_ns) - 1
+    newest_ns = stamps_ns[position]
+    chosen = [position]
+    for back in range(1, count):
+        if position > 0:
+            target_ns = newest_ns - back * spacing_ns
+            after = bisect_left(stamps_ns, target_ns, 0, position)  # first frame at or after the target
+            after = min(after, position - 1)
+            before = max(after - 1, 0)
+            position = before if target_ns - stamps_ns[before] < stamps_ns[after] - target_ns else after
+        chosen.append(position)
+    return chosen[::-1]
+
+
+class FrameWindow:
+    """The recent past of one camera at the reasoner's resolution: small frames and the features that ST-Fusion reads.
+
+    Both are allocated at the first frame. Features travel as float16: half the bytes, and the fusion normalises them.
+    """
+
+    def __init__(self, clip_frames: int, clip_spacing_s: float, camera: str = "camera") -> None:
+        self._count, self._spacing_ns, self._camera = clip_frames, round(clip_spacing_s * 1e9), camera
+        self._rows = (clip_frames - 1) * (ROWS_PER_SPACING if self._spacing_ns else 1) + 2
+        self._order: list[int] = []  # rows in use, oldest first
+        self._steps = np.zeros(self._rows, dtype=np.int64)
+        self._stamps_ns = np.zeros(self._rows, dtype=np.int64)
+        self._frames: UInt8[np.ndarray, "rows hv wv 3"] | None = None
+        self._fusion: Float[np.ndarray, "rows cf hf wf"] | None = None
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def push(
+        self,
+        step: int,
+        stamp_ns: int,
+        frame_rgb_u8: UInt8[np.ndarray, "hv wv 3"],
+        fusion: Float[np.ndarray, "cf hf wf"],
+    ) -> None:
+        """Copy the newest frame in. Stamps must not go back: `clear` the window when they do."""
+        if self._frames is None or self._fusion is None:
+            self._frames = np.zeros((self._rows, *frame_rgb_u8.shape), dtype=np.uint8)
+            self._fusion = np.zeros((self._rows, *fusion.shape), dtype=np.float16)
+        row = self._row_for(stamp_ns)
+        self._steps[row], self._stamps_ns[row] = step, stamp_ns
+        self._frames[row], self._fusion[row] = frame_rgb_u8, fusion
+
+    def clip(self) -> Clip:
+        """The clip that ends at the newest frame; a copy. There must be a frame."""
+        if not self._order or self._frames is None or self._fusion is None:
+            raise ValueError("there is no frame yet; push one first")
+        stamps = [int(self._stamps_ns[row]) for row in self._order]
+        rows = [self._order[position] for position in choose_frames(stamps, self._count, self._spacing_ns)]
+        return Clip(self._steps[rows], self._stamps_ns[rows], self._frames[rows], self._fusion[rows], self._camera)
+
+    def is_full(self, clip: Clip) -> bool:
+        """Whether the clip has no repeated frame: the whole window has been seen."""
+        return len(set(clip.steps.tolist())) == self._count
+
+    def clear(self, camera: str | None = None) -> None:
+        """No frame was ever seen; buffers stay."""
+        self._order.clear()
+        self._camera = self._camera if camera is None else camera
+
+    def _row_for(self, stamp_ns: int) -> int:
+        order, gap_ns = self._order, self._spacing_ns // ROWS_PER_SPACING
+        if len(order) >= 2 and self._stamps_ns[order[-1]] - self._stamps_ns[order[-2]] < gap_ns:
+            return order[-1]  # the frame before this one is too close to its own predecessor to be worth a row
+        row = len(order) if len(order) < self._rows else order.pop(0)
+        order.append(row)
+        return row
