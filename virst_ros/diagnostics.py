@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+from virst_engine.timing import LatencyWindow
 from virst_engine.types import FrameResult, Goal, ObjectResult
 
 OK, WARN, ERROR, STALE = (
@@ -112,27 +112,34 @@ class Diagnostics:
             self._images, self._masks = RateWindow(), RateWindow()
             self._image_s: float | None = None
             self._image_size = ""
-            self._size_changes = 0
+            self._size_changes, self._size_change, self._size_change_s = 0, "", -math.inf
             self._depth = RateWindow()
             self._depth_problem = ""
             self._bad_frames, self._bad_frame, self._bad_frame_s = 0, "", -math.inf
             self._qos_problems: dict[str, str] = {}
             self._published = 0
-            self._ages_ms: deque[float] = deque(maxlen=AGES_KEPT)
+            self._ages_ms = LatencyWindow(AGES_KEPT)
             self._timings_ms: dict[str, float] = {}
             self._objects: tuple[ObjectResult, ...] = ()
             self._goals: tuple[Goal, ...] = ()
             self._reasoner_problem = ""
             self._bad_goals, self._bad_goal, self._bad_goal_s = 0, "", -math.inf
 
-    def image_received(self, size: str) -> None:
-        """A message came on the image topic, good or bad; `size` is for people, for example "640x480 rgb8"."""
+    def image_received(self, size: str) -> str:
+        """A message came on the image topic, good or bad; `size` is for people, for example "640x480 rgb8".
+
+        Returns what changed since the last image; empty when nothing did.
+        """
         with self._lock:
             self._image_s = self._now_s()
             self._images.add(self._image_s)
-            if self._image_size and size != self._image_size:
-                self._size_changes += 1
-            self._image_size = size
+            before, self._image_size = self._image_size, size
+            if before in ("", size):
+                return ""
+            self._size_changes += 1
+            self._size_change_s = self._image_s
+            self._size_change = f"the image changed from {before} to {size}; masks follow it"
+            return self._size_change
 
     def depth_received(self, problem: str = "") -> None:
         with self._lock:
@@ -161,7 +168,7 @@ class Diagnostics:
         with self._lock:
             self._masks.add(self._now_s())
             self._published += 1
-            self._ages_ms.append(age_s * 1e3)
+            self._ages_ms.add(age_s * 1e3)
             self._timings_ms = dict(result.timings_ms)
             self._objects = result.objects
             self._reasoner_problem = reasoner_problem
@@ -201,6 +208,8 @@ class Diagnostics:
             level, message = ERROR, self._why_silent(seen, silent_s)
         elif now_s - self._bad_frame_s < RECENT_S:
             level, message = WARN, f"{self._bad_frames} bad frames, skipped; last: {self._bad_frame}"
+        elif now_s - self._size_change_s < RECENT_S:
+            level, message = WARN, self._size_change
         elif self._qos_problems:
             level, message = WARN, next(iter(self._qos_problems.values()))
         return _status(f"{self._name}: input", level, message, self.model.device, values)
@@ -224,9 +233,7 @@ class Diagnostics:
     def _output(self, seen: Surroundings) -> DiagnosticStatus:
         now_s = self._now_s()
         values: dict[str, object] = {"rate (Hz)": self._masks.rate_hz(now_s), "published": self._published}
-        if self._ages_ms:
-            p50, p95, p99 = np.percentile(np.asarray(self._ages_ms), (50, 95, 99))
-            values |= {"age p50 (ms)": float(p50), "age p95 (ms)": float(p95), "age p99 (ms)": float(p99)}
+        values |= {f"age {name} (ms)": value for name, value in self._ages_ms.summary().items()}
         values |= {f"{stage} (ms)": ms for stage, ms in self._timings_ms.items()}
         level, message = OK, "masks are published"
         if seen.inference_traceback:

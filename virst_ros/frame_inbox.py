@@ -39,17 +39,12 @@ class FrameInbox(Generic[Item]):
             self._changed.notify()
 
     def take(self, timeout_s: float) -> Item | None:
-        """The newest item, or None when there was none for `timeout_s`, on `wake` or after `close`."""
+        """The newest item, or None when there was none for `timeout_s` or after `close`."""
         with self._changed:
             if self._item is None and not self._closed:
                 self._changed.wait(timeout_s)
             item, self._item = self._item, None
             return item
-
-    def wake(self) -> None:
-        """Make a waiting `take` return now."""
-        with self._changed:
-            self._changed.notify()
 
     def close(self) -> None:
         """Drop what is inside; `take` returns None from now on."""

@@ -5,9 +5,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
-from queue import Empty, SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from virst_engine.errors import BadFrame
 from virst_engine.types import Frame, FrameResult
@@ -17,7 +15,6 @@ from virst_ros.frame_inbox import FrameInbox
 logger = logging.getLogger(__name__)
 
 Header = TypeVar("Header")
-Answer = TypeVar("Answer")
 
 
 class Steps(Protocol):
@@ -27,7 +24,7 @@ class Steps(Protocol):
 
 
 class InferenceThread(Generic[Header]):
-    """Owns a session while it runs: nobody else may call it, others leave requests with `call`.
+    """The only caller of a session's `step` while it runs.
 
     A frame that the session rejects (BadFrame) is counted and skipped. Any other failure skips the frame too; the same
     failure `stop_after_failures` times in a row ends the thread, with the last traceback kept in `failure_traceback`.
@@ -52,7 +49,6 @@ class InferenceThread(Generic[Header]):
         self._on_result = on_result
         self._on_bad_frame = on_bad_frame
         self._stop_after_failures = stop_after_failures
-        self._requests: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.failure_traceback = ""
@@ -69,29 +65,18 @@ class InferenceThread(Generic[Header]):
     def start(self) -> None:
         self._thread.start()
 
-    def call(self, request: Callable[[], Answer]) -> "Future[Answer]":
-        """Run `request` on this thread between two frames. Its exception becomes the future's."""
-        future: Future[Answer] = Future()
-        self._requests.put((request, future))
-        self._inbox.wake()
-        if not self.running:
-            self._refuse_requests()
-        return future
-
     def stop(self, timeout_s: float) -> bool:
         """Finish the frame at hand and end; False when that took longer than `timeout_s`."""
         self._stopping.set()
         self._inbox.close()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
-        self._refuse_requests()
         return not self.running
 
     def _run(self) -> None:
         failure, times = "", 0
         try:
             while not self._stopping.is_set():
-                self._serve_requests()
                 item = self._inbox.take(timeout_s=0.1)
                 if item is None:
                     continue
@@ -112,26 +97,3 @@ class InferenceThread(Generic[Header]):
                         return
         finally:
             self._inbox.close()
-            self._refuse_requests()
-
-    def _serve_requests(self) -> None:
-        while True:
-            try:
-                request, future = self._requests.get_nowait()
-            except Empty:
-                return
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(request())
-            except Exception as error:
-                future.set_exception(error)
-
-    def _refuse_requests(self) -> None:
-        while True:
-            try:
-                _, future = self._requests.get_nowait()
-            except Empty:
-                return
-            if future.set_running_or_notify_cancel():
-                future.set_exception(RuntimeError("inference has stopped"))

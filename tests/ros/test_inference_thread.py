@@ -2,7 +2,6 @@
 import threading
 
 import numpy as np
-import pytest
 from virst_engine.errors import BadFrame
 from virst_engine.types import Frame, FrameResult
 
@@ -78,8 +77,6 @@ def test_the_same_failure_in_a_row_stops_with_its_traceback():
     assert running.thread.failed
     assert "RuntimeError: boom" in running.thread.failure_traceback
     assert "in step" in running.thread.failure_traceback
-    with pytest.raises(RuntimeError, match="inference has stopped"):
-        running.thread.call(lambda: 1).result(10.0)
 
 
 def test_failures_that_differ_or_are_interrupted_do_not_stop():
@@ -95,23 +92,3 @@ def test_failures_that_differ_or_are_interrupted_do_not_stop():
     assert running.thread.stop(10.0)
     assert not running.thread.failed
     assert [stamp for _, stamp in running.results] == [4, 7]
-
-
-def test_requests_run_on_the_thread_and_give_back_values_and_exceptions():
-    running = Running({})
-    assert running.thread.call(lambda: threading.current_thread().name).result(10.0) == "inference"
-
-    def fail():
-        raise KeyError("asked for")
-
-    with pytest.raises(KeyError, match="asked for"):
-        running.thread.call(fail).result(10.0)
-    running.give(1)
-    assert running.thread.stop(10.0)
-
-
-def test_requests_after_the_end_are_refused_at_once():
-    running = Running({})
-    assert running.thread.stop(10.0)
-    with pytest.raises(RuntimeError, match="inference has stopped"):
-        running.thread.call(lambda: 1).result(10.0)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of nodes share: a graph over the real middleware, and a fake engine."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_S = 20.0  # ten times what a busy machine needs
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+    """The first true value of `condition`; the test fails when there is none in time."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"nothing within {timeout_s} s")
+
+
+class Graph:
+    """Nodes under test and a node of the test beside them, spinning in the background."""
+
+    def __init__(self, domain_id: int) -> None:
+        import rclpy
+        from rclpy.executors import MultiThreadedExecutor
+
+        self.domain_id = domain_id
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=domain_id)
+        self.executor = MultiThreadedExecutor(num_threads=6, context=self.context)
+        self.node = rclpy.create_node("tester", context=self.context)
+        self._under_test: list[Any] = []
+        self.executor.add_node(self.node)
+        self._spinning = threading.Thread(target=self._spin)
+        self._spinning.start()
+
+    def _spin(self) -> None:
+        from rclpy.executors import ExternalShutdownException
+
+        try:
+            self.executor.spin()
+        except ExternalShutdownException:
+            return
+
+    def add(self, make_node: Callable[..., Any], *arguments: Any, **parameters: Any) -> Any:
+        """Make a node in this graph, with parameters, and spin it."""
+        from rclpy.parameter import Parameter
+
+        overrides = [Parameter(name.replace("__", "."), value=value) for name, value in parameters.items()]
+        node = make_node(*arguments, context=self.context, parameter_overrides=overrides)
+        self._under_test.append(node)
+        self.executor.add_node(node)
+        return node
+
+    def collect(self, kind: type, topic: str, qos: Any = 10) -> list[Any]:
+        """A list that fills with the messages of a topic."""
+        messages: list[Any] = []
+        self.node.create_subscription(kind, topic, messages.append, qos)
+        return messages
+
+    def publisher(self, kind: type, topic: str, qos: Any = 10) -> Any:
+        return self.node.create_publisher(kind, topic, qos)
+
+    def call(self, kind: type, name: str, request: Any) -> Any:
+        client = self.node.create_client(kind, name)
+        assert client.wait_for_service(TIMEOUT_S), f"no service {name}"
+        future = client.call_async(request)
+        wait_until(future.done)
+        self.node.destroy_client(client)
+        return future.result()
+
+    def close(self) -> None:
+        for node in self._under_test:
+            self.executor.remove_node(node)
+            node.close()
+        self.executor.shutdown(timeout_sec=TIMEOUT_S)
+        # Before the interpreter ends: a thread in rclpy at exit ends in "terminate called without an active exception".
+        self._spinning.join(TIMEOUT_S)
+        for node in [*self._under_test, self.node]:
+            node.destroy_node()
+        self.context.try_shutdown()
+
+
+class FakeSession:
+    """A session whose object is whatever is bright in the picture, for every goal; slow or failing when told to."""
+
+    def __init__(self) -> None:
+        self.step_s = 0.0
+        self.failure: Exception | None = None
+        self.failing_stamps: dict[int, Exception] = {}
+        self.stepped_stamps: list[int] = []
+        self.closed = False
+        self.reconfigured: list[Any] = []
+        self._goals: dict[str, Any] = {}
+        self._states: dict[str, Any] = {}
+        self._numbered = 0
+
+    def set_goal(self, sentence: str, *, object_id: str = "", camera: str = "", replace: bool = False) -> Any:
+        from virst_engine.errors import BadGoal
+        from virst_engine.types import Goal
+
+        if not sentence.strip():
+            raise BadGoal("the goal is empty; say what to segment")
+        if replace:
+            self._goals.clear()
+        self._numbered += 1
+        goal_id = f"goal_{self._numbered}"
+        self._goals[goal_id] = Goal(goal_id, object_id or goal_id, sentence, camera, self._numbered)
+        return self._goals[goal_id]
+
+    def goal_states(self) -> dict[str, Any]:
+        from virst_engine.types import ObjectState
+
+        return {goal_id: self._states.get(goal_id, ObjectState.SEARCHING) for goal_id in self._goals}
+
+    def clear_goal(self, goal_id: str) -> None:
+        from virst_engine.errors import UnknownGoal
+
+        if goal_id not in self._goals:
+            raise UnknownGoal(f"no goal {goal_id!r} is set; see list_goals")
+        del self._goals[goal_id]
+
+    def goals(self) -> tuple[Any, ...]:
+        return tuple(self._goals.values())
+
+    def step(self, frame: Any) -> Any:
+        from virst_engine.types import FrameResult, ObjectResult, ObjectState
+
+        if self.step_s:
+            time.sleep(self.step_s)
+        failure = self.failing_stamps.get(frame.stamp_ns, self.failure)
+        if failure is not None:
+            raise failure
+        self.stepped_stamps.append(frame.stamp_ns)
+        mask = frame.image_rgb_u8.max(axis=2) > 128
+        state = ObjectState.TRACKING if mask.any() else ObjectState.LOST
+        self._states = dict.fromkeys(self._goals, state)
+        objects = tuple(
+            ObjectResult(goal.object_id, goal.goal_id, goal.instance_id, state, mask, 0.75 * mask.any(), 1.5, 0.25)
+            for goal in self.goals()
+        )
+        return FrameResult(frame.stamp_ns, len(self.stepped_stamps), frame.camera, objects, {"image_encoder": 2.0})
+
+    def reconfigure(self, config: Any) -> None:
+        self.reconfigured.append(config)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeReasonerClient:
+    """The part of a reasoner's client that the node asks."""
+
+    problem = ""
+
+    def status(self) -> str:
+        return self.problem
+
+
+class FakeEngine:
+    """Stands for `load_engine`: call it with a configuration. Keeps what it made for the test to look at."""
+
+    def __init__(self) -> None:
+        self.session = FakeSession()
+        self.reasoner = FakeReasonerClient()
+        self.configurations: list[Any] = []
+        self.failure: Exception | None = None
+
+    def __call__(self, config: Any) -> Any:
+        from virst_ros.diagnostics import LoadedModel
+        from virst_ros.loading import LoadedEngine
+
+        if self.failure is not None:
+            raise self.failure
+        self.configurations.append(config)
+        if self.session.closed:
+            self.session = FakeSession()
+        return LoadedEngine(self.session, self.reasoner, LoadedModel("fake", "fake.safetensors", "Fake", "cpu"))

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to a running engine: weights, stages, the connection to the reasoner, the session."""
+
+from dataclasses import dataclass
+
+from virst_engine.config import EngineConfig
+from virst_engine.session import Session
+from virst_engine.slow.reasoner import ReasonerClient
+from virst_engine.slow.zmq_client import ZmqReasonerClient
+from virst_engine.weights import load_stages, weights_path
+
+from virst_ros.diagnostics import LoadedModel
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """What the node drives. The session owns the reasoner's connection and closes it."""
+
+    session: Session
+    reasoner: ReasonerClient
+    model: LoadedModel
+
+
+def load_engine(config: EngineConfig) -> LoadedEngine:
+    """Load what `config` names; takes seconds. The reasoner need not be there yet: it connects when it comes.
+
+    Raises:
+        WeightsError: the weights are missing, damaged, of another model, or do not run on the device.
+        EndpointError: the reasoner's address can never work.
+    """
+    path = weights_path(config.model)
+    stages = load_stages(config.model)
+    reasoner = ZmqReasonerClient(config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys)
+    session = Session(config, stages, reasoner)
+    return LoadedEngine(
+        session=session,
+        reasoner=reasoner,
+        model=LoadedModel(config.model.name, str(path), type(stages).__name__, config.model.device),
+    )
