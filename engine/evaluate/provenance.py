@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where figures come from: the versions, the device and the command that a report names."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+PACKAGES = ("virst_ros", "torch", "onnxruntime", "transformers", "sam2", "mujoco", "numpy", "opencv-python-headless")
+
+
+def command_line() -> str:
+    """The command of this process as one would type it."""
+    program = Path(sys.argv[0]).name or "python"
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that moves the figures; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_description(device: str = "cpu") -> str:
+    """The processor (and GPU, for a cuda device) in words, with the number of cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = f"{_cpu_name()}, {cores} cores"
+    if device.startswith("cuda"):
+        import torch
+
+        words = f"{torch.cuda.get_device_name(device)}; {words}"
+    return words
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
