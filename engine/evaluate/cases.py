@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One simulated scene as evaluations use it: its frames, questions balanced over kinds, and the truth."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from virst_engine.errors import SceneError
+from virst_engine.evaluate.settings import FRAMES, GOAL_FRAME, RATE_HZ, EvaluationSettings
+from virst_engine.sim.recording import Recording
+from virst_engine.types import Frame
+
+WIDTH, HEIGHT = 320, 240  # of the camera
+FIRST_STAMP_NS = 1_000_000_000
+ABSENT_EVERY = 5  # every fifth question is about something that is not there
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sentence whose truth is known in the goal's frame."""
+
+    kind: str
+    sentence: str
+    target_ids: tuple[int, ...]  # of the scene's objects; empty: nothing is meant
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scene; `instance_mask` holds k + 1 for object k in every frame."""
+
+    frames: tuple[Frame, ...]
+    instance_mask: UInt8[np.ndarray, "t h w"]
+    goal_frame: int
+    objects: int
+    questions: tuple[Question, ...]
+
+    def truth_masks(self) -> Bool[np.ndarray, "questions scored h w"]:
+        """Union of the targets' visible pixels, from the goal's frame to the last."""
+        scored = self.instance_mask[self.goal_frame :]
+        return np.stack([np.isin(scored, [k + 1 for k in question.target_ids]) for question in self.questions])
+
+    def foreground(self) -> Bool[np.ndarray, "scored h w"]:
+        """Every object's visible pixels in the same frames; the arm is none."""
+        scored = self.instance_mask[self.goal_frame :]
+        return (scored > 0) & (scored <= self.objects)
+
+
+@lru_cache(maxsize=4)  # shuffled sentences ask for the neighbouring scene
+def load_case(settings: EvaluationSettings, scene: int) -> Case:
+    """Simulate and draw one scene and ask about it. The same settings and seed give the same case on every machine.
+
+    Raises:
+        SceneError: no such family, or no OpenGL to draw with.
+    """
+    from virst_engine.sim.mujoco_world import record
+    from virst_engine.sim.scenes import generate_scene_and_motion
+
+    spec, motion = generate_scene_and_motion(scene, settings.family, fps=RATE_HZ, duration_s=FRAMES / RATE_HZ)
+    recording = record(spec, fps=RATE_HZ, duration_s=FRAMES / RATE_HZ, width=WIDTH, height=HEIGHT, trajectory=motion)
+    assert recording.image_rgb_u8 is not None
+    assert recording.instance_mask is not None
+    frames = tuple(
+        Frame(image, FIRST_STAMP_NS + round(float(time_s) * 1e9))
+        for image, time_s in zip(recording.image_rgb_u8, recording.time_s, strict=True)
+    )
+    return Case(frames, recording.instance_mask, GOAL_FRAME, len(spec.objects), ask(recording, settings, scene))
+
+
+def ask(recording: Recording, settings: EvaluationSettings, scene: int) -> tuple[Question, ...]:
+    """`per_scene` questions about the goal's frame: kinds take turns over the scenes, every fifth one is absent.
+
+    A kind that the scene has no clear sentence for gives its turn to another one; a scene may have fewer questions.
+    Nothing depends on the range of scenes, so any two evaluations ask the same about the same scene.
+    """
+    from virst_engine.sim.expressions import KINDS_FULL, KINDS_PLAIN, sample_expressions
+
+    kinds = KINDS_FULL if settings.family == "full" else KINDS_PLAIN
+    rng = np.random.default_rng([scene, 2])
+    questions: dict[str, Question] = {}
+    first = scene * settings.per_scene
+    for number in range(first, first + settings.per_scene):
+        wants_absent = number % ABSENT_EVERY == ABSENT_EVERY - 1
+        turn = number - number // ABSENT_EVERY
+        for kind in (kinds[turn % len(kinds)], *rng.permutation(kinds).tolist()):
+            try:
+                (found,) = sample_expressions(
+                    recording,
+                    rng,
+                    1,
+                    GOAL_FRAME,
+                    settings.phrasings,
+                    kinds=(kind,),
+                    absent_share=1.0 if wants_absent else 0.0,
+                )
+            except SceneError:
+                continue
+            if found.text not in questions:
+                questions[found.text] = Question(found.kind, found.text, found.target_ids)
+                break
+    return tuple(questions.values())
