@@ -13,8 +13,8 @@ def parameter(
     default: Any,
     description: str,
     *,
-    low: float | None = None,
-    high: float | None = None,
+    low: int | float | None = None,
+    high: int | float | None = None,
     choices: tuple[str, ...] = (),
     live: bool = False,
 ) -> Any:

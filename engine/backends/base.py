@@ -2,11 +2,10 @@
 """What the fast path needs of a model: four stages and the sizes of their tensors."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
-
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
 
 
@@ -23,6 +22,7 @@ class StageSizes:
     video_size: int = 128  # side of the square frames that the reasoner's video encoder reads, pixels
 
 
+@runtime_checkable  # the type checker of the tests asks for it
 class Stages(Protocol):
     """The exported unit of work. All calls are deterministic and keep no state: memory is an argument."""
 

@@ -2,7 +2,7 @@
 """Who answers requests (`Reasoner`), how the session reaches it (`ReasonerClient`), two clients without a process."""
 
 import logging
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from virst_engine.errors import VirstError
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
@@ -10,6 +10,7 @@ from virst_engine.types import ReasonerAnswer, ReasonerRequest
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable  # the type checker of the tests asks for it
 class Reasoner(Protocol):
     """A sentence and a clip become prompts. Methods (VIRST, detectors, ...) differ behind this one call."""
 
@@ -18,6 +19,7 @@ class Reasoner(Protocol):
         ...
 
 
+@runtime_checkable  # the type checker of the tests asks for it
 class ReasonerClient(Protocol):
     """The session's side of the border. No method waits for the reasoner; all are called by one thread."""
 
