@@ -150,6 +150,7 @@ class ZmqReasonerClient:
             self._is_closed = True
             self._unsent.clear()
             self._socket.disable_monitor()
+            self._events.close()
             self._socket.close(linger=50)  # ms, so that the farewell can leave
             self._context.term()
 

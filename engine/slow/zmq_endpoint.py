@@ -98,8 +98,9 @@ def sole_owner(endpoint: str) -> Iterator[None]:
         return
     lock = _lock(Path(f"{address}.lock"), endpoint)
     try:
-        _remove_stale(Path(address))
+        _remove_socket(Path(address))  # of a holder that was killed
         yield
+        _remove_socket(Path(address))  # ZeroMQ leaves it
     finally:
         os.close(lock)  # the file stays: removing it would let two processes lock different files of that name
 
@@ -140,7 +141,7 @@ def _lock(path: Path, endpoint: str) -> int:
     return lock
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_socket(path: Path) -> None:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise EndpointError(f"{path} exists and is not a socket; it was left alone, choose another endpoint")
