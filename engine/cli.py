@@ -2,9 +2,13 @@
 """The program `virst`: train, evaluate, bench, scenes, weights. Each command imports only what it runs."""
 
 import enum
+import json
 import logging
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +81,100 @@ def train(context: typer.Context) -> None:
     train_app(context.args, prog_name="virst train", standalone_mode=False)
 
 
+@app.command("evaluate")
+def evaluate_command(
+    family: Annotated[Family, typer.Option(help="Kind of scenes.")] = Family.plain,
+    scenes: Annotated[
+        str,
+        typer.Option(metavar="FIRST:LAST", help="Scene seeds, LAST not included; training never sees 1000000 and up."),
+    ] = "1000000:1000200",
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="offline: whole video, as published; stream: instant answers; realtime: late answers, dropped frames."
+        ),
+    ] = Mode.stream,
+    phrasings: Annotated[
+        Phrasings, typer.Option(help="Sentences like the trained ones, or held-out ones.")
+    ] = Phrasings.train,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a Markdown page here, with example pictures beside it.")
+    ] = None,
+    per_scene: Annotated[int, typer.Option(min=1, help="Sentences per scene, balanced over kinds.")] = 4,
+    weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
+    device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    reasoner_delay_ms: Annotated[
+        float | None, typer.Option(min=0, help="realtime: how late answers are; measured on this machine if left out.")
+    ] = None,
+    frame_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="realtime: how long a frame takes; measured on this machine if left out."),
+    ] = None,
+    shuffle_sentences: Annotated[
+        bool, typer.Option("--shuffle-sentences", help="Ablation: another scene's sentences.")
+    ] = False,
+    no_refresh: Annotated[
+        bool, typer.Option("--no-refresh", help="Ablation: only the first answer of each goal.")
+    ] = False,
+    first_anchor_only: Annotated[
+        bool, typer.Option("--first-anchor-only", help="Ablation: no refresh, and one anchor: the frame of the goal.")
+    ] = False,
+    no_second_fusion: Annotated[
+        bool, typer.Option("--no-second-fusion", help="Ablation: prompts without Second ST-Fusion.")
+    ] = False,
+    alpha: Annotated[int, typer.Option(min=1, max=8, help="Anchors that a frame attends to.")] = 3,
+) -> None:
+    """Score the model on simulated scenes against their truth: J, F, J&F, absence, robustness; per kind of sentence."""
+    from dataclasses import replace
+
+    from virst_engine.evaluate.cases import load_case
+    from virst_engine.evaluate.modes import load_system
+    from virst_engine.evaluate.runner import evaluate, measure_times
+    from virst_engine.evaluate.settings import EvaluationSettings
+    from virst_engine.evaluate.summary import markdown
+
+    seeds = parse_range(scenes)
+    with _values_as_usage():
+        settings = EvaluationSettings(
+            family=family.value,
+            first_scene=seeds.start,
+            last_scene=seeds.stop,
+            mode=mode.value,
+            phrasings=phrasings.value,
+            per_scene=per_scene,
+            weights=weights,
+            device=device,
+            threads=threads,
+            shuffle_sentences=shuffle_sentences,
+            no_refresh=no_refresh,
+            first_anchor_only=first_anchor_only,
+            no_second_fusion=no_second_fusion,
+            alpha=alpha,
+        )
+        settings.engine_config()
+    if mode is Mode.realtime:
+        if reasoner_delay_ms is None or frame_ms is None:
+            frame_s, reasoner_s = measure_times(load_system(settings), load_case(settings, seeds.start))
+            frame_ms = 1e3 * frame_s if frame_ms is None else frame_ms
+            reasoner_delay_ms = 1e3 * reasoner_s if reasoner_delay_ms is None else reasoner_delay_ms
+        settings = replace(settings, reasoner_delay_s=reasoner_delay_ms / 1e3, frame_time_s=frame_ms / 1e3)
+
+    with _progress(len(seeds), "scenes") as advance:
+        evaluation = evaluate(settings, workers=min(workers or _cores(), len(seeds)), on_scene=lambda scene: advance())
+    result = evaluation.result
+    if report is not None:
+        from virst_engine.evaluate.pictures import write_pictures
+
+        report.parent.mkdir(parents=True, exist_ok=True)
+        pictures = write_pictures(evaluation.answered, settings, report.parent / f"{report.stem}_pictures")
+        report.write_text(markdown({**result, "pictures": pictures}), encoding="utf-8")
+    _write_json(json_file, result)
+    typer.echo(markdown(result))
+
+
 @app.command()
 def version() -> None:
     """Print the version of this package and of the packages that it is built on."""
@@ -84,6 +182,46 @@ def version() -> None:
 
     for name, number in versions().items():
         typer.echo(f"{name} {number}")
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _values_as_usage() -> Iterator[None]:
+    """A value that a configuration rejects is the caller's mistake, not a crash."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr, so that stdout stays the result; yields what to call per item."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
 
 
 def main() -> None:
