@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is true of the objects in a window of frames, with three values: yes (1), no (0), cannot be said clearly (-1).
+"""What is true of the objects in a window of frames, with three values: no (0), cannot be said clearly (1), yes (2).
 
 Lengths in the image are in image widths (a height counts 3/4), so a number means the same in any image size.
 Only clear differences are yes or no; a sentence is used when no object leaves it in doubt.
@@ -16,7 +16,7 @@ from virst_engine.sim.recording import Recording
 from virst_engine.sim.spec import SIZES, VIEW_ASPECT
 
 Tri = Int[np.ndarray, " n"]
-YES, NO, UNCLEAR = 1, 0, -1
+NO, UNCLEAR, YES = 0, 1, 2  # in this order, so that `both` is a minimum
 
 SEEN = 0.5  # visible fraction from which an object counts as seen
 RECENT_S = 0.6
@@ -28,11 +28,16 @@ STAYED = 0.02
 
 def both(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Kleene's and."""
-    return np.where((a == NO) | (b == NO), NO, np.where((a == UNCLEAR) | (b == UNCLEAR), UNCLEAR, YES)).astype(np.int8)
+    return np.minimum(a, b)
 
 
 def negation(a: np.ndarray) -> np.ndarray:
-    return np.where(a == UNCLEAR, UNCLEAR, 1 - a).astype(np.int8)
+    return YES - a
+
+
+def crisp(yes: np.ndarray) -> np.ndarray:
+    """YES where `yes`, else NO."""
+    return yes.astype(np.int8) * np.int8(YES)
 
 
 def tri(yes: np.ndarray, no: np.ndarray) -> np.ndarray:
@@ -113,14 +118,14 @@ class Facts:
     # what it is
 
     def shape_is(self, shape: str) -> Tri:
-        return (self.shape == shape).astype(np.int8)
+        return crisp(self.shape == shape)
 
     def colour_is(self, colour: str) -> Tri:
-        return (self.colour == colour).astype(np.int8)
+        return crisp(self.colour == colour)
 
     def size_is(self, size: str) -> Tri:
         """Small or large, clear only where its size in the image agrees: smaller than every large one of its shape."""
-        is_size = (self.size == size).astype(np.int8)
+        is_size = crisp(self.size == size)
         for k in range(self.n):
             for j in range(self.n):
                 if self.shape[j] != self.shape[k] or self.size[j] == self.size[k]:
@@ -460,7 +465,7 @@ class Facts:
         ranked = sorted(onsets.values(), reverse=True)
         if len(ranked) < 2 or ranked[0] - ranked[1] < self._frames_of(0.4):
             return unclear
-        return np.array([int(onsets.get(k) == ranked[0]) for k in range(self.n)], np.int8)
+        return crisp(np.array([onsets.get(k) == ranked[0] for k in range(self.n)]))
 
     @cached_property
     def stopped(self) -> Tri:

@@ -6,7 +6,7 @@ import math
 import cv2
 import numpy as np
 from jaxtyping import Float
-from virst_engine.sim.spec import CameraSpec, ObjectSpec, Vec3
+from virst_engine.sim.spec import CameraSpec, ObjectSpec, SceneSpec, Vec3
 
 CIRCLE_POINTS = 28
 _ANGLES = np.arange(CIRCLE_POINTS) * (2 * math.pi / CIRCLE_POINTS)
@@ -66,16 +66,17 @@ class ViewGeometry:
         self, half: Float[np.ndarray, " 3"], centre: Float[np.ndarray, " 3"], rotation: Float[np.ndarray, "3 3"]
     ) -> Float[np.ndarray, "k 3"]:
         # in the space where the ellipsoid is the unit sphere, the rim seen from the eye is a circle
-        eye = (rotation.T @ (self.position - centre)) / half
-        distance = float(np.linalg.norm(eye))
+        eye = ((self.position - centre) @ rotation) / half
+        distance = math.sqrt(float(eye @ eye))
         if distance <= 1.0:
             return np.repeat(centre[None], 3, axis=0)
-        n = eye / distance
-        side = np.cross(n, (1.0, 0.0, 0.0) if abs(n[0]) < 0.9 else (0.0, 1.0, 0.0))
-        side /= np.linalg.norm(side)
-        up = np.cross(n, side)
-        radius = math.sqrt(1 - 1 / distance**2)
-        rim = n / distance + radius * (_CIRCLE[:, :1] * side + _CIRCLE[:, 1:2] * up)
+        x, y, z = (float(v) / distance for v in eye)
+        # two axes across the line of sight, spelled out because np.cross is slow on single vectors
+        side = (0.0, z, -y) if abs(x) < 0.9 else (-z, 0.0, x)
+        length = math.sqrt(side[0] ** 2 + side[1] ** 2 + side[2] ** 2)
+        p, q, r = side[0] / length, side[1] / length, side[2] / length
+        across = np.array([[p, q, r], [y * r - z * q, z * p - x * r, x * q - y * p]])
+        rim = _CIRCLE[:, :2] @ (math.sqrt(1 - 1 / distance**2) * across) + np.array([x, y, z]) / distance
         return (rim * half) @ rotation.T + centre
 
 
@@ -108,13 +109,19 @@ def overlap(a: Float[np.ndarray, "k 2"], b: Float[np.ndarray, "m 2"]) -> float:
 
 
 def rotation_of(quaternion_wxyz: Float[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n 3 3"]:
-    w, x, y, z = np.moveaxis(quaternion_wxyz, -1, 0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+    q = np.asarray(quaternion_wxyz, float)
+    w, x, y, z = q[..., 0], q[..., 1], q[..., 2], q[..., 3]
+    matrix = np.empty((*q.shape[:-1], 3, 3))
+    matrix[..., 0, 0] = 1 - 2 * (y * y + z * z)
+    matrix[..., 0, 1] = 2 * (x * y - w * z)
+    matrix[..., 0, 2] = 2 * (x * z + w * y)
+    matrix[..., 1, 0] = 2 * (x * y + w * z)
+    matrix[..., 1, 1] = 1 - 2 * (x * x + z * z)
+    matrix[..., 1, 2] = 2 * (y * z - w * x)
+    matrix[..., 2, 0] = 2 * (x * z - w * y)
+    matrix[..., 2, 1] = 2 * (y * z + w * x)
+    matrix[..., 2, 2] = 1 - 2 * (x * x + y * y)
+    return matrix
 
 
 def contact_spot(
@@ -142,3 +149,22 @@ def contact_spot(
     lift = max(lift, 0.0)
     ground = position_m[:2] + ground * (1 + 2 * lift)
     return np.column_stack([ground, np.zeros(len(ground))]), lift
+
+
+def initial_quaternion(spec: ObjectSpec) -> Float[np.ndarray, " 4"]:
+    """w x y z: about z by the yaw, after laying the object's axis down onto x if it lies."""
+    half_yaw = spec.yaw_rad / 2
+    yaw = np.array([math.cos(half_yaw), 0.0, 0.0, math.sin(half_yaw)])
+    if not spec.lying:
+        return yaw
+    s = math.sqrt(0.5)
+    w, z = yaw[0], yaw[3]
+    return np.array([w * s, -z * s, w * s, z * s])
+
+
+def outlines(
+    view: ViewGeometry, spec: SceneSpec, position: np.ndarray, quaternion: np.ndarray
+) -> list[Float[np.ndarray, "k 2"]]:
+    """The convex outline of every object in one frame, in fractions of the image."""
+    rotation = rotation_of(quaternion)
+    return [view.silhouette(o.shape, o.half_m, position[k], rotation[k]) for k, o in enumerate(spec.objects)]

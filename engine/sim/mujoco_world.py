@@ -27,7 +27,6 @@ from virst_engine.sim.spec import (
     MATERIALS,
     MAX_OBJECTS,
     VIEW_ASPECT,
-    ObjectSpec,
     Push,
     SceneSpec,
     TableSpec,
@@ -92,6 +91,7 @@ except (ImportError, OSError, AttributeError, RuntimeError) as _error:
 TIMESTEP_S = 0.004
 SERVO_ACCELERATION_M_S2 = 15.0
 BRAKE_S = 0.35
+STILL_POSE = 2e-4  # metres, and quaternion components: far below a pixel
 RAMP_S = 0.12
 TEXTURE_PX = 256
 MAX_WIDTH, MAX_HEIGHT = 1280, 960
@@ -168,17 +168,6 @@ def _mass_and_inertia(shape: str, half_m: tuple[float, float, float]) -> tuple[f
         return mass, (across, across, mass * a * a / 2)
     mass = 400 * 4 / 3 * math.pi * a * b * c
     return mass, (mass / 5 * (b * b + c * c), mass / 5 * (a * a + c * c), mass / 5 * (a * a + b * b))
-
-
-def initial_quaternion(spec: ObjectSpec) -> Float[np.ndarray, " 4"]:
-    """w x y z: about z by the yaw, after laying the object's axis down onto x if it lies."""
-    half_yaw = spec.yaw_rad / 2
-    yaw = np.array([math.cos(half_yaw), 0.0, 0.0, math.sin(half_yaw)])
-    if not spec.lying:
-        return yaw
-    s = math.sqrt(0.5)
-    w, z = yaw[0], yaw[3]
-    return np.array([w * s, -z * s, w * s, z * s])
 
 
 class _Canvas:
@@ -272,7 +261,7 @@ class _Stage:
             model.mat_rgba[material] = (*thing.rgb, 1.0)
             model.mat_specular[material], model.mat_shininess[material] = MATERIALS[thing.material]
             data.qpos[self.qpos[k] : self.qpos[k] + 3] = thing.position_m
-            data.qpos[self.qpos[k] + 3 : self.qpos[k] + 7] = initial_quaternion(thing)
+            data.qpos[self.qpos[k] + 3 : self.qpos[k] + 7] = geometry.initial_quaternion(thing)
         start = data.qpos.copy()
         mujoco.mj_setConst(model, data)  # inverse weights follow the new masses; it also resets qpos
         data.qpos[:] = start
@@ -434,7 +423,7 @@ class Simulator:
         """Put an object somewhere else, at rest and in its first orientation."""
         stage, q, v = self._stage, self._stage.qpos[thing], self._stage.dof[thing]
         stage.data.qpos[q : q + 3] = position_m
-        stage.data.qpos[q + 3 : q + 7] = initial_quaternion(self.spec.objects[thing])
+        stage.data.qpos[q + 3 : q + 7] = geometry.initial_quaternion(self.spec.objects[thing])
         stage.data.qvel[v : v + 6] = 0
         self._pushes[thing] = []
 
@@ -501,7 +490,18 @@ class Simulator:
             data.qvel[v : v + 3] = velocity[k]
 
     def render(self, *, depth: bool = True) -> SimFrame:
-        """Draw the scene as it is now; `depth=False` leaves depth_m None and is faster."""
+        """Draw the scene as it is now; `depth=False` leaves depth_m None and is a little faster."""
+        return self._draw(depth)
+
+    def _draw(self, depth: bool, like: SimFrame | None = None, time_s: float | None = None) -> SimFrame:
+        """`like`: the frame before this one, whose pixels are shared if nothing has moved since."""
+        time_s = self.time_s if time_s is None else time_s
+        if like is not None and self.spec.arm is None:
+            position, quaternion, velocity = self._poses()
+            shift = max(np.abs(position - like.position_m).max(), np.abs(quaternion - like.quaternion_wxyz).max())
+            if shift < STILL_POSE:
+                # its poses stay the drawn ones, so that a slow creep adds up and is drawn in the end
+                return replace(like, time_s=time_s, velocity_m_s=velocity)
         stage = self._stage
         if stage.canvas is None:
             stage.canvas = _Canvas(stage.model)
@@ -522,7 +522,7 @@ class Simulator:
         outlines = self._outlines(position, quaternion)
         visible, in_view, area = self._visibility(mask, outlines)
         return SimFrame(
-            time_s=self.time_s,
+            time_s=time_s,
             image_rgb_u8=image,
             depth_m=depth_m,
             instance_mask=mask,
@@ -610,7 +610,7 @@ class Simulator:
         np.multiply(image, light[..., None].astype(np.float32) / 255, out=image, casting="unsafe")
 
     def _outlines(self, position: np.ndarray, quaternion: np.ndarray) -> list[np.ndarray]:
-        return outlines(self.view, self.spec, position, quaternion)
+        return geometry.outlines(self.view, self.spec, position, quaternion)
 
     def _visibility(
         self, mask: UInt8[np.ndarray, "h w"], shapes: list[np.ndarray]
@@ -644,14 +644,6 @@ class Simulator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def outlines(
-    view: geometry.ViewGeometry, spec: SceneSpec, position: np.ndarray, quaternion: np.ndarray
-) -> list[Float[np.ndarray, "k 2"]]:
-    """The convex outline of every object in one frame, in fractions of the image."""
-    rotation = geometry.rotation_of(quaternion)
-    return [view.silhouette(o.shape, o.half_m, position[k], rotation[k]) for k, o in enumerate(spec.objects)]
 
 
 def table_texture(table: TableSpec) -> UInt8[np.ndarray, "p p 3"]:
@@ -715,13 +707,23 @@ def record(
             simulator._set_poses(
                 float(time_s), trajectory.position_m[t], trajectory.quaternion_wxyz[t], trajectory.velocity_m_s[t]
             )
-            frames.append(replace(simulator.render(depth=depth), time_s=float(time_s)))
+            frames.append(simulator._draw(depth, like=frames[-1] if frames else None, time_s=float(time_s)))
     return stack(spec, fps, width, height, frames)
 
 
 def stack(spec: SceneSpec, fps: float, width: int, height: int, frames: list[SimFrame]) -> Recording:
     """Frames one after the other as one Recording."""
-    names = ["visible_fraction", "in_view_fraction", "area_fraction", "position_m", "quaternion_wxyz", "velocity_m_s", "centre_px", "image_rgb_u8", "instance_mask"]
+    names = [
+        "visible_fraction",
+        "in_view_fraction",
+        "area_fraction",
+        "position_m",
+        "quaternion_wxyz",
+        "velocity_m_s",
+        "centre_px",
+        "image_rgb_u8",
+        "instance_mask",
+    ]
     arrays = {name: np.stack([getattr(frame, name) for frame in frames]) for name in names}
     # single precision, so that sentences drawn from a file are those drawn from memory
     arrays = {name: a if a.dtype == np.uint8 else a.astype(np.float32) for name, a in arrays.items()}
