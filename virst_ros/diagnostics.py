@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from virst_engine.timing import LatencyWindow
-from virst_engine.types import FrameResult, Goal, ObjectResult
+from virst_engine.types import FrameResult, Goal, ObjectResult, ObjectState
 
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK,
@@ -275,6 +275,15 @@ class Diagnostics:
             level, message = STALE, f"not active ({seen.state}): goals are not followed"
         elif self._now_s() - self._bad_goal_s < RECENT_S:
             level, message = WARN, f"rejected: {self._bad_goal}"
+        else:
+            # Answered, and still nothing to track: the reasoner has refused the sentence, or its answer was unusable.
+            refused = [
+                found
+                for found in self._objects
+                if found.state is ObjectState.SEARCHING and math.isfinite(found.reasoner_latency_s) and found.message
+            ]
+            if refused:
+                level, message = WARN, f"{refused[0].goal_id}: {refused[0].message}"
         return _status(f"{self._name}: goals", level, message, self.model.device, values)
 
     def _process(self, seen: Surroundings) -> DiagnosticStatus:

@@ -15,7 +15,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
-from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import qos_policy_name_from_kind
 from sensor_msgs.msg import CameraInfo, Image
@@ -42,6 +42,7 @@ from virst_ros.parameters import (
     node_specs,
     values_of,
 )
+from virst_ros.spinning import spin_until_shutdown
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -454,9 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
         executor = MultiThreadedExecutor(num_threads=4)
         executor.add_node(node)
         with LogBridge(node.get_logger()), LogBridge(node.get_logger(), "virst_ros"):
-            executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+            spin_until_shutdown(executor)
     finally:
         if node is not None:
             node.close()

@@ -27,6 +27,8 @@ class Graph:
         import rclpy
         from rclpy.executors import MultiThreadedExecutor
 
+        from virst_ros.spinning import spin_until_shutdown
+
         self.domain_id = domain_id
         self.context = rclpy.Context()
         rclpy.init(context=self.context, domain_id=domain_id)
@@ -34,16 +36,8 @@ class Graph:
         self.node = rclpy.create_node("tester", context=self.context)
         self._under_test: list[Any] = []
         self.executor.add_node(self.node)
-        self._spinning = threading.Thread(target=self._spin)
+        self._spinning = threading.Thread(target=spin_until_shutdown, args=(self.executor,))
         self._spinning.start()
-
-    def _spin(self) -> None:
-        from rclpy.executors import ExternalShutdownException
-
-        try:
-            self.executor.spin()
-        except ExternalShutdownException:
-            return
 
     def add(self, make_node: Callable[..., Any], *arguments: Any, **parameters: Any) -> Any:
         """Make a node in this graph, with parameters, and spin it."""
