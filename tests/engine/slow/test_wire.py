@@ -13,6 +13,9 @@ from virst_engine.errors import WireError
 from virst_engine.slow import wire
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
+# The type checker picks entries of collections at random, also where strategies build dataclasses.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+
 INTEGERS = st.integers(0, wire.MAX_INT)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -80,7 +83,7 @@ def answers(draw):
 def test_requests_arrive_as_they_left(request_):
     arrived = wire.decode(travel(request_))
 
-    assert replace(arrived, clip=None) == replace(request_, clip=None)
+    assert replace(arrived, clip=request_.clip) == request_
     assert arrived.clip.camera == request_.clip.camera
     for name in ("steps", "stamps_ns", "frames_rgb_u8", "fusion"):
         sent, got = getattr(request_.clip, name), getattr(arrived.clip, name)
