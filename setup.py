@@ -21,8 +21,9 @@ setup(
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),
-        (f"share/{PACKAGE}/launch", glob("launch/*.launch.py")),
+        (f"share/{PACKAGE}/launch", [*glob("launch/*.launch.py"), *glob("launch/*.xml")]),
         (f"share/{PACKAGE}/config", glob("launch/params/*")),
+        (f"share/{PACKAGE}/rviz", glob("launch/rviz/*")),
     ],
     install_requires=[
         "numpy",
@@ -42,8 +43,10 @@ setup(
     ],
     extras_require={
         "sim": ["mujoco"],
+        "onnx": ["onnx", "onnxruntime"],
         "train": ["tensorboard"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "beartype", "psutil"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "beartype", "psutil", "pyyaml"],
+        "lint": ["ruff", "mypy"],
     },
     tests_require=["pytest"],  # colcon test looks for this to choose pytest
     entry_points={
