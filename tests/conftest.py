@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-import tests.type_checks
 from jaxtyping import install_import_hook
+
+import tests.type_checks
 
 if any(name == "virst_engine" or name.startswith("virst_engine.") for name in sys.modules):
     raise RuntimeError("virst_engine was imported before tests/conftest.py, so its shapes would not be checked")
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - for libraries that still use the global generator
+    np.random.seed(0)
     torch.manual_seed(0)
 
 
