@@ -378,7 +378,14 @@ class Session:
                 for row in zip(anchors.is_cached, anchors.is_present, anchors.agreement, strict=True)
             ]
         )
-        situation = Situation(track.state, self._is_confident(track), track.is_settled, track.disagreements)
+        sighting = self._tracker.sighting(track.slot)
+        situation = Situation(
+            state=track.state,
+            is_visible=sighting is not None and sighting.is_present,
+            is_confident=self._is_confident(track),
+            is_settled=track.is_settled,
+            disagreements=track.disagreements,
+        )
         tracking = self._config.tracking
         return decide(evidence, situation, agree_iou=tracking.agree_iou, overrule_answers=tracking.overrule_answers)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A segmenter and a reasoner whose answers can be worked out by hand, and a video to show them.
 
-The fake network sees colours: a prompt carries a colour, a mask is where that colour is, a memory is the colour seen under
-the mask. Recalling is a weighted mean over every valid memory, so a memory too many, too few or at the wrong age changes
-the result in its last bits: noisy video makes comparisons of two runs sensitive.
+The fake network sees colours: a prompt carries a colour, a mask is where that colour is, a memory is the colour seen
+under the mask. Recalling is a weighted mean over every valid memory, so a memory too many, too few or at the wrong age
+changes the result in its last bits: noisy video makes comparisons of two runs sensitive.
 """
 
 from collections.abc import Callable, Sequence

@@ -106,7 +106,7 @@ class MemoryBank:
             table[target] = table[source]
 
     def is_empty(self, slot: int) -> bool:
-        return self._anchor_steps[slot, 0] == EMPTY and self._writes[slot] == 0
+        return bool(self._anchor_steps[slot, 0] == EMPTY and self._writes[slot] == 0)
 
     def anchor_steps(self, slot: int) -> list[int]:
         """Steps of the anchors kept, ascending."""

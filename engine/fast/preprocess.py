@@ -8,9 +8,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from virst_engine.errors import BadFrame
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from virst_engine.model.pixels import IMAGE_DEVIATION, IMAGE_MEAN
 
 
 def check_image(image: object) -> None:
@@ -40,9 +38,9 @@ class Preprocess:
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self._size, self._device = size, torch.device(device)
-        mean = torch.tensor(IMAGENET_MEAN, device=self._device).reshape(3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=self._device).reshape(3, 1, 1)
-        self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
+        mean = torch.tensor(IMAGE_MEAN, device=self._device).reshape(3, 1, 1)
+        deviation = torch.tensor(IMAGE_DEVIATION, device=self._device).reshape(3, 1, 1)
+        self._scale, self._shift = 1.0 / (255.0 * deviation), -mean / deviation
 
     def __call__(self, image_rgb_u8: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "1 3 size size"]:
         """float32 pixels: squashed, ImageNet mean and deviation. The image has passed `check_image`."""

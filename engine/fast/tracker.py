@@ -194,6 +194,7 @@ class Tracker:
             self._take_over(slot)
         return done
 
+    @torch.inference_mode()
     def pin(self, slot: int, step: int) -> None:
         """Keep the features of this frame for a late answer about the object, however late."""
         self._ring.pin(slot, step)

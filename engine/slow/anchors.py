@@ -39,7 +39,8 @@ class Situation:
     """What is known of the object when the answer comes."""
 
     state: ObjectState
-    is_confident: bool  # tracked well enough in the newest frame to be remembered
+    is_visible: bool  # seen in the newest frame
+    is_confident: bool  # and well enough to be remembered
     is_settled: bool  # tracked by an answer that saw a full window
     disagreements: int = 0  # answers in a row that disagreed
 
@@ -77,8 +78,9 @@ def decide(
 
     present = [i for i, e in enumerate(evidence) if e.is_present]
     if not present:
-        if is_lost:  # not visible is what we say already; its memory is what finds it when it comes back
-            return Decision(Action.KEEP)
+        if (is_tracking or is_lost) and not situation.is_visible:
+            # Hidden is what we say already, and its memory is what finds it when it comes back.
+            return Decision(Action.KEEP, disagreements=situation.disagreements)
         if is_tracking and not is_overruled:
             return Decision(Action.HOLD, disagreements=disagreements)
         return Decision(Action.DECLARE_ABSENT)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from virst_engine.fast.feature_ring import NO_STEP, FeatureRing
+from virst_engine.types import ImageFeatures
+
+
+def features(value: float) -> ImageFeatures:
+    return ImageFeatures(*(torch.full((1, 2, side, side), value) for side in (2, 8, 4, 4)))
+
+
+@pytest.fixture
+def ring() -> FeatureRing:
+    """Holds steps 2..5 of 0..5."""
+    ring = FeatureRing(capacity=4, slots=2, owners=2, mask_side=3)
+    for step in range(6):
+        ring.push(step, 100 * step, features(float(step)))
+    return ring
+
+
+def test_the_newest_frames_are_there_and_older_ones_are_not(ring: FeatureRing) -> None:
+    assert [ring.has(step) for step in range(7)] == [False, False, True, True, True, True, False]
+    assert ring.oldest_step() == 2
+    assert ring.stamp_ns(3) == 300
+    assert ring.stamp_ns(1) is None
+    assert ring.features(1) is None
+    kept = ring.features(5)
+    assert kept is not None
+    assert float(kept.fusion.mean()) == 5.0
+    assert not ring.has(NO_STEP)
+
+
+def test_several_frames_are_gathered_in_order_as_a_copy(ring: FeatureRing) -> None:
+    both = ring.gather([5, 2], owner=0)
+    ring.push(6, 600, features(6.0))
+    assert both.top[:, 0, 0, 0].tolist() == [5.0, 2.0]
+    with pytest.raises(KeyError):
+        ring.gather([2], owner=0)
+
+
+def test_a_pinned_frame_outlives_the_ring_for_its_owner(ring: FeatureRing) -> None:
+    ring.pin(0, 3)
+    for step in range(6, 20):
+        ring.push(step, 100 * step, features(float(step)))
+    assert ring.has_pinned(0, 3)
+    assert not ring.has_pinned(1, 3)
+    assert ring.gather([3, 19], owner=0).top[:, 0, 0, 0].tolist() == [3.0, 19.0]
+    with pytest.raises(KeyError):
+        ring.gather([3], owner=1)
+    ring.release_pin(0)
+    assert not ring.has_pinned(0, 3)
+    with pytest.raises(KeyError):
+        ring.pin(0, 3)
+
+
+def test_beliefs_are_per_frame_and_slot(ring: FeatureRing) -> None:
+    mask = torch.eye(3, dtype=torch.bool)
+    ring.believe(3, 0, mask)
+    ring.believe(0, 0, mask)  # gone: ignored
+    believed = ring.belief(3, 0)
+    assert believed is not None
+    assert torch.equal(believed, mask)
+    assert ring.belief(3, 1) is None
+    assert ring.belief(4, 0) is None
+    assert ring.belief(0, 0) is None
+    ring.copy_slot(0, 1)
+    ring.forget(0)
+    assert ring.belief(3, 0) is None
+    assert ring.belief(3, 1) is not None
+    ring.push(7, 700, features(7.0))  # takes the row of step 3
+    assert ring.belief(3, 1) is None
+    assert ring.belief(7, 1) is None
+
+
+def test_a_cleared_ring_holds_nothing(ring: FeatureRing) -> None:
+    ring.pin(1, 4)
+    ring.clear()
+    assert ring.oldest_step() == NO_STEP
+    assert not ring.has(5)
+    assert not ring.has_pinned(1, 4)

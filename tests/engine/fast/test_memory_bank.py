@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from tests.fakes import SIZES
+from virst_engine.config import MemoryParameters
+from virst_engine.fast.memory_bank import MemoryBank
+from virst_engine.types import MemoryEntry, MemoryTensors
+
+
+def entry(*values: float) -> MemoryEntry:
+    """One row per value, filled with it."""
+    spatial = torch.stack([torch.full((4, 4, 4), value) for value in values])
+    return MemoryEntry(spatial, torch.stack([torch.full((8,), value) for value in values]))
+
+
+def bank(rows: int = 2, **parameters: int) -> MemoryBank:
+    return MemoryBank(SIZES, MemoryParameters(**parameters), rows)
+
+
+def attended(memory: MemoryTensors, row: int = 0) -> list[tuple[float, int]]:
+    """(value, temporal row) of the valid spatial memories."""
+    return [
+        (float(memory.spatial[row, s, 0, 0, 0]), int(memory.spatial_tpos[row, s]))
+        for s in range(memory.spatial.shape[1])
+        if memory.spatial_valid[row, s]
+    ]
+
+
+def told(memory: MemoryTensors, row: int = 0) -> list[tuple[float, float]]:
+    """(value, distance) of the valid pointers."""
+    return [
+        (float(memory.pointers[row, r, 0]), float(memory.pointer_distance[row, r]))
+        for r in range(memory.pointers.shape[1])
+        if memory.pointer_valid[row, r]
+    ]
+
+
+def test_nothing_is_valid_in_an_empty_bank() -> None:
+    memory = bank().read(5, [0])
+    assert memory.spatial.shape == (1, 3 + 6, 4, 4, 4)
+    assert memory.pointers.shape == (1, 3 + 15, 8)
+    assert not memory.spatial_valid.any()
+    assert not memory.pointer_valid.any()
+
+
+def test_a_frame_attends_to_the_nearest_anchors_of_the_past_only() -> None:
+    memories = bank(anchors_attended=3)
+    for step in (2, 10, 20, 30, 41):
+        memories.remember_anchor(0, step, entry(float(step)))
+    # At step 25 the distances are 23, 15, 5; 30 and 41 are in the future.
+    assert attended(memories.read(25, [0])) == [(20.0, 6), (10.0, 6), (2.0, 6)]
+    assert attended(memories.read(31, [0])) == [(30.0, 6), (20.0, 6), (10.0, 6)]
+    assert attended(memories.read(10, [0])) == [(10.0, 6), (2.0, 6)]
+    assert told(memories.read(31, [0])) == [(30.0, 1.0), (20.0, 11.0), (10.0, 21.0)]
+
+
+def test_recent_frames_are_encoded_by_how_many_writes_ago_they_were() -> None:
+    memories = bank()
+    for step in range(1, 9):  # two more than the ring holds
+        memories.remember_recent(0, step, entry(float(step)))
+    assert attended(memories.read(9, [0])) == [(8.0, 0), (7.0, 1), (6.0, 2), (5.0, 3), (4.0, 4), (3.0, 5)]
+    # Five frames later without a write: the same views, the pointers know their age.
+    assert attended(memories.read(14, [0])) == [(8.0, 0), (7.0, 1), (6.0, 2), (5.0, 3), (4.0, 4), (3.0, 5)]
+    assert told(memories.read(14, [0]))[:2] == [(8.0, 6.0), (7.0, 7.0)]
+    assert memories.recent_steps(0) == [3, 4, 5, 6, 7, 8]
+
+
+def test_pointers_of_the_last_fifteen_writes_are_kept() -> None:
+    memories = bank()
+    for step in range(20):
+        memories.remember_recent(0, step, entry(float(step)))
+    assert told(memories.read(20, [0])) == [(float(step), float(20 - step)) for step in range(19, 4, -1)]
+
+
+def test_one_pointer_means_those_of_the_anchors_only() -> None:
+    memories = bank(pointers=1)
+    memories.remember_anchor(0, 0, entry(7.0))
+    memories.remember_recent(0, 1, entry(8.0))
+    assert told(memories.read(2, [0])) == [(7.0, 2.0)]
+
+
+def test_the_first_anchor_stays_and_the_oldest_other_makes_room() -> None:
+    memories = bank(anchor_slots=3)
+    for step in (5, 10, 15, 20):
+        memories.remember_anchor(0, step, entry(float(step)))
+    assert memories.anchor_steps(0) == [5, 15, 20]
+    memories.remember_anchor(0, 12, entry(12.0))  # older than all that may go
+    assert memories.anchor_steps(0) == [5, 15, 20]
+    memories.remember_anchor(0, 5, entry(-5.0))  # the same frame again, even the first
+    assert attended(memories.read(6, [0])) == [(-5.0, 6)]
+
+
+def test_a_single_anchor_slot_holds_the_newest() -> None:
+    memories = bank(anchor_slots=1, anchors_attended=1)
+    memories.remember_anchor(0, 5, entry(5.0))
+    memories.remember_anchor(0, 9, entry(9.0))
+    assert memories.anchor_steps(0) == [9]
+
+
+def test_objects_do_not_share_memory_and_are_read_in_the_order_asked() -> None:
+    memories = bank(rows=3)
+    memories.remember_anchor(0, 0, entry(1.0, 2.0), 1)
+    memories.remember_anchor(2, 0, entry(3.0))
+    memories.remember_recent(2, 1, entry(4.0))
+    memory = memories.read(2, [2, 0])
+    assert attended(memory, 0) == [(3.0, 6), (4.0, 0)]
+    assert attended(memory, 1) == [(2.0, 6)]
+
+
+def test_copy_slot_is_a_copy_and_clear_forgets() -> None:
+    memories = bank()
+    memories.remember_anchor(0, 0, entry(1.0))
+    memories.remember_recent(0, 1, entry(2.0))
+    memories.remember_anchor(1, 7, entry(9.0))
+    memories.copy_slot(0, 1)
+    memories.clear(0)
+    memories.remember_anchor(0, 3, entry(5.0))
+    assert attended(memories.read(8, [1])) == [(1.0, 6), (2.0, 0)]
+    assert attended(memories.read(8, [0])) == [(5.0, 6)]
+    assert memories.is_empty(0) is False
+    memories.clear(0)
+    assert memories.is_empty(0)
+
+
+def test_what_was_read_does_not_change_with_later_writes() -> None:
+    memories = bank()
+    memories.remember_anchor(0, 0, entry(1.0))
+    memory = memories.read(1, [0])
+    memories.remember_anchor(0, 0, entry(2.0))
+    assert attended(memory) == [(1.0, 6)]

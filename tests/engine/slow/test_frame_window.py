@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virst_engine.slow.frame_window import FrameWindow, choose_frames
+
+
+def window_of(stamps_s: list[float], clip_frames: int = 4, spacing_s: float = 0.3) -> FrameWindow:
+    window = FrameWindow(clip_frames, spacing_s)
+    for step, stamp_s in enumerate(stamps_s):
+        frame = np.full((2, 2, 3), step % 256, np.uint8)
+        window.push(step, round(stamp_s * 1e9), frame, np.full((1, 2, 2), step, np.float32))
+    return window
+
+
+def test_frames_are_spaced_by_their_stamps_and_end_in_the_newest() -> None:
+    clip = window_of([0.1 * i for i in range(20)]).clip()
+    assert clip.steps.tolist() == [10, 13, 16, 19]
+    assert clip.stamps_ns.tolist() == [1_000_000_000, 1_300_000_000, 1_600_000_000, 1_900_000_000]
+    assert clip.frames_rgb_u8[:, 0, 0, 0].tolist() == [10, 13, 16, 19]
+    assert clip.fusion.dtype == np.float16
+    assert clip.fusion[:, 0, 0, 0].tolist() == [10.0, 13.0, 16.0, 19.0]
+
+
+def test_a_short_window_repeats_its_oldest_frame_at_the_front() -> None:
+    window = window_of([0.1 * i for i in range(6)])
+    clip = window.clip()
+    assert clip.steps.tolist() == [0, 0, 2, 5]
+    assert not window.is_full(clip)
+    assert window_of([0.0]).clip().steps.tolist() == [0, 0, 0, 0]
+    full = window_of([0.1 * i for i in range(10)])
+    assert full.clip().steps.tolist() == [0, 3, 6, 9]
+    assert full.is_full(full.clip())
+
+
+def test_a_slow_camera_gives_different_frames() -> None:
+    assert window_of([0.0, 1.0, 2.0, 3.0, 4.0]).clip().steps.tolist() == [1, 2, 3, 4]
+
+
+def test_irregular_stamps_give_the_nearest_frames() -> None:
+    # 1.0, 0.7, 0.4 and 0.1 are wanted
+    assert choose_frames([0, 80, 390, 420, 650, 760, 1000], 4, 300) == [1, 2, 4, 6]
+
+
+def test_without_spacing_the_newest_frames_are_taken() -> None:
+    assert window_of([0.1 * i for i in range(9)], 3, 0.0).clip().steps.tolist() == [6, 7, 8]
+
+
+def test_one_frame_is_the_newest() -> None:
+    assert window_of([0.1 * i for i in range(9)], 1).clip().steps.tolist() == [8]
+
+
+@pytest.mark.parametrize("rate_hz", [5.0, 10.0, 20.0, 30.0, 60.0, 240.0])
+def test_the_store_is_bounded_and_spans_the_clip_at_any_rate(rate_hz: float) -> None:
+    window = window_of([i / rate_hz for i in range(round(8 * rate_hz))], 8, 0.3)
+    clip = window.clip()
+    assert len(window) <= 7 * 8 + 2
+    wanted_s = clip.stamps_ns[-1] / 1e9 - 0.3 * np.arange(7, -1, -1)
+    assert np.abs(clip.stamps_ns / 1e9 - wanted_s).max() <= 0.3 / 8 + 0.5 / rate_hz
+    assert window.is_full(clip)
+
+
+def test_a_clip_is_a_copy_and_clear_forgets() -> None:
+    window = window_of([0.0])
+    clip = window.clip()
+    window.clear("left")
+    assert len(window) == 0
+    with pytest.raises(ValueError, match="no frame"):
+        window.clip()
+    window.push(9, 0, np.full((2, 2, 3), 9, np.uint8), np.full((1, 2, 2), 9.0, np.float32))
+    assert clip.frames_rgb_u8.max() == 0
+    assert window.clip().camera == "left"
+
+
+@given(st.lists(st.integers(0, 10**10), min_size=1, max_size=60), st.integers(1, 10), st.integers(0, 10**9))
+def test_chosen_frames_are_in_order_distinct_but_for_the_front(stamps: list[int], count: int, spacing: int) -> None:
+    stamps.sort()
+    chosen = choose_frames(stamps, count, spacing)
+    assert len(chosen) == count
+    assert chosen[-1] == len(stamps) - 1
+    own = chosen[chosen.count(chosen[0]) - 1 :]  # without the repetitions
+    assert own == sorted(set(own))
+    assert chosen.count(chosen[0]) == 1 or chosen[0] == 0

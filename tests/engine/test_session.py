@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from tests.fakes import (
+    BLUE,
+    GREEN,
+    RED,
+    SIDE,
+    DelayedClient,
+    FakeReasoner,
+    FakeStages,
+    InstantClient,
+    SilentClient,
+    Square,
+    Video,
+    moving_square,
+    small_config,
+)
+from virst_engine.errors import BadFrame, BadGoal, UnknownGoal, VirstError
+from virst_engine.session import Session
+from virst_engine.types import Frame, FrameResult, ObjectState, Prompt, ReasonerAnswer, ReasonerRequest
+
+SEARCHING, TRACKING, LOST, NOT_FOUND = ObjectState
+Colour = tuple[float, float, float]
+
+
+def session_of(client: InstantClient | None = None, **config: float | int) -> Session:
+    return Session(small_config(**config), FakeStages(), InstantClient() if client is None else client)
+
+
+def run(
+    session: Session, video: Video, frames: Sequence[int], client: InstantClient | None = None
+) -> list[FrameResult]:
+    results = []
+    for t in frames:
+        if isinstance(client, DelayedClient):
+            client.tick()
+        results.append(session.step(video.frame(t)))
+    return results
+
+
+def states(results: Sequence[FrameResult], number: int = 0) -> list[ObjectState]:
+    return [result.objects[number].state for result in results]
+
+
+def meaning_of(colours: Sequence[Colour]) -> Callable[[ReasonerRequest], Colour]:
+    """The n-th request means the n-th colour, whatever the words; the last one stays."""
+    asked = []
+
+    def meaning(request: ReasonerRequest) -> Colour:
+        asked.append(request)
+        return colours[min(len(asked), len(colours)) - 1]
+
+    return meaning
+
+
+# --- following one object --------------------------------------------------------------------------------------------
+
+
+def test_a_sentence_becomes_a_mask_in_the_same_frame_when_the_answer_is_instant() -> None:
+    video, session = Video([moving_square(), moving_square(BLUE, row=9)]), session_of()
+    assert run(session, video, [0])[0].objects == ()
+    goal = session.set_goal("the blue square", object_id="cup")
+    assert session.goal_states() == {goal.goal_id: SEARCHING}
+    for result in run(session, video, range(1, 30)):
+        (found,) = result.objects
+        assert (found.object_id, found.goal_id, found.instance_id) == ("cup", goal.goal_id, goal.instance_id)
+        assert found.state is TRACKING
+        assert found.message == ""
+        assert 0.85 < found.score < 0.9  # 0.9 x sigmoid(4)
+        t = result.step
+        assert np.array_equal(found.mask, video.truth(t, 1))
+        assert found.prompt_age_s == pytest.approx(0.1 * (t - 1))
+        assert found.reasoner_latency_s == 0.0
+        assert result.stamp_ns == video.frame(t).stamp_ns
+    assert session.goal_states() == {goal.goal_id: TRACKING}
+    assert {"preprocess", "image_encoder", "memory_attention", "mask_decoder", "memory_encoder"} <= set(
+        result.timings_ms
+    )
+
+
+def test_while_nobody_answers_the_object_is_searched_for() -> None:
+    session = session_of(SilentClient())
+    session.set_goal("the red square")
+    (found,) = run(session, Video([moving_square()]), [0])[0].objects
+    assert found.state is SEARCHING
+    assert not found.mask.any()
+    assert found.score == 0.0
+    assert found.prompt_age_s == math.inf
+    assert math.isnan(found.reasoner_latency_s)
+    assert "waiting" in found.message
+
+
+def test_a_hidden_object_is_lost_after_a_few_frames_and_found_again_by_memory() -> None:
+    hidden = Square(RED, lambda t: None if 20 <= t < 30 else (2, 1 + t % 10))
+    video, client = Video([hidden]), InstantClient()
+    session = session_of(client, lost_after_steps=3)
+    session.set_goal("the red square")
+    before = run(session, video, range(20))
+    client.reasoner = FakeReasoner(lambda request: GREEN)  # from now on it is memory that finds it
+    results = before + run(session, video, range(20, 40))
+    assert states(results) == [TRACKING] * 22 + [LOST] * 8 + [TRACKING] * 10
+    for t, result in enumerate(results):
+        assert np.array_equal(result.objects[0].mask, video.truth(t))
+        assert (result.objects[0].score > 0) == bool(video.truth(t).any())
+    assert "not visible" in results[25].objects[0].message
+
+
+def test_a_lost_object_is_asked_for_more_often_and_a_fresh_prompt_finds_it() -> None:
+    # The red square leaves; what the sentence means comes back in another colour, which memory does not know.
+    leaves = Square(RED, lambda t: (2, 2) if t < 10 else None)
+    comes = Square(BLUE, lambda t: (2, 6) if t >= 20 else None)
+    video = Video([leaves, comes])
+    reasoner = FakeReasoner(lambda request: RED if request.clip.steps[-1] < 20 else BLUE)
+    session = session_of(InstantClient(reasoner), lost_after_steps=2, retry_s=0.3)
+    session.set_goal("it")
+    results = run(session, video, range(30))
+    assert states(results)[:20] == [TRACKING] * 11 + [LOST] * 9
+    found_at = states(results).index(TRACKING, 20)
+    assert found_at <= 23
+    assert all(
+        np.array_equal(result.objects[0].mask, video.truth(t, 1))
+        for t, result in enumerate(results[found_at:], found_at)
+    )
+    # Asked once at the start; not visible since 10, so every third frame.
+    assert [int(request.clip.steps[-1]) for request in reasoner.requests][:5] == [0, 10, 13, 16, 19]
+
+
+def test_what_is_not_there_is_not_found_until_it_appears() -> None:
+    video = Video([moving_square(), Square(GREEN, lambda t: (9, 3) if t >= 12 else None)])
+    session = session_of()
+    session.set_goal("the green square")
+    results = run(session, video, range(20))
+    assert states(results)[:12] == [NOT_FOUND] * 12
+    assert "nothing that fits" in results[5].objects[0].message
+    assert not any(result.objects[0].mask.any() for result in results[:12])
+    assert states(results)[15:] == [TRACKING] * 5
+    assert np.array_equal(results[-1].objects[0].mask, video.truth(19, 1))
+
+
+def test_several_goals_are_followed_side_by_side() -> None:
+    video = Video([moving_square(), moving_square(BLUE, row=9)])
+    session = session_of()
+    red, blue, none = (session.set_goal(f"the {colour} square") for colour in ("red", "blue", "green"))
+    for t, result in enumerate(run(session, video, range(15))):
+        by_goal = {found.goal_id: found for found in result.objects}
+        assert np.array_equal(by_goal[red.goal_id].mask, video.truth(t, 0))
+        assert np.array_equal(by_goal[blue.goal_id].mask, video.truth(t, 1))
+        assert by_goal[none.goal_id].state is NOT_FOUND
+    assert len({found.instance_id for found in result.objects}) == 3
+
+
+# --- late answers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay_steps", [1, 4, 12])
+def test_a_late_answer_gives_the_masks_of_an_instant_one(delay_steps: int) -> None:
+    video = Video([moving_square(), moving_square(BLUE, row=9)], noise=6.0)
+    late_client = DelayedClient(delay_steps=delay_steps)
+    instant, late = session_of(), session_of(late_client)
+    for session in (instant, late):
+        session.set_goal("the red square")
+    expected = run(instant, video, range(40))
+    results = run(late, video, range(40), late_client)
+    first = states(results).index(TRACKING)
+    assert delay_steps <= first <= 2 * delay_steps  # three steps are replayed per frame
+    assert states(results[:first]) == [SEARCHING] * first
+    assert results[first].objects[0].reasoner_latency_s == pytest.approx(0.1 * delay_steps)
+    for one, other in zip(expected[first:], results[first:], strict=True):
+        assert np.array_equal(one.objects[0].mask, other.objects[0].mask)
+        assert one.objects[0].score == other.objects[0].score
+        assert one.objects[0].prompt_age_s == other.objects[0].prompt_age_s
+    logits = [session._tracker.sighting(0).mask_logits for session in (instant, late)]  # type: ignore[union-attr]
+    assert torch.equal(*logits)
+
+
+def test_a_late_overruling_answer_gives_the_masks_of_an_instant_one() -> None:
+    video = Video([moving_square(), moving_square(BLUE, row=9)], noise=6.0)
+    late_client = DelayedClient(FakeReasoner(meaning_of([RED, BLUE])), delay_steps=5)
+    instant_client = InstantClient(FakeReasoner(meaning_of([RED, BLUE])))
+    logits, results = [], []
+    for client in (instant_client, late_client):
+        session = session_of(client, period_s=1.5, overrule_answers=1)
+        session.set_goal("it")
+        results.append(run(session, video, range(28), client))
+        logits.append(session._tracker.sighting(0).mask_logits)  # type: ignore[union-attr]
+    assert torch.equal(*logits)
+    assert np.array_equal(results[0][-1].objects[0].mask, video.truth(27, 1))
+    # In the late run each frame shows one of the two, whole, and the change happens once.
+    shown = []
+    for t, result in enumerate(results[1]):
+        if result.objects[0].state is TRACKING:
+            shown.append([np.array_equal(result.objects[0].mask, video.truth(t, square)) for square in (0, 1)])
+    assert all(sum(which) == 1 for which in shown)
+    assert sum(a != b for a, b in zip(shown, shown[1:], strict=False)) == 1
+
+
+def test_an_answer_whose_frame_is_gone_is_used_weakly_and_asked_for_again() -> None:
+    video = Video([moving_square()])
+    client = DelayedClient(delay_steps=12)
+    session = session_of(client, ring_steps=8)
+    session.set_goal("the red square")
+    results = run(session, video, range(24), client)
+    assert states(results)[:12] == [SEARCHING] * 12
+    assert len(client.reasoner.requests) == 2  # again, although the period is long
+    assert int(client.reasoner.requests[1].clip.steps[-1]) in (12, 13)
+    for t, result in enumerate(results[13:], 13):
+        (found,) = result.objects
+        assert found.state is TRACKING
+        assert np.array_equal(found.mask, video.truth(t))
+        assert 0.4 < found.score < 0.45  # half of what a good anchor gives
+    # Faster answers come: the next one is a good anchor.
+    client.delay_steps = 2
+    results = run(session, video, range(24, 48), client)
+    assert 0.85 < results[-1].objects[0].score < 0.9
+    assert results[-1].objects[0].prompt_age_s < 3.0
+
+
+def test_an_evicted_answer_does_not_touch_a_good_track() -> None:
+    video = Video([moving_square(), moving_square(BLUE, row=9)])
+    client = DelayedClient(FakeReasoner(meaning_of([RED, BLUE])), delay_steps=1)
+    session = session_of(client, ring_steps=8, period_s=1.0, overrule_answers=1)
+    session.set_goal("it")
+    run(session, video, range(5), client)
+    client.delay_steps = 12
+    results = run(session, video, range(5, 30), client)
+    assert len(client.reasoner.requests) >= 2
+    assert all(np.array_equal(result.objects[0].mask, video.truth(result.step, 0)) for result in results)
+
+
+# --- sticky identity -------------------------------------------------------------------------------------------------
+
+
+def shown_squares(meanings: Sequence[Colour], overrule_answers: int = 2, clip_frames: int = 2) -> str:
+    """Which square is shown in each frame, when the reasoner is asked every frame: r, b, or - for none."""
+    video = Video([moving_square(), moving_square(BLUE, row=9)])
+    client = InstantClient(FakeReasoner(meaning_of(meanings)))
+    session = session_of(
+        client,
+        period_s=0.0,
+        retry_s=0.0,
+        overrule_answers=overrule_answers,
+        clip_frames=clip_frames,
+        clip_spacing_s=0.1,
+    )
+    session.set_goal("it")
+    letters = []
+    for t, result in enumerate(run(session, video, range(len(meanings)))):
+        shown = [letter for n, letter in enumerate("rb") if np.array_equal(result.objects[0].mask, video.truth(t, n))]
+        letters.append(shown[0] if shown else "-")
+    return "".join(letters)
+
+
+def test_one_answer_does_not_take_a_confident_track_away_but_several_in_a_row_do() -> None:
+    r, b, none = RED, BLUE, GREEN
+    assert shown_squares([r, r, b, r, b, r, r]) == "rrrrrrr"
+    assert shown_squares([r, r, b, b, b, b, b]) == "rrrbbbb"
+    assert shown_squares([r, r, b, b, b, b, b], overrule_answers=3) == "rrrrbbb"
+    assert shown_squares([r, r, none, r, none, none, none]) == "rrrrr--"
+
+
+def test_an_answer_from_a_window_that_was_not_full_is_overruled_at_once() -> None:
+    assert shown_squares([RED, BLUE, RED, RED, RED, RED], clip_frames=3) == "rbrrrr"
+    assert shown_squares([RED, GREEN, RED, RED, BLUE, RED], clip_frames=3) == "r-rrrr"
+
+
+# --- epochs, requests in flight, a reasoner that fails ---------------------------------------------------------------
+
+
+def test_an_answer_of_an_old_epoch_changes_nothing() -> None:
+    video = Video([moving_square(), moving_square(BLUE, row=9)])
+
+    def results_with(forget: Callable[[Session, DelayedClient], None]) -> list[FrameResult]:
+        client = DelayedClient(delay_steps=6)
+        session = session_of(client)
+        session.set_goal("the blue square", goal_id="g")
+        results = run(session, video, range(3), client)
+        forget(session, client)
+        session.set_goal("the red square", goal_id="g", replace=True)
+        return results + run(session, video, range(3, 30), client)
+
+    with_old_answer = results_with(lambda session, client: None)
+    without = results_with(lambda session, client: client.waiting.clear())
+    assert states(with_old_answer) == states(without)
+    for one, other in zip(with_old_answer, without, strict=True):
+        assert np.array_equal(one.objects[0].mask, other.objects[0].mask)
+        assert one.objects[0].score == other.objects[0].score
+        assert one.objects[0].message == other.objects[0].message
+    assert np.array_equal(with_old_answer[-1].objects[0].mask, video.truth(29, 0))
+
+
+def test_a_reset_forgets_everything_but_the_goals() -> None:
+    video, client = Video([moving_square()]), DelayedClient(delay_steps=3)
+    session = session_of(client)
+    goal = session.set_goal("the red square")
+    results = run(session, video, range(10), client)
+    assert states(results)[-1] is TRACKING
+    session.reset()
+    results = run(session, video, range(10, 20), client)
+    assert states(results) == [SEARCHING] * 4 + [TRACKING] * 6 or states(results) == [SEARCHING] * 3 + [TRACKING] * 7
+    assert session.goals() == (goal,)
+    assert client.cancelled == [goal.goal_id]
+    assert client.reasoner.requests[-1].epoch > client.reasoner.requests[0].epoch
+    assert set(client.reasoner.requests[-1].clip.steps.tolist()) == {10}  # the window starts anew
+
+
+def test_one_request_per_goal_is_in_flight_until_its_time_to_live_is_over() -> None:
+    video, client = Video([moving_square()]), SilentClient()
+    session = session_of(client, ttl_s=2.0, retry_s=0.1)
+    session.set_goal("the red square")
+    session.set_goal("the blue square")
+    results = run(session, video, range(45))
+    asked = [(request.sentence, int(request.clip.steps[-1])) for request in client.reasoner.requests]
+    assert asked == [(f"the {colour} square", step) for step in (0, 20, 40) for colour in ("red", "blue")]
+    assert "no answer of the reasoner for 2 s" in results[-1].objects[0].message
+
+
+def test_an_answer_after_its_time_to_live_is_dropped() -> None:
+    video, client = Video([moving_square()]), DelayedClient(delay_steps=15)
+    session = session_of(client, ttl_s=1.0)
+    session.set_goal("the red square")
+    assert set(states(run(session, video, range(29), client))) == {SEARCHING}
+
+
+def test_masks_go_on_while_the_reasoner_is_gone_and_it_is_asked_when_it_is_back() -> None:
+    video, client = Video([moving_square()]), InstantClient()
+    session = session_of(client, period_s=0.5)
+    session.set_goal("the red square")
+    run(session, video, range(5))
+    client.trouble = "no reasoner answers; start it"
+    asked = len(client.reasoner.requests)
+    results = run(session, video, range(5, 30))
+    assert len(client.reasoner.requests) == asked
+    assert all(np.array_equal(result.objects[0].mask, video.truth(result.step)) for result in results)
+    late_goal = session.set_goal("the blue square")
+    found = {o.goal_id: o for o in run(session, video, [30])[0].objects}[late_goal.goal_id]
+    assert (found.state, found.message) == (SEARCHING, "no reasoner answers; start it")
+    client.trouble = ""
+    run(session, video, [31])
+    assert [request.sentence for request in client.reasoner.requests[asked:]] == ["the red square", "the blue square"]
+
+
+def test_a_request_lost_with_the_reasoner_is_asked_again_when_it_is_back() -> None:
+    video, client = Video([moving_square()]), SilentClient()
+    session = session_of(client)
+    session.set_goal("the red square")
+    run(session, video, range(3))
+    client.trouble = "killed"
+    run(session, video, range(3, 6))
+    client.trouble = ""
+    run(session, video, range(6, 9))
+    assert [int(request.clip.steps[-1]) for request in client.reasoner.requests] == [0, 6]
+
+
+def spoiled(spoil: Callable[[ReasonerAnswer], ReasonerAnswer]) -> InstantClient:
+    class Spoiled(FakeReasoner):
+        def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
+            return spoil(super().answer(request))
+
+    return InstantClient(Spoiled())
+
+
+def with_embeddings(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[ReasonerAnswer], ReasonerAnswer]:
+    def spoil(answer: ReasonerAnswer) -> ReasonerAnswer:
+        prompts = tuple(Prompt(p.step, p.stamp_ns, change(p.embeddings)) for p in answer.prompts)
+        return dataclasses.replace(answer, prompts=prompts)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda a: dataclasses.replace(a, prompts=(), error="no word of it is known"), "no word of it is known"),
+        (lambda a: dataclasses.replace(a, prompts=()), "no prompts"),
+        (with_embeddings(lambda e: e[:, :5]), "n x 8"),
+        (with_embeddings(lambda e: np.full_like(e, np.nan)), "not finite"),
+    ],
+)
+def test_a_useless_answer_is_explained_and_the_stream_goes_on(
+    spoil: Callable[[ReasonerAnswer], ReasonerAnswer], words: str
+) -> None:
+    session = session_of(spoiled(spoil))
+    session.set_goal("the red square")
+    for result in run(session, Video([moving_square()]), range(5)):
+        assert result.objects[0].state is SEARCHING
+        assert words in result.objects[0].message
+
+
+def test_a_useless_answer_does_not_touch_a_track() -> None:
+    video, client = Video([moving_square()]), InstantClient()
+    session = session_of(client, period_s=0.2)
+    session.set_goal("the red square")
+    run(session, video, range(5))
+    client.reasoner = spoiled(with_embeddings(lambda e: e[:, :5])).reasoner
+    for result in run(session, video, range(5, 15)):
+        assert np.array_equal(result.objects[0].mask, video.truth(result.step))
+
+
+# --- goals -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cleared_goal_leaves_no_trace_in_the_next_one_of_its_slot() -> None:
+    video, client = Video([moving_square(), moving_square(BLUE, row=9)]), InstantClient()
+    session = session_of(client, max_objects=1)
+    first = session.set_goal("the red square")
+    run(session, video, range(5))
+    assert session.clear_goal(first.goal_id) == first
+    client.reasoner = FakeReasoner(lambda request: GREEN)
+    second = session.set_goal("the blue square")
+    assert second.instance_id != first.instance_id
+    (result,) = run(session, video, [5])
+    assert [found.goal_id for found in result.objects] == [second.goal_id]
+    assert result.objects[0].state is NOT_FOUND
+    assert not result.objects[0].mask.any()
+    assert client.cancelled == [first.goal_id]
+
+
+def test_goals_that_cannot_be_set_or_cleared_change_nothing() -> None:
+    session = session_of(max_objects=2)
+    goals = (session.set_goal("the red square", goal_id="a"), session.set_goal("the blue square", object_id="b"))
+    for sentence, kwargs in (
+        ("", {}),
+        ("x" * 301, {}),
+        ("one more", {}),
+        ("", {"replace": True}),
+        ("a b", {"goal_id": "a"}),
+    ):
+        with pytest.raises(BadGoal):
+            session.set_goal(sentence, **kwargs)
+    with pytest.raises(UnknownGoal):
+        session.clear_goal("nobody")
+    assert session.goals() == goals
+    replaced = session.set_goal("赤い四角", replace=True)
+    assert session.goals() == (replaced,)
+
+
+def test_a_goal_of_another_camera_is_neither_asked_for_nor_shown() -> None:
+    video, client = Video([moving_square()]), InstantClient()
+    session = session_of(client)
+    session.set_goal("the red square", camera="left")
+    here = session.set_goal("the red square", camera="camera")
+    (result,) = run(session, video, [0])
+    assert [found.goal_id for found in result.objects] == [here.goal_id]
+    assert [request.goal_id for request in client.reasoner.requests] == [here.goal_id]
+
+
+def test_goals_may_be_set_and_cleared_from_other_threads() -> None:
+    video, session = Video([moving_square(), moving_square(BLUE, row=9)]), session_of(max_objects=3)
+    stop, failures = threading.Event(), []
+
+    def keep_changing(colour: str) -> None:
+        try:
+            while not stop.is_set():
+                goal = session.set_goal(f"the {colour} square")
+                session.goal_states()
+                session.clear_goal(goal.goal_id)
+        except Exception as error:
+            failures.append(error)
+
+    session.set_goal("the red square", goal_id="stays")
+    threads = [threading.Thread(target=keep_changing, args=(colour,)) for colour in ("red", "blue")]
+    for thread in threads:
+        thread.start()
+    try:
+        for result in run(session, video, range(60)):
+            stays = next(found for found in result.objects if found.goal_id == "stays")
+            assert np.array_equal(stays.mask, video.truth(result.step))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=10)
+    assert failures == []
+    assert [goal.goal_id for goal in session.goals()] == ["stays"]
+
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_camera_may_change_its_resolution() -> None:
+    video, session = Video([moving_square()]), session_of()
+    session.set_goal("the red square")
+    for t, (high, wide) in enumerate([(1, 1), (8, 10), (2, 2), (15, 20), (1, 1)]):
+        (found,) = session.step(video.frame(t, (high, wide))).objects
+        truth = np.kron(video.truth(t), np.ones((high, wide), bool)).astype(bool)
+        assert found.mask.shape == truth.shape
+        overlap = (found.mask & truth).sum() / (found.mask | truth).sum()
+        assert overlap > 0.95  # enlarged bilinearly, so corners are rounded
+
+
+def test_a_bad_frame_is_refused_and_the_stream_goes_on() -> None:
+    video, session = Video([moving_square()]), session_of()
+    session.set_goal("the red square")
+    run(session, video, range(3))
+    good = video.frame(3)
+    with pytest.raises(BadFrame, match="pixels"):
+        session.step(Frame(np.zeros((0, 0, 3), np.uint8), good.stamp_ns))
+    with pytest.raises(BadFrame, match="'right'"):
+        session.step(dataclasses.replace(good, camera="right"))
+    with pytest.raises(BadFrame):  # its stamp does not reset the session either
+        session.step(Frame(np.zeros((0, 0, 3), np.uint8), 0))
+    (found,) = session.step(good).objects
+    assert np.array_equal(found.mask, video.truth(3))
+    assert found.prompt_age_s > 0
+
+
+def test_a_clock_that_goes_back_starts_the_session_over_and_keeps_the_goals() -> None:
+    video, client = Video([moving_square()]), InstantClient()
+    session = session_of(client)
+    session.set_goal("the red square")
+    results = run(session, video, [*range(30), *range(10)])  # a bag that is played in a loop
+    assert states(results) == [TRACKING] * 40
+    assert [result.step for result in results] == list(range(40))
+    assert results[30].objects[0].prompt_age_s == 0.0  # prompted again, nothing older is left
+    assert all(np.array_equal(r.objects[0].mask, video.truth(t)) for r, t in zip(results[30:], range(10), strict=True))
+    assert client.reasoner.requests[-1].clip.steps.tolist() == [30] * 8
+    assert results[39].objects[0].prompt_age_s == pytest.approx(0.9)
+
+
+def test_equal_stamps_are_no_step_back() -> None:
+    video, client = Video([moving_square()], period_s=0.0), InstantClient()
+    session = session_of(client)
+    session.set_goal("the red square")
+    assert states(run(session, video, range(5))) == [TRACKING] * 5
+    assert len(client.reasoner.requests) == 1
+
+
+def test_a_closed_session_closes_its_client_and_takes_no_frame() -> None:
+    client = InstantClient()
+    with session_of(client) as session:
+        session.step(Video([]).frame(0))
+    assert client.is_closed
+    session.close()
+    with pytest.raises(VirstError, match="closed"):
+        session.step(Video([]).frame(1))
+
+
+def test_the_clip_shows_the_newest_frame_last() -> None:
+    video, client = Video([moving_square()], scale=(3, 4)), InstantClient()
+    session = session_of(client)
+    run(session, video, range(25))
+    session.set_goal("the red square")
+    run(session, video, [25])
+    (request,) = client.reasoner.requests
+    assert request.clip.steps.tolist() == [4, 7, 10, 13, 16, 19, 22, 25]
+    assert request.clip.frames_rgb_u8.shape == (8, 16, 16, 3)
+    assert request.clip.frames_rgb_u8[:, 0, 0, 0].tolist() == request.clip.steps.tolist()  # the frame's own number
+    assert request.clip.fusion.dtype == np.float16
+    assert request.clip.camera == "camera"
+    assert request.clip.fusion.shape[-1] == SIDE // 4
