@@ -176,12 +176,125 @@ def evaluate_command(
 
 
 @app.command()
+def bench(
+    frames: Annotated[int, typer.Option(min=10, help="Frames of each speed measurement.")] = 300,
+    memory_frames: Annotated[int, typer.Option(min=600, help="Frames of the memory measurement.")] = 2000,
+    rate: Annotated[float, typer.Option(min=1, help="Frames per second of the paced run.")] = 30.0,
+    paced_seconds: Annotated[float, typer.Option(min=1, help="Length of each half of the paced run.")] = 10.0,
+    scene: Annotated[int, typer.Option(min=0, help="Seed of the simulated scene that is played.")] = 1_000_000,
+    weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
+    device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables here, as Markdown.")] = None,
+) -> None:
+    """Measure ms per stage, frames per second, age of masks and memory of the model on this machine."""
+    from virst_engine.config import ModelParameters
+    from virst_engine.evaluate.bench import BenchSettings, default_case, markdown, run_bench
+    from virst_engine.weights import load_reasoner, load_stages
+
+    with _values_as_usage():
+        model = ModelParameters(weights=weights, device=device, threads=threads)
+        settings = BenchSettings(model, scene, frames, rate, paced_seconds, memory_frames)
+    stages, reasoner = load_stages(model), load_reasoner(model)
+    with _status("simulating a scene") as say:
+        result = run_bench(settings, stages, reasoner, default_case(settings), on_step=say)
+    _write_json(json_file, result)
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(markdown(result), encoding="utf-8")
+    typer.echo(markdown(result))
+
+
+@scenes_app.command("write")
+def scenes_write(
+    folder: Annotated[Path, typer.Argument(help="Where the clips go; complete ones that are there are kept.")],
+    seeds: Annotated[str, typer.Option(metavar="FIRST:LAST", help="Scene seeds, LAST not included.")] = "0:64",
+    family: Annotated[Family, typer.Option(help="Kind of scenes.")] = Family.plain,
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the frames, pixels.")] = "128x128",
+    fps: Annotated[float, typer.Option(min=1, max=100, help="Frames per second.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip.")] = 4.8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
+) -> None:
+    """Record simulated scenes with their truth: images, instance masks, poses, visibility."""
+    from virst_engine.sim.dataset import write_clips
+
+    range_of_seeds = parse_range(seeds)
+    width_and_height = _parse_size(size)
+    with _progress(len(range_of_seeds), "scenes") as advance:
+        done = 0
+
+        def show(scenes: int, total: int) -> None:
+            nonlocal done
+            for _ in range(scenes - done):
+                advance()
+            done = scenes
+
+        shards = write_clips(
+            folder,
+            range_of_seeds,
+            family.value,
+            fps=fps,
+            duration_s=seconds,
+            size=width_and_height,
+            workers=workers or _cores(),
+            progress=show,
+        )
+    typer.echo(f"{len(range_of_seeds)} scenes in {len(shards)} shards below {folder}")
+
+
+@scenes_app.command("show")
+def scenes_show(
+    picture: Annotated[Path, typer.Argument(help="The .png file to write.")],
+    seeds: Annotated[str, typer.Option(metavar="FIRST:LAST", help="Scene seeds, LAST not included.")] = "0:6",
+    family: Annotated[Family, typer.Option(help="Kind of scenes.")] = Family.plain,
+    sentences: Annotated[int, typer.Option(min=1, max=12, help="Per scene.")] = 3,
+    phrasings: Annotated[Phrasings, typer.Option(help="Trained or held-out sentences.")] = Phrasings.train,
+) -> None:
+    """Draw a contact sheet: a row per scene with moments of it, and the target of each sentence outlined."""
+    from virst_engine.sim.dataset import contact_sheet
+
+    typer.echo(contact_sheet(picture, parse_range(seeds), family.value, sentences=sentences, phrasings=phrasings.value))
+
+
+@weights_app.command("info")
+def weights_info(
+    file: Annotated[str, typer.Argument(help="safetensors file; empty = the shipped one.")] = "",
+    model: Annotated[str, typer.Option(help="Name of the shipped model.")] = "tabletop-tiny",
+) -> None:
+    """Tell what a weights file holds: size, checksum, parameters, and where it comes from."""
+    import hashlib
+
+    from virst_engine.config import ModelParameters
+    from virst_engine.weights import load_model, read_card, weights_path
+
+    with _values_as_usage():
+        path = weights_path(ModelParameters(name=model, weights=file))
+    card = read_card(path)
+    loaded = load_model(path)
+    typer.echo(f"file        {path}")
+    typer.echo(f"size        {path.stat().st_size / 2**20:.1f} MiB")
+    typer.echo(f"sha256      {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    typer.echo(f"model       {loaded.config.name}")
+    typer.echo(f"parameters  {sum(p.numel() for p in loaded.parameters()) / 1e6:.2f} M")
+    for name, value in card.items():
+        typer.echo(f"{name:<11} {value}")
+
+
+@app.command()
 def version() -> None:
     """Print the version of this package and of the packages that it is built on."""
     from virst_engine.evaluate.provenance import versions
 
     for name, number in versions().items():
         typer.echo(f"{name} {number}")
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, for example 320x240")
+    return int(width), int(height)
 
 
 def _cores() -> int:
@@ -222,6 +335,15 @@ def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
+
+
+@contextmanager
+def _status(words: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr with what is being done; yields how to change the words."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(words) as status:
+        yield status.update
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, cast
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -10,7 +11,10 @@ from jaxtyping import Bool, UInt8
 from virst_engine.errors import SceneError
 from virst_engine.evaluate.settings import FRAMES, GOAL_FRAME, RATE_HZ, EvaluationSettings
 from virst_engine.sim.recording import Recording
+from virst_engine.sim.spec import Family
 from virst_engine.types import Frame
+
+Split = Literal["train", "held-out", "all"]
 
 WIDTH, HEIGHT = 320, 240  # of the camera
 FIRST_STAMP_NS = 1_000_000_000
@@ -57,7 +61,9 @@ def load_case(settings: EvaluationSettings, scene: int) -> Case:
     from virst_engine.sim.mujoco_world import record
     from virst_engine.sim.scenes import generate_scene_and_motion
 
-    spec, motion = generate_scene_and_motion(scene, settings.family, fps=RATE_HZ, duration_s=FRAMES / RATE_HZ)
+    spec, motion = generate_scene_and_motion(
+        scene, cast(Family, settings.family), fps=RATE_HZ, duration_s=FRAMES / RATE_HZ
+    )
     recording = record(spec, fps=RATE_HZ, duration_s=FRAMES / RATE_HZ, width=WIDTH, height=HEIGHT, trajectory=motion)
     assert recording.image_rgb_u8 is not None
     assert recording.instance_mask is not None
@@ -90,7 +96,7 @@ def ask(recording: Recording, settings: EvaluationSettings, scene: int) -> tuple
                     rng,
                     1,
                     GOAL_FRAME,
-                    settings.phrasings,
+                    cast(Split, settings.phrasings),
                     kinds=(kind,),
                     absent_share=1.0 if wants_absent else 0.0,
                 )

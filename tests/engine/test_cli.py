@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program `virst`: help everywhere, mistakes told in one line with exit code 2, results in files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from virst_engine import cli
+from virst_engine.errors import WeightsError
+
+COMMANDS = [
+    [],
+    ["evaluate"],
+    ["bench"],
+    ["scenes"],
+    ["scenes", "write"],
+    ["scenes", "show"],
+    ["weights"],
+    ["weights", "info"],
+    ["version"],
+]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_help_of_the_program_names_every_command():
+    output = run("--help").output
+    for command in ("train", "evaluate", "bench", "scenes", "weights", "version"):
+        assert command in output
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom virst_engine import cli\n"
+        "assert CliRunner().invoke(cli.app, ['--help']).exit_code == 0\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_version_lists_what_it_is_built_on():
+    output = run("version").output
+    assert "virst_ros " in output
+    assert "torch " in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate", "--scenes", "a:b"], "is not FIRST:LAST"),
+        (["evaluate", "--scenes", "7:7"], "holds no scene"),
+        (["evaluate", "--family", "rich"], "plain"),
+        (["evaluate", "--mode", "offline", "--no-refresh"], "no_refresh"),
+        (["scenes", "write", "out", "--size", "big"], "WIDTHxHEIGHT"),
+        (["bench", "--frames", "1"], "10"),
+        (["fly"], "No such command"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_why(arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_errors_of_the_engine_are_one_line_and_exit_code_2(monkeypatch, capsys):
+    def missing():
+        raise WeightsError("no file; train them")
+
+    monkeypatch.setattr(cli, "app", missing)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "virst: WeightsError: no file; train them\n"
+
+
+def test_missing_weights_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["virst", "weights", "info", str(tmp_path / "none.safetensors")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "none.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3:7", range(3, 7)), ("12", range(12, 13))])
+def test_ranges_of_scenes(text, seeds):
+    assert cli.parse_range(text) == seeds
+
+
+def test_figures_go_to_the_json_file_and_the_report(monkeypatch, tmp_path):
+    from tests.engine.evaluate import test_runner as fakes
+    from virst_engine.evaluate import modes, runner
+
+    evaluate = runner.evaluate
+    monkeypatch.setattr(modes, "load_system", fakes.fake_system)
+    monkeypatch.setattr(
+        runner,
+        "evaluate",
+        lambda settings, **rest: evaluate(settings, system_of=fakes.fake_system, case_of=fakes.fake_case, **rest),
+    )
+    monkeypatch.setattr("virst_engine.evaluate.pictures.write_pictures.__kwdefaults__", {"case_of": fakes.fake_case})
+    json_file, report = tmp_path / "deep" / "figures.json", tmp_path / "page.md"
+    result = run("evaluate", "--scenes", "10:12", "--workers", "1", "--json", str(json_file), "--report", str(report))
+    assert result.exit_code == 0, result.output
+    figures = json.loads(json_file.read_text())
+    assert figures["overall"]["n"] == 3
+    assert figures["settings"]["scenes"] == "10:12"
+    assert "| attribute |" in result.output
+    page = report.read_text()
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.split("(")[1].rstrip(")")).is_file()
+    assert "![absent worst]" in page
