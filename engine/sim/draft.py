@@ -524,6 +524,11 @@ def rest_height_m(thing: ObjectSpec) -> float:
     return thing.half_m[0] if thing.lying or thing.shape == "ball" else thing.half_m[2]
 
 
+def is_tall(thing: ObjectSpec) -> bool:
+    """Whether a push would tip it: friction holds it at its foot."""
+    return thing.shape in ("box", "can") and not thing.lying and thing.half_m[2] > 1.6 * min(thing.half_m[:2])
+
+
 def footprint_m(thing: ObjectSpec) -> float:
     """Radius of the circle on the table that holds the object."""
     a, b, c = thing.half_m

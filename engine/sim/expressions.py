@@ -5,6 +5,7 @@ A meaning is a noun and a property with three values per object (facts.py). A si
 object answers to it and none is in doubt; a plural one when two or more do; an absent one when no object does.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +30,7 @@ from virst_engine.sim.grammar import (
 from virst_engine.sim.recording import Recording
 from virst_engine.sim.spec import COLOURS, SHAPES, Family
 
-__all__ = ["KINDS_FULL", "KINDS_PLAIN", "VOCABULARY", "Expression", "expressions", "sample_expressions"]
+__all__ = ["KINDS_FULL", "KINDS_PLAIN", "VOCABULARY", "Expression", "expressions", "find_meaning", "sample_expressions"]
 
 Split = Literal["train", "held-out", "all"]
 WINDOW_FRAMES = 22  # 2.1 s at 10 Hz: eight frames 0.3 s apart
@@ -38,7 +39,7 @@ PREFIX_SHARE = 0.3
 GENERIC = "generic"  # stands for object, thing or one until a sentence is made
 
 # a few meanings of a kind are easy to come by; these are drawn less often than the others of their kind
-RARELY = {"all": 0.7, "moved_once": 0.7, "cannot_roll": 0.5, "still": 0.5}
+RARELY = {"all": 0.7, "moved_once": 0.7, "cannot_roll": 0.5, "still": 0.5, "colour_shape~far": 0.25}
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,13 @@ class _Noun:
 @dataclass(frozen=True)
 class _Meaning:
     kind: str
-    name: str  # of its phrasings
+    name: str  # of its phrasings, and after a "~" what sets it apart when drawing
     target_ids: tuple[int, ...]
     slots: dict[str, str]
+
+    @property
+    def phrasings(self) -> str:
+        return self.name.partition("~")[0]
 
 
 def expressions(
@@ -150,6 +155,38 @@ def sample_expressions(
     return chosen
 
 
+def find_meaning(
+    recording: Recording, sentence: str, *, query_frame: int, window_frames: int = WINDOW_FRAMES
+) -> Expression | None:
+    """What a sentence of the grammar means in these frames; None if it is none, or not clear in them."""
+    text = finish(sentence.lower())
+    for prefix in sorted((*TRAIN_PREFIXES, *HELD_OUT_PREFIXES), key=len, reverse=True):
+        text = text.removeprefix(prefix)
+    facts = Facts(recording, query_frame, window_frames)
+    meanings = _Meanings(facts)
+    for kind in KINDS_FULL:
+        present, absent = meanings.of(kind)
+        for meaning in (*present, *absent):
+            for held_out, templates in (
+                (False, PHRASINGS[meaning.phrasings].train),
+                (True, PHRASINGS[meaning.phrasings].held_out),
+            ):
+                for number, template in enumerate(templates):
+                    if any(finish(template.format(**slots)) == text for slots in _wordings(meaning.slots)):
+                        return _expression(facts, meaning, sentence, number, held_out)
+    return None
+
+
+def _wordings(slots: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The slots with every choice of generic nouns and size words."""
+    for head, heads in itertools.product(HEADS, PLURAL_HEADS):
+        filled = {k: v if v != GENERIC else heads if k == "ts" else head for k, v in slots.items()}
+        for size in SIZE_WORDS.get(slots.get("z", ""), ("",)):
+            yield {**filled, "z": size}
+        if GENERIC not in slots.values():
+            return
+
+
 def _draw(pool: list[_Meaning], rng: np.random.Generator) -> _Meaning:
     names = sorted({meaning.name for meaning in pool})
     weights = np.array([RARELY.get(name, 1.0) for name in names])
@@ -159,7 +196,7 @@ def _draw(pool: list[_Meaning], rng: np.random.Generator) -> _Meaning:
 
 
 def _phrase(facts: Facts, meaning: _Meaning, rng: np.random.Generator, split: Split) -> Expression:
-    phrasings = PHRASINGS[meaning.name]
+    phrasings = PHRASINGS[meaning.phrasings]
     if split not in ("train", "held-out", "all"):
         raise SceneError(f"unknown split {split!r}; use train, held-out or all")
     held_out = split == "held-out" or (split == "all" and rng.random() < 0.5)
@@ -178,11 +215,15 @@ def _phrase(facts: Facts, meaning: _Meaning, rng: np.random.Generator, split: Sp
     if rng.random() < PREFIX_SHARE:
         prefixes = TRAIN_PREFIXES + (HELD_OUT_PREFIXES if held_out else ())
         text = prefixes[int(rng.integers(len(prefixes)))] + text
+    return _expression(facts, meaning, finish(text), number, held_out)
+
+
+def _expression(facts: Facts, meaning: _Meaning, text: str, number: int, held_out: bool) -> Expression:
     return Expression(
-        text=finish(text),
+        text=text,
         kind=meaning.kind if meaning.target_ids else "absent",
         target_ids=meaning.target_ids,
-        template_id=f"{meaning.name}/{'h' if held_out else ''}{number}",
+        template_id=f"{meaning.phrasings}/{'h' if held_out else ''}{number}",
         held_out=held_out,
         answer=describe(facts, meaning.target_ids),
         topic=meaning.kind,
@@ -246,9 +287,8 @@ class _Meanings:
         f = self.f
         for colour in COLOURS:
             for shape in SHAPES:
-                if colour in self.colours or shape in self.shapes:
-                    is_it = both(f.known, both(f.colour_is(colour), f.shape_is(shape)))
-                    yield "colour_shape", is_it, {"c": colour, "s": shape}
+                name = "colour_shape" if colour in self.colours or shape in self.shapes else "colour_shape~far"
+                yield name, both(f.known, both(f.colour_is(colour), f.shape_is(shape))), {"c": colour, "s": shape}
         for shape in SHAPES:
             yield "shape", both(f.known, f.shape_is(shape)), {"s": shape}
         for colour in COLOURS:

@@ -431,6 +431,10 @@ class Simulator:
         """Whether a push of this object is under way or still to come."""
         return any(push.end_s > self.time_s for push in self._pushes[thing])
 
+    def positions_m(self) -> Float[np.ndarray, "n 3"]:
+        """Where the objects' centres are now (a copy)."""
+        return self._poses()[0]
+
     def _steps_to_next_event(self) -> int:
         times = [push.start_s for pushes in self._pushes for push in pushes if push.start_s > self.time_s]
         times += [t.drop_at_s for t in self.spec.objects if t.drop_at_s is not None and t.drop_at_s > self.time_s]

@@ -5,6 +5,7 @@ World frame: metres, z up, the table top is z = 0. Pixels: x right, y down, (0, 
 The view is always 4:3; an image of another shape is that view squashed.
 """
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -153,12 +154,15 @@ class ArmSpec:
     hand_radius_m: float
     rgb: Vec3
     keys: tuple[ArmKey, ...]
+    period_s: float = 0.0  # the keys repeat after so long; 0 = once
 
     def hand_at(self, time_s: float) -> Float[np.ndarray, " 3"]:
         keys = self.keys
+        if self.period_s > 0:
+            time_s %= self.period_s
         if time_s <= keys[0].time_s:
             return np.asarray(keys[0].hand_m, float)
-        for before, after in zip(keys, keys[1:], strict=False):
+        for before, after in itertools.pairwise(keys):
             if time_s <= after.time_s:
                 u = (time_s - before.time_s) / max(after.time_s - before.time_s, 1e-9)
                 u = u * u * (3 - 2 * u)
