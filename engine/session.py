@@ -102,8 +102,6 @@ class Session:
         from virst_engine.weights import load_stages
 
         config = EngineConfig() if config is None else config
-        if config.model.threads:
-            torch.set_num_threads(config.model.threads)
         stages = load_stages(config.model)
         if reasoner is None:
             from virst_engine.slow.zmq_client import ZmqReasonerClient

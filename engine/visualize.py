@@ -35,9 +35,9 @@ def draw_overlay(
             shown as question marks.
     """
     height, width = image_rgb_u8.shape[0] * scale, image_rgb_u8.shape[1] * scale
-    canvas = (
-        cv2.resize(image_rgb_u8, (width, height), interpolation=cv2.INTER_LINEAR) if scale > 1 else image_rgb_u8.copy()
-    )
+    canvas = image_rgb_u8.copy()
+    if scale > 1:
+        canvas = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_LINEAR)
     for found in result.objects:
         if found.mask.any():
             _draw_mask(canvas, found)
@@ -80,11 +80,10 @@ def _draw_labels(canvas: np.ndarray, lines: list[tuple[str, tuple[int, int, int]
         box[:] = (box * LABEL_BACKGROUND).astype(np.uint8)
         margin = max(2, line_px // 5)
         corners = (margin, top + margin), (line_px - margin, top + line_px - margin)
-        cv2.rectangle(canvas, *corners, colour, -1 if state is ObjectState.TRACKING else max(1, thickness))
+        is_tracking = state is ObjectState.TRACKING
+        cv2.rectangle(canvas, *corners, colour, -1 if is_tracking else thickness)
         at = (line_px + 2, top + round(0.72 * line_px))
-        cv2.putText(
-            canvas, text, at, FONT, size, WHITE if state is ObjectState.TRACKING else GREY, thickness, cv2.LINE_AA
-        )
+        cv2.putText(canvas, text, at, FONT, size, WHITE if is_tracking else GREY, thickness, cv2.LINE_AA)
 
 
 def _shortened(text: str, size: float, thickness: int, room_px: int) -> str:

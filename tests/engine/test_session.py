@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -199,7 +200,7 @@ def test_a_late_overruling_answer_gives_the_masks_of_an_instant_one() -> None:
         if result.objects[0].state is TRACKING:
             shown.append([np.array_equal(result.objects[0].mask, video.truth(t, square)) for square in (0, 1)])
     assert all(sum(which) == 1 for which in shown)
-    assert sum(a != b for a, b in zip(shown, shown[1:], strict=False)) == 1
+    assert sum(a != b for a, b in itertools.pairwise(shown)) == 1
 
 
 def test_an_answer_whose_frame_is_gone_is_used_weakly_and_asked_for_again() -> None:
