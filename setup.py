@@ -22,8 +22,8 @@ setup(
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),
         (f"share/{PACKAGE}/launch", [*glob("launch/*.launch.py"), *glob("launch/*.xml")]),
-        (f"share/{PACKAGE}/config", glob("launch/params/*")),
-        (f"share/{PACKAGE}/rviz", glob("launch/rviz/*")),
+        (f"share/{PACKAGE}/launch/params", glob("launch/params/*")),
+        (f"share/{PACKAGE}/launch/rviz", glob("launch/rviz/*")),
     ],
     install_requires=[
         "numpy",
