@@ -242,7 +242,9 @@ class Session:
     def _remember_for_reasoner(self, frame: Frame, tracked: TrackedFrame) -> None:
         if len(self._window) == 0:
             self._window.clear(frame.camera)
-        small_rgb_u8 = resize_image(frame.image_rgb_u8, self._sizes.video_size)
+        small_rgb_u8 = tracked.square_rgb_u8
+        if self._sizes.video_size != self._sizes.image_size:
+            small_rgb_u8 = resize_image(frame.image_rgb_u8, self._sizes.video_size)
         fusion = tracked.features.fusion[0].to(torch.float16).cpu().numpy()
         self._window.push(tracked.step, frame.stamp_ns, small_rgb_u8, fusion)
 

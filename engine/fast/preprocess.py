@@ -43,6 +43,10 @@ class Preprocess:
         self._scale, self._shift = 1.0 / (255.0 * deviation), -mean / deviation
 
     def __call__(self, image_rgb_u8: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "1 3 size size"]:
-        """float32 pixels: squashed, ImageNet mean and deviation. The image has passed `check_image`."""
-        pixels = torch.from_numpy(resize_image(image_rgb_u8, self._size)).to(self._device)
+        """What the image encoder reads: squashed and normalised. The image has passed `check_image`."""
+        return self.normalise(resize_image(image_rgb_u8, self._size))
+
+    def normalise(self, square_rgb_u8: UInt8[np.ndarray, "size size 3"]) -> Float[Tensor, "1 3 size size"]:
+        """float32 pixels with ImageNet's mean and deviation taken out, of an image that was squashed already."""
+        pixels = torch.from_numpy(square_rgb_u8).to(self._device)
         return (pixels.permute(2, 0, 1) * self._scale + self._shift)[None].contiguous()

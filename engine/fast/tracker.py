@@ -11,15 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import MemoryParameters, TrackingParameters
 from virst_engine.fast.feature_ring import FeatureRing
 from virst_engine.fast.memory_bank import MemoryBank
-from virst_engine.fast.preprocess import Preprocess, check_image
+from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
 from virst_engine.timing import StageTimer
 from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry
 
@@ -42,6 +43,7 @@ class TrackedFrame:
 
     step: int
     stamp_ns: int
+    square_rgb_u8: UInt8[np.ndarray, "size size 3"]  # the image as the encoder saw it
     features: ImageFeatures
 
 
@@ -98,7 +100,8 @@ class Tracker:
         timer = timer or StageTimer(self._device)
         check_image(frame.image_rgb_u8)
         with timer.stage("preprocess"):
-            pixels = self._preprocess(frame.image_rgb_u8)
+            square_rgb_u8 = resize_image(frame.image_rgb_u8, self._stages.sizes.image_size)
+            pixels = self._preprocess.normalise(square_rgb_u8)
         with timer.stage("image_encoder"):
             features = self._stages.image_encoder(pixels)
 
@@ -107,7 +110,7 @@ class Tracker:
         slots = [slot for slot in range(self._slots) if not self._memory.is_empty(slot)]
         if slots:
             self._propagate(self._step, features, slots, timer)
-        return TrackedFrame(self._step, frame.stamp_ns, features)
+        return TrackedFrame(self._step, frame.stamp_ns, square_rgb_u8, features)
 
     def sighting(self, slot: int) -> Sighting | None:
         """The object in the newest frame; None while nothing is remembered of it."""
