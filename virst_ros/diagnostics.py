@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+
 from virst_engine.timing import LatencyWindow
 from virst_engine.types import FrameResult, Goal, ObjectResult, ObjectState
 

@@ -8,7 +8,6 @@ from virst_engine.session import Session
 from virst_engine.slow.reasoner import ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.weights import load_stages, weights_path
-
 from virst_ros.diagnostics import LoadedModel
 
 

@@ -20,12 +20,13 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.qos import qos_policy_name_from_kind
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
-from virst_engine.config import EngineConfig
-from virst_engine.errors import BadFrame, VirstError
-from virst_engine.types import Frame, FrameResult, Goal, ObjectState
 from virst_msgs.msg import SegmentedObjectArray
 from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
+from virst_engine.config import EngineConfig
+from virst_engine.errors import BadFrame, VirstError
+from virst_engine.types import Frame, FrameResult, Goal, ObjectState
+from virst_engine.visualize import draw_overlay
 from virst_ros import conversions, qos
 from virst_ros.diagnostics import Diagnostics, LoadedModel, Surroundings
 from virst_ros.frame_inbox import FrameInbox
@@ -292,8 +293,6 @@ class SegmenterNode(LifecycleNode):
         if info is not None and (info.height, info.width) == (height, width):
             self._camera_info_publisher.publish(conversions.camera_info_message(header, info))
         if self._settings.overlay and self._overlay_publisher.get_subscription_count() > 0:
-            from virst_engine.visualize import draw_overlay
-
             drawn = draw_overlay(frame.image_rgb_u8, result, sentences)
             self._overlay_publisher.publish(conversions.image_message(header, drawn, "rgb8"))
         self._diagnostics.goals_changed(goals)

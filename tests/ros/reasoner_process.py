@@ -4,11 +4,10 @@
 import logging
 import sys
 
+from tests.fakes import FakeReasoner
 from virst_engine.errors import BadGoal
 from virst_engine.slow.zmq_server import serve
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
-
-from tests.fakes import FakeReasoner
 
 
 class LatinReasoner(FakeReasoner):

@@ -8,9 +8,9 @@ pytest.importorskip("virst_msgs.msg")
 
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
+
 from virst_engine.errors import BadFrame
 from virst_engine.types import FrameResult, Goal, ObjectResult, ObjectState
-
 from virst_ros import conversions
 
 pytestmark = pytest.mark.ros

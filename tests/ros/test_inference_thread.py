@@ -2,9 +2,9 @@
 import threading
 
 import numpy as np
+
 from virst_engine.errors import BadFrame
 from virst_engine.types import Frame, FrameResult
-
 from virst_ros.frame_inbox import FrameInbox
 from virst_ros.inference_thread import InferenceThread
 

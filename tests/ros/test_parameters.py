@@ -2,8 +2,8 @@
 from pathlib import Path
 
 import pytest
-from virst_engine.config import EngineConfig
 
+from virst_engine.config import EngineConfig
 from virst_ros import parameters
 from virst_ros.parameters import NodeParameters
 

@@ -20,13 +20,13 @@ import zmq
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import Image
-from virst_engine.session import Session
-from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_msgs.msg import SegmentedObject, SegmentedObjectArray
 from virst_msgs.srv import ClearGoal, SetGoal
 
 from tests.fakes import FakeStages, Video, moving_square
 from tests.ros.ros_graph import wait_until
+from virst_engine.session import Session
+from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_ros.diagnostics import LoadedModel
 from virst_ros.loading import LoadedEngine
 from virst_ros.segmenter_node import SegmenterNode

@@ -16,11 +16,11 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from sensor_msgs.msg import CameraInfo, Image
-from virst_engine.errors import BadFrame, WeightsError
 from virst_msgs.msg import SegmentedObject, SegmentedObjectArray
 from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
 from tests.ros.ros_graph import wait_until
+from virst_engine.errors import BadFrame, WeightsError
 from virst_ros.segmenter_node import SegmenterNode, missing_profile_warning
 
 pytestmark = pytest.mark.ros
