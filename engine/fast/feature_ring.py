@@ -36,8 +36,8 @@ class FeatureRing:
         self._masks = torch.zeros((capacity, slots, mask_side, mask_side), dtype=torch.bool, device=device)
         self._is_known = np.zeros((capacity, slots), dtype=np.bool_)
 
-    def push(self, step: int, stamp_ns: int, features: ImageFeatures) -> None:
-        """Copy the features of the newest frame (b = 1) in; the frame `capacity` steps ago is gone."""
+    def push(self, step: int, stamp_ns: int, features: ImageFeatures) -> ImageFeatures:
+        """Copy the features of the newest frame (b = 1) in and view them; the frame `capacity` steps ago is gone."""
         row = step % self._capacity
         if self._features is None:
             self._features = self._allocate(features)
@@ -45,6 +45,7 @@ class FeatureRing:
             getattr(self._features, f.name)[row].copy_(getattr(features, f.name)[0])
         self._steps[row], self._stamps_ns[row] = step, stamp_ns
         self._is_known[row] = False
+        return self._view(row)
 
     def pin(self, owner: int, step: int) -> None:
         """Keep this step's features for `owner` until it pins another; it must be in the ring."""
@@ -70,10 +71,7 @@ class FeatureRing:
 
     def features(self, step: int) -> ImageFeatures | None:
         """A view of one frame's features, valid until `capacity` more frames are pushed; None once evicted."""
-        if self._features is None or not self.has(step):
-            return None
-        row = step % self._capacity
-        return ImageFeatures(*(getattr(self._features, f.name)[row : row + 1] for f in fields(ImageFeatures)))
+        return self._view(step % self._capacity) if self.has(step) else None
 
     def gather(self, steps: Sequence[int], owner: int) -> ImageFeatures:
         """A copy of several frames' features, b = len(steps), from the ring or else from the owner's pin."""
@@ -119,6 +117,9 @@ class FeatureRing:
         self._steps = [NO_STEP] * len(self._steps)
         self._pinned_steps = [NO_STEP] * len(self._pinned_steps)
         self._is_known[:] = False
+
+    def _view(self, row: int) -> ImageFeatures:
+        return ImageFeatures(*(getattr(self._features, f.name)[row : row + 1] for f in fields(ImageFeatures)))
 
     def _allocate(self, features: ImageFeatures) -> ImageFeatures:
         rows = self._capacity + len(self._pinned_steps)

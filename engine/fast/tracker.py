@@ -103,10 +103,11 @@ class Tracker:
             square_rgb_u8 = resize_image(frame.image_rgb_u8, self._stages.sizes.image_size)
             pixels = self._preprocess.normalise(square_rgb_u8)
         with timer.stage("image_encoder"):
-            features = self._stages.image_encoder(pixels)
+            encoded = self._stages.image_encoder(pixels)
 
         self._step += 1
-        self._ring.push(self._step, frame.stamp_ns, features)
+        # From here on the cached copy, as in a replay: its layout in memory decides on the last bits of what follows.
+        features = self._ring.push(self._step, frame.stamp_ns, encoded)
         slots = [slot for slot in range(self._slots) if not self._memory.is_empty(slot)]
         if slots:
             self._propagate(self._step, features, slots, timer)
