@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""launch/segment.launch.py with stand-ins for ROS 2's launch packages, which exist only where a ROS 2 is sourced."""
+
+import importlib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from virst_engine.config import EngineConfig
+from virst_ros.parameters import engine_specs, node_specs
+
+LAUNCH_FILE = Path(__file__).parents[1] / "launch" / "segment.launch.py"
+
+
+class Recorded:
+    """Keeps what it was made with, as launch's actions and substitutions would."""
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        self.positional, self.named = positional, named
+        self.name = positional[0] if positional else named.get("name")
+
+
+class FakeContext:
+    def __init__(self, values: dict[str, str]) -> None:
+        self.values = values
+
+
+class FakeConfiguration(Recorded):
+    def perform(self, context: FakeContext) -> str:
+        return context.values[self.name]
+
+
+@pytest.fixture
+def launch_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def kind(name: str, base: type = Recorded) -> type:
+        return type(name, (base,), {})
+
+    names = {
+        "launch": {"LaunchContext": FakeContext, "LaunchDescription": kind("LaunchDescription")},
+        "launch.actions": {
+            name: kind(name)
+            for name in ("DeclareLaunchArgument", "ExecuteProcess", "OpaqueFunction", "SetEnvironmentVariable")
+        },
+        "launch.substitutions": {
+            "EnvironmentVariable": kind("EnvironmentVariable"),
+            "LaunchConfiguration": FakeConfiguration,
+        },
+        "launch_ros": {},
+        "launch_ros.actions": {"Node": kind("Node")},
+    }
+    for name, contents in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    spec = importlib.util.spec_from_file_location("segment_launch", LAUNCH_FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def processes(launch_module: Any, **given: str) -> dict[str, Recorded]:
+    """What starts for these arguments, by program."""
+    values = {argument.name: argument.named["default_value"] for argument in launch_module.ARGUMENTS}
+    assert given.keys() <= values.keys()
+    started = launch_module.start(FakeContext({**values, **given}))
+    return {process.named.get("executable", process.named.get("name")): process for process in started}
+
+
+def parameters(node: Recorded) -> dict[str, Any]:
+    file, arguments = node.named["parameters"]
+    text = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    flat: dict[str, Any] = {}
+
+    def flatten(prefix: str, tree: dict[str, Any]) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                flatten(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    flatten("", text["/**"]["ros__parameters"])
+    return {**flat, **arguments}
+
+
+def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None:
+    names = [argument.name for argument in launch_module.ARGUMENTS]
+    assert {
+        *("image_topic", "camera_info_topic", "depth_topic", "namespace", "camera_name", "params_file", "goal"),
+        *("log_level", "use_sim_time", "autostart", "sim", "reasoner"),
+    } <= set(names)
+    assert len(names) == len(set(names))
+    for argument in launch_module.ARGUMENTS:
+        assert len(argument.named["description"]) > 15, argument.name
+        assert argument.named["default_value"] in argument.named.get("choices", [argument.named["default_value"]])
+
+
+def test_the_description_declares_all_arguments_and_sets_the_fast_dds_profile(launch_module: Any) -> None:
+    (entities,) = launch_module.generate_launch_description().positional
+    assert entities[: len(launch_module.ARGUMENTS)] == launch_module.ARGUMENTS
+    set_profile, function = entities[len(launch_module.ARGUMENTS) :]
+    name, value = set_profile.positional
+    assert name == "FASTDDS_DEFAULT_PROFILES_FILE"
+    assert value.name == name  # a profile that the user chose stays
+    assert Path(value.named["default_value"]).is_file()
+    assert function.named["function"] is launch_module.start
+
+
+def test_without_arguments_segmenter_and_reasoner_meet_at_the_configured_address(launch_module: Any) -> None:
+    started = processes(launch_module)
+    assert started.keys() == {"segmenter", "reasoner"}
+    endpoint = EngineConfig().reasoner.endpoint
+    assert parameters(started["segmenter"])["reasoner.endpoint"] == endpoint
+    command = started["reasoner"].named["cmd"]
+    assert command[command.index("--endpoint") + 1] == endpoint
+    assert importlib.util.find_spec(command[2]) is not None
+
+
+def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) -> None:
+    started = processes(launch_module, device="cuda:0", log_level="warn")
+    _, _, module, *options = started["reasoner"].named["cmd"]
+    app = typer.Typer()
+    app.command()(importlib.import_module(module)._command)
+    result = CliRunner().invoke(app, [*options, "--help"])
+    assert result.exit_code == 0, result.output
+    assert "No such option" not in result.output
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {
+            "camera_name": "left",
+            "goal": "the red ball",
+            "device": "cuda:0",
+            "depth_topic": "/d",
+            "use_sim_time": "true",
+            "autostart": "false",
+        },
+    ],
+)
+def test_the_segmenter_knows_every_parameter_it_gets(launch_module: Any, given: dict[str, str]) -> None:
+    known = {spec.name: spec for spec in [*engine_specs(), *node_specs()]}
+    got = parameters(processes(launch_module, **given)["segmenter"])
+    use_sim_time = got.pop("use_sim_time")  # rclpy's own
+    assert use_sim_time is (given.get("use_sim_time") == "true")
+    assert got.keys() <= known.keys()
+    for name, value in got.items():
+        assert type(value) is known[name].type, name
+
+
+def test_arguments_go_before_the_parameter_file_and_empty_ones_do_not(launch_module: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("/**: {ros__parameters: {initial_goal: the cup, camera_name: head, model: {device: cuda:1}}}")
+    plain = parameters(processes(launch_module, params_file=str(file))["segmenter"])
+    assert (plain["initial_goal"], plain["camera_name"], plain["model.device"]) == ("the cup", "head", "cuda:1")
+    changed = parameters(processes(launch_module, params_file=str(file), goal="the can")["segmenter"])
+    assert (changed["initial_goal"], changed["camera_name"]) == ("the can", "head")
+
+
+def test_topics_are_remapped(launch_module: Any) -> None:
+    node = processes(launch_module, image_topic="/a", camera_info_topic="/b", namespace="robot")["segmenter"]
+    assert node.named["remappings"] == [("image", "/a"), ("camera_info", "/b")]
+    assert node.named["namespace"] == "robot"
+    with_depth = processes(launch_module, depth_topic="/c")["segmenter"]
+    assert ("depth", "/c") in with_depth.named["remappings"]
+    assert parameters(with_depth)["use_depth"] is True
+
+
+def test_reasoner_and_simulated_camera_can_be_chosen(launch_module: Any) -> None:
+    assert processes(launch_module, reasoner="false").keys() == {"segmenter"}
+    with_camera = processes(launch_module, sim="true", sim_seed="7")
+    assert with_camera.keys() == {"segmenter", "reasoner", "sim_camera"}
+    assert with_camera["sim_camera"].named["parameters"][0]["seed"] == 7
+
+
+def test_the_real_launch_packages_accept_the_file() -> None:
+    pytest.importorskip("launch_ros", reason="ROS 2's launch is not installed (its wheels leave it out)")
+    from launch import LaunchContext
+    from launch.launch_description_sources import PythonLaunchDescriptionSource
+
+    context = LaunchContext()
+    description = PythonLaunchDescriptionSource(str(LAUNCH_FILE)).get_launch_description(context)
+    assert len(description.get_launch_arguments()) >= 12
