@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
@@ -17,7 +17,7 @@ from virst_engine.fast.object_registry import ObjectRegistry
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import check_image, resize_image
 from virst_engine.fast.tracker import DecodedAnchors, Sighting, TrackedFrame, Tracker
-from virst_engine.slow.anchors import Action, AnchorEvidence, Decision, Situation, decide, select_anchors
+from virst_engine.slow.anchors import Action, AnchorEvidence, Decision, Dispute, Situation, decide, select_anchors
 from virst_engine.slow.frame_window import FrameWindow
 from virst_engine.slow.goals import GoalBook, OpenRequest
 from virst_engine.slow.reasoner import ReasonerClient
@@ -39,7 +39,7 @@ class _Track:
     absent_steps: int = 0
     is_settled: bool = False  # by an answer that saw a full window
     is_weak: bool = False  # known only by an anchor whose frame was evicted
-    disagreements: int = 0
+    dispute: Dispute = field(default_factory=Dispute)
     newest_anchor_ns: int | None = None
     replay_anchor_ns: int | None = None  # becomes the newest anchor when the replay is through
     replay_is_settled: bool = False
@@ -267,7 +267,7 @@ class Session:
         track.state = ObjectState.TRACKING if is_present else ObjectState.LOST
         track.absent_steps = 0 if is_present else self._config.tracking.lost_after_steps
         track.newest_anchor_ns, track.is_settled = track.replay_anchor_ns, track.replay_is_settled
-        track.is_weak, track.disagreements = False, 0
+        track.is_weak, track.dispute = False, Dispute()
 
     def _ask(self, frame: Frame) -> None:
         """Hand the reasoner the newest clip for every goal that is due."""
@@ -344,7 +344,7 @@ class Session:
         embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in selected]).astype(np.float32))
         anchors = self._tracker.decode_anchors(track.slot, [prompt.step for prompt in selected], embeddings)
         decision = self._decide(track, anchors)
-        track.disagreements = decision.disagreements
+        track.dispute = decision.dispute
         logger.debug("goal %s: %s", track.goal.goal_id, decision.action.name)
 
         if decision.action is Action.ASK_AGAIN or anchors is None:
@@ -384,7 +384,7 @@ class Session:
             is_visible=sighting is not None and sighting.is_present,
             is_confident=self._is_confident(track),
             is_settled=track.is_settled,
-            disagreements=track.disagreements,
+            dispute=track.dispute,
         )
         tracking = self._config.tracking
         return decide(evidence, situation, agree_iou=tracking.agree_iou, overrule_answers=tracking.overrule_answers)

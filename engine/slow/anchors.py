@@ -35,6 +35,17 @@ class AnchorEvidence:
 
 
 @dataclass(frozen=True)
+class Dispute:
+    """Answers in a row that contradict the track and say the same: it is elsewhere, or there is no such object."""
+
+    answers: int = 0
+    says_absent: bool = False
+
+    def with_one_more(self, says_absent: bool) -> "Dispute":
+        return Dispute(self.answers + 1 if says_absent == self.says_absent else 1, says_absent)
+
+
+@dataclass(frozen=True)
 class Situation:
     """What is known of the object when the answer comes."""
 
@@ -42,14 +53,14 @@ class Situation:
     is_visible: bool  # seen in the newest frame
     is_confident: bool  # and well enough to be remembered
     is_settled: bool  # tracked by an answer that saw a full window
-    disagreements: int = 0  # answers in a row that disagreed
+    dispute: Dispute = Dispute()
 
 
 @dataclass(frozen=True)
 class Decision:
     action: Action
     chosen: tuple[int, ...] = ()  # positions in the evidence, oldest first
-    disagreements: int = 0
+    dispute: Dispute = Dispute()  # from now on
 
 
 def select_anchors(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -70,25 +81,24 @@ def decide(
     """
     is_tracking = situation.state is ObjectState.TRACKING
     is_lost = situation.state is ObjectState.LOST
-    disagreements = situation.disagreements + 1
-    is_overruled = not situation.is_settled or disagreements >= overrule_answers
-
     if not evidence:
-        return Decision(Action.ASK_AGAIN, disagreements=situation.disagreements)
+        return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
 
     present = [i for i, e in enumerate(evidence) if e.is_present]
+    dispute = situation.dispute.with_one_more(says_absent=not present)
+    is_overruled = not situation.is_settled or dispute.answers >= overrule_answers
     if not present:
         if (is_tracking or is_lost) and not situation.is_visible:
             # Hidden is what we say already, and its memory is what finds it when it comes back.
-            return Decision(Action.KEEP, disagreements=situation.disagreements)
+            return Decision(Action.KEEP, dispute=situation.dispute)
         if is_tracking and not is_overruled:
-            return Decision(Action.HOLD, disagreements=disagreements)
+            return Decision(Action.HOLD, dispute=dispute)
         return Decision(Action.DECLARE_ABSENT)
 
     cached = [i for i in present if evidence[i].is_cached]
     if not cached:
         if is_tracking or is_lost:
-            return Decision(Action.ASK_AGAIN, disagreements=situation.disagreements)
+            return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
         return Decision(Action.JUMP, chosen=(present[-1],))
 
     if is_tracking or is_lost:
@@ -97,7 +107,7 @@ def decide(
         if agrees:
             return Decision(Action.INSERT, chosen=tuple(i for i in cached if _may_join(evidence[i], agree_iou)))
         if is_tracking and situation.is_confident and not is_overruled:
-            return Decision(Action.HOLD, disagreements=disagreements)
+            return Decision(Action.HOLD, dispute=dispute)
     return Decision(Action.START_OVER, chosen=tuple(cached))
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from virst_engine.slow.anchors import Action, AnchorEvidence, Decision, Situation, decide, select_anchors
+from virst_engine.slow.anchors import Action, AnchorEvidence, Decision, Dispute, Situation, decide, select_anchors
 from virst_engine.types import ObjectState, Prompt
 
 AGREES, DIFFERS = AnchorEvidence(True, True, 0.8), AnchorEvidence(True, True, 0.1)
@@ -13,9 +13,10 @@ EVICTED = AnchorEvidence(False, True, None)
 CONFIDENT = Situation(ObjectState.TRACKING, is_visible=True, is_confident=True, is_settled=True)
 UNSURE = replace(CONFIDENT, is_confident=False)
 UNSETTLED = replace(CONFIDENT, is_settled=False)
-CONTRADICTED = replace(CONFIDENT, disagreements=1)
+CONTRADICTED = replace(CONFIDENT, dispute=Dispute(1))
+SAID_ABSENT = replace(CONFIDENT, dispute=Dispute(1, says_absent=True))
 HIDDEN = replace(CONTRADICTED, is_visible=False, is_confident=False)
-LOST = replace(HIDDEN, state=ObjectState.LOST, disagreements=0)
+LOST = replace(HIDDEN, state=ObjectState.LOST, dispute=Dispute())
 SEARCHING = replace(LOST, state=ObjectState.SEARCHING, is_settled=False)
 NOT_FOUND = replace(SEARCHING, state=ObjectState.NOT_FOUND)
 
@@ -32,16 +33,18 @@ def decided(evidence: list[AnchorEvidence], situation: Situation) -> Decision:
         ([DIFFERS, AGREES], CONFIDENT, Decision(Action.INSERT, (1,))),  # the newest decides, only it joins
         ([UNKNOWN, AGREES], CONFIDENT, Decision(Action.INSERT, (0, 1))),
         ([AGREES, ABSENT], CONFIDENT, Decision(Action.INSERT, (0,))),
-        ([AGREES, DIFFERS], CONFIDENT, Decision(Action.HOLD, (), 1)),
+        ([AGREES, DIFFERS], CONFIDENT, Decision(Action.HOLD, (), Dispute(1))),
         ([AGREES, DIFFERS], CONTRADICTED, Decision(Action.START_OVER, (0, 1))),
         ([DIFFERS], UNSURE, Decision(Action.START_OVER, (0,))),
         ([DIFFERS], UNSETTLED, Decision(Action.START_OVER, (0,))),
-        ([ABSENT, ABSENT], CONFIDENT, Decision(Action.HOLD, (), 1)),
-        ([ABSENT, ABSENT], CONTRADICTED, Decision(Action.DECLARE_ABSENT)),
+        ([ABSENT, ABSENT], CONFIDENT, Decision(Action.HOLD, (), Dispute(1, True))),
+        ([ABSENT, ABSENT], SAID_ABSENT, Decision(Action.DECLARE_ABSENT)),
+        ([ABSENT, ABSENT], CONTRADICTED, Decision(Action.HOLD, (), Dispute(1, True))),  # they say different things
+        ([DIFFERS], SAID_ABSENT, Decision(Action.HOLD, (), Dispute(1))),
         ([ABSENT], UNSETTLED, Decision(Action.DECLARE_ABSENT)),
-        ([ABSENT], UNSURE, Decision(Action.HOLD, (), 1)),
+        ([ABSENT], UNSURE, Decision(Action.HOLD, (), Dispute(1, True))),
         ([ABSENT], LOST, Decision(Action.KEEP)),
-        ([ABSENT], HIDDEN, Decision(Action.KEEP, (), 1)),
+        ([ABSENT], HIDDEN, Decision(Action.KEEP, (), Dispute(1))),
         ([ABSENT], SEARCHING, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT], NOT_FOUND, Decision(Action.DECLARE_ABSENT)),
         ([DIFFERS, DIFFERS], LOST, Decision(Action.START_OVER, (0, 1))),
@@ -52,9 +55,9 @@ def decided(evidence: list[AnchorEvidence], situation: Situation) -> Decision:
         ([EVICTED, UNKNOWN], SEARCHING, Decision(Action.START_OVER, (1,))),
         ([EVICTED], SEARCHING, Decision(Action.JUMP, (0,))),
         ([EVICTED], NOT_FOUND, Decision(Action.JUMP, (0,))),
-        ([EVICTED], CONTRADICTED, Decision(Action.ASK_AGAIN, (), 1)),
+        ([EVICTED], CONTRADICTED, Decision(Action.ASK_AGAIN, (), Dispute(1))),
         ([EVICTED], LOST, Decision(Action.ASK_AGAIN)),
-        ([], CONTRADICTED, Decision(Action.ASK_AGAIN, (), 1)),
+        ([], CONTRADICTED, Decision(Action.ASK_AGAIN, (), Dispute(1))),
         ([], SEARCHING, Decision(Action.ASK_AGAIN)),
     ],
 )
@@ -63,10 +66,10 @@ def test_what_an_answer_means(evidence: list[AnchorEvidence], situation: Situati
 
 
 def test_as_many_answers_as_configured_must_disagree_in_a_row() -> None:
-    count, actions = 0, []
+    dispute, actions = Dispute(), []
     for _ in range(3):
-        decision = decide([DIFFERS], replace(CONFIDENT, disagreements=count), agree_iou=0.5, overrule_answers=3)
-        count = decision.disagreements
+        decision = decide([DIFFERS], replace(CONFIDENT, dispute=dispute), agree_iou=0.5, overrule_answers=3)
+        dispute = decision.dispute
         actions.append(decision.action)
     assert actions == [Action.HOLD, Action.HOLD, Action.START_OVER]
 
