@@ -292,7 +292,10 @@ class Session:
                 ]
         for track, request in requests:
             self._tracker.pin(track.slot, int(request.clip.steps[-1]))
-            self._reasoner.submit(request)
+            try:
+                self._reasoner.submit(request)
+            except VirstError as error:  # the stream goes on; the request is given up when its time is over
+                track.problem = str(error)
 
     def _is_due(self, track: _Track, frame: Frame) -> bool:
         # A goal that was cleared or set anew by another thread has a new track from the next frame on.

@@ -24,7 +24,7 @@ from tests.fakes import (
     moving_square,
     small_config,
 )
-from virst_engine.errors import BadFrame, BadGoal, UnknownGoal, VirstError
+from virst_engine.errors import BadFrame, BadGoal, UnknownGoal, VirstError, WireError
 from virst_engine.session import Session
 from virst_engine.types import Frame, FrameResult, ObjectState, Prompt, ReasonerAnswer, ReasonerRequest
 
@@ -321,6 +321,17 @@ def test_one_request_per_goal_is_in_flight_until_its_time_to_live_is_over() -> N
     asked = [(request.sentence, int(request.clip.steps[-1])) for request in client.reasoner.requests]
     assert asked == [(f"the {colour} square", step) for step in (0, 20, 40) for colour in ("red", "blue")]
     assert "no answer of the reasoner for 2 s" in results[-1].objects[0].message
+
+
+def test_a_request_that_cannot_be_sent_is_explained() -> None:
+    class Refusing(InstantClient):
+        def submit(self, request: ReasonerRequest) -> None:
+            raise WireError("the clip is too large; take a smaller reasoner.clip_frames")
+
+    session = session_of(Refusing())
+    session.set_goal("the red square")
+    for result in run(session, Video([moving_square()]), range(3)):
+        assert result.objects[0].message == "the clip is too large; take a smaller reasoner.clip_frames"
 
 
 def test_an_answer_after_its_time_to_live_is_dropped() -> None:
