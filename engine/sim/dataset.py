@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+
 from virst_engine.errors import SceneError
 from virst_engine.sim.expressions import sample_expressions
 from virst_engine.sim.recording import Recording
@@ -174,7 +176,8 @@ def _write_shard_steps(
     masks.flush()
     del frames, masks
     time_s = np.arange(frames_per_clip) / fps
-    np.savez(partial / "truth.npz", time_s=time_s, **truth)
+    arrays: dict[str, Any] = {"time_s": time_s, **truth}
+    np.savez(partial / "truth.npz", **arrays)
     header = {"fps": fps, "width": width, "height": height, "seeds": list(seeds), "specs": specs}
     (partial / "scenes.json").write_text(json.dumps(header))
     partial.rename(path)
@@ -194,10 +197,10 @@ class ClipShard:
         return len(self._header["seeds"])
 
     @cached_property
-    def _header(self) -> dict:
+    def _header(self) -> dict[str, Any]:
         try:
             return json.loads((self.path / "scenes.json").read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise self._damaged(error) from error
 
     @cached_property
@@ -205,7 +208,7 @@ class ClipShard:
         try:
             with np.load(self.path / "truth.npz", allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> SceneError:
@@ -216,7 +219,7 @@ class ClipShard:
     def _map(self, name: str) -> np.ndarray:
         try:
             return np.load(self.path / name, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise self._damaged(error) from error
 
     @property
@@ -287,8 +290,8 @@ def contact_sheet(
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate(rows, axis=0)
-    if not cv2.imwrite(str(out_png), sheet[..., ::-1]):
-        raise SceneError(f"cannot write the picture {out_png}; give a path that ends in .png")
+    if out_png.suffix.lower() != ".png" or not cv2.imwrite(str(out_png), sheet[..., ::-1]):
+        raise SceneError(f"cannot write the picture {out_png}; give a path that ends in .png and can be written")
     return out_png
 
 
@@ -299,7 +302,7 @@ def _sheet_row(
     assert recording.image_rgb_u8 is not None
     rng = np.random.default_rng([seed, 7])
     query = int(rng.integers(21, len(recording))) if query_frame is None else query_frame
-    chosen = sample_expressions(recording, rng, sentences, query, split=phrasings)  # type: ignore[arg-type]
+    chosen = sample_expressions(recording, rng, sentences, query, split=phrasings)
     cells = []
     for frame in (query - 21, query - 10, query):
         frame = max(0, frame)

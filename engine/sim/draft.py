@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float
+
 from virst_engine.sim import geometry
 from virst_engine.sim.spec import (
     COLOURS,
@@ -118,7 +119,7 @@ class SceneDraft:
         )
 
     def _muted_rgb(self, low: float = 0.36, high: float = 0.74) -> Vec3:
-        """Colours of tables and floors: little saturation, neither black nor white, so that no object drowns in them."""
+        """For tables and floors: little saturation, neither black nor white, so that no object drowns in it."""
         value, tint = self._uniform(low, high), self.rng.uniform(-0.06, 0.06, 3)
         if self.rng.random() < 0.45:  # wood
             tint = np.array([0.09, 0.01, -0.10]) * self._uniform(0.5, 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences about a recording whose truth is known: what is meant, in the frames a reasoner sees, as the camera sees it.
+"""Sentences about a recording whose truth is known, in the frames a reasoner sees and as the camera sees them.
 
 A meaning is a noun and a property with three values per object (facts.py). A singular sentence is used when exactly one
 object answers to it and none is in doubt; a plural one when two or more do; an absent one when no object does.
@@ -8,9 +8,9 @@ object answers to it and none is in doubt; a plural one when two or more do; an 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
+
 from virst_engine.errors import SceneError
 from virst_engine.sim.facts import NO, UNCLEAR, YES, Facts, Tri, best_of, both, negation, the_only
 from virst_engine.sim.grammar import (
@@ -32,7 +32,7 @@ from virst_engine.sim.spec import COLOURS, SHAPES, Family
 
 __all__ = ["KINDS_FULL", "KINDS_PLAIN", "VOCABULARY", "Expression", "expressions", "find_meaning", "sample_expressions"]
 
-Split = Literal["train", "held-out", "all"]
+SPLITS = ("train", "held-out", "all")
 WINDOW_FRAMES = 22  # 2.1 s at 10 Hz: eight frames 0.3 s apart
 ABSENT_SHARE = 0.22
 PREFIX_SHARE = 0.3
@@ -47,8 +47,8 @@ class Expression:
     """A sentence and what it means.
 
     `kind` of an absent one is "absent" (`topic` keeps the kind it imitates). `template_id` names the phrasing, such as
-    "left_of/2" or, held out, "left_of/h0". `answer` describes the target in the same vocabulary: "red ball", "two boxes",
-    "none".
+    "left_of/2" or, held out, "left_of/h0". `answer` describes the target in the same vocabulary: "red ball",
+    "two boxes", "none".
     """
 
     text: str
@@ -84,12 +84,15 @@ def expressions(
     *,
     query_frame: int,
     rng: np.random.Generator,
-    split: Split = "train",
+    split: str = "train",
     window_frames: int = WINDOW_FRAMES,
 ) -> list[Expression]:
     """Every meaning that is clear in frames (query_frame - window_frames, query_frame], each in one phrasing.
 
     Absent ones are included, as many as there are; `sample_expressions` balances. Works without images.
+
+    Args:
+        split: "train", "held-out" or "all" phrasings, the latter half and half.
 
     Raises:
         SceneError: no such frame, or an unknown split.
@@ -109,7 +112,7 @@ def sample_expressions(
     rng: np.random.Generator,
     count: int,
     query_frame: int,
-    split: Split = "train",
+    split: str = "train",
     family: Family | None = None,
     *,
     window_frames: int = WINDOW_FRAMES,
@@ -195,9 +198,9 @@ def _draw(pool: list[_Meaning], rng: np.random.Generator) -> _Meaning:
     return same[int(rng.integers(len(same)))]
 
 
-def _phrase(facts: Facts, meaning: _Meaning, rng: np.random.Generator, split: Split) -> Expression:
+def _phrase(facts: Facts, meaning: _Meaning, rng: np.random.Generator, split: str) -> Expression:
     phrasings = PHRASINGS[meaning.phrasings]
-    if split not in ("train", "held-out", "all"):
+    if split not in SPLITS:
         raise SceneError(f"unknown split {split!r}; use train, held-out or all")
     held_out = split == "held-out" or (split == "all" and rng.random() < 0.5)
     templates = phrasings.held_out if held_out else phrasings.train

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
+
 from virst_engine.errors import SceneError
 from virst_engine.sim import geometry
 from virst_engine.sim.recording import Recording
@@ -109,11 +110,12 @@ class Facts:
         """Seen in the newest frame or, in `full` scenes, for half of the window."""
         if self.spec.family == "plain":
             return self.seen_now
-        return tri(self.seen[-1] | (self.seen.mean(axis=0) >= 0.5), ~self.ever_shown)
+        mostly: np.ndarray = np.greater_equal(self.seen.mean(axis=0), 0.5)
+        return tri(self.seen[-1] | mostly, ~self.ever_shown)
 
     @cached_property
     def seen_throughout(self) -> Tri:
-        return tri(self.seen.all(axis=0), ~self.ever_shown)
+        return tri(np.asarray(self.seen.all(axis=0)), ~self.ever_shown)
 
     # what it is
 
@@ -339,13 +341,13 @@ class Facts:
 
     @cached_property
     def rolling(self) -> Tri:
-        return both(self.moving, tri((self.turned >= 1.0) & (self.rolls == YES), self.turned < 0.4))
+        turns = tri((self.turned >= 1.0) & (self.rolls == YES), self.turned < 0.4)
+        return both(self.moving, self._while_seen(turns))
 
     @cached_property
     def sliding(self) -> Tri:
-        return both(
-            self.moving, tri((self.turned < 0.4) & (self.rolls == NO), (self.turned >= 1.0) & (self.rolls == YES))
-        )
+        slides = tri((self.turned < 0.4) & (self.rolls == NO), (self.turned >= 1.0) & (self.rolls == YES))
+        return both(self.moving, self._while_seen(slides))
 
     @cached_property
     def fell(self) -> Tri:
@@ -380,8 +382,7 @@ class Facts:
         step = np.linalg.norm(np.diff(self.xy[:, k], axis=0), axis=1) * self.fps
         busy = step > STEP_STILL
         runs: list[tuple[int, int]] = []
-        for frame in np.flatnonzero(busy):
-            frame = int(frame)
+        for frame in np.flatnonzero(busy).tolist():
             if runs and frame - runs[-1][1] <= 1 + round(0.15 * self.fps):
                 runs[-1] = (runs[-1][0], frame)
             else:

@@ -6,6 +6,7 @@ import math
 import cv2
 import numpy as np
 from jaxtyping import Float
+
 from virst_engine.sim.spec import CameraSpec, ObjectSpec, SceneSpec, Vec3
 
 CIRCLE_POINTS = 28
@@ -26,7 +27,7 @@ class ViewGeometry:
 
     def depth_m(self, points: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
         """Distance along the optical axis."""
-        return (points - self.position) @ self.axes[2]
+        return np.asarray((points - self.position) @ self.axes[2])
 
     def project(self, points: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 2"]:
         """World metres -> fractions of the image width and height; points behind the camera land far outside."""
@@ -47,8 +48,8 @@ class ViewGeometry:
         if shape == "box":
             points = BOX_CORNERS * half @ rotation.T + position_m
         elif shape in ("can", "plate"):
-            rim = _CIRCLE * half
-            points = np.concatenate([rim + (0, 0, half[2]), rim - (0, 0, half[2])]) @ rotation.T + position_m
+            rim, lift = _CIRCLE * half, np.array([0.0, 0.0, half[2]])
+            points = np.concatenate([rim + lift, rim - lift]) @ rotation.T + position_m
         elif shape == "capsule":
             offset = rotation[:, 2] * half[2]
             ball = np.full(3, half[0])
@@ -141,7 +142,7 @@ def contact_spot(
             )
             lift, ground = float(position_m[2] + rim[:, 2].min()), rim[:, :2] * 1.08
         else:
-            # the shadow of an ellipsoid straight from above: the square root of its 2 x 2 covariance turns a circle into it
+            # seen straight from above an ellipsoid is an ellipse: a circle times the root of this matrix
             shape = (rotation[:2] * half**2) @ rotation[:2].T
             values, vectors = np.linalg.eigh(shape)
             lift = float(position_m[2] - math.sqrt(float(rotation[2] ** 2 @ half**2)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tabletop that goes on living, for a simulated camera: what has come to rest is pushed again, what left is fetched."""
+"""A tabletop that goes on living, for a simulated camera: what rests is pushed again, what left is fetched."""
 
 from collections import deque
 from dataclasses import replace
@@ -181,7 +181,7 @@ def demo_scene() -> SceneSpec:
     """A fixed scene in which each of these means exactly one thing at any time.
 
     "the red ball", "the box left of the blue can", "the object moving to the left", "the thing that can roll"; and
-    "the purple egg" means nothing. The plate moves to the left for ever: it leaves the view and comes in again opposite.
+    "the purple egg" means nothing. The plate moves to the left for ever: it leaves the view and enters opposite.
     """
 
     def thing(shape: str, colour: str, size: str, half_m: Vec3, x: float, y: float, yaw: float = 0.0) -> ObjectSpec:

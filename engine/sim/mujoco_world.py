@@ -6,19 +6,20 @@ from scene to scene (type, size, inertia and colour of its bodies) and goes back
 Only this file imports mujoco.
 """
 
+import atexit
 import ctypes
-import ctypes.util
 import logging
 import math
 import os
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
+
 from virst_engine.errors import SceneError
 from virst_engine.sim import geometry
 from virst_engine.sim.recording import Recording, SimFrame, Trajectory
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def _egl_works() -> bool:
-    """Whether EGL has a device that can be initialised: asked of the library itself, since PyOpenGL can choose only once."""
+    """Whether EGL has a device that works: asked of the library itself, since PyOpenGL can choose only once."""
     try:
         egl = ctypes.CDLL("libEGL.so.1")
         egl.eglGetProcAddress.restype = ctypes.c_void_p
@@ -90,6 +91,7 @@ except (ImportError, OSError, AttributeError, RuntimeError) as _error:
 
 TIMESTEP_S = 0.004
 SERVO_ACCELERATION_M_S2 = 15.0
+FRICTION, GRAVITY_M_S2 = 0.6, 9.81
 BRAKE_S = 0.35
 STILL_POSE = 2e-4  # metres, and quaternion components: far below a pixel
 RAMP_S = 0.12
@@ -97,6 +99,21 @@ TEXTURE_PX = 256
 MAX_WIDTH, MAX_HEIGHT = 1280, 960
 ROLLING_SHAPES = ("ball", "capsule", "egg")
 ARM_PARTS = ("arm_upper", "arm_fore", "arm_hand", "arm_finger_a", "arm_finger_b")
+
+_CONTACT = f'condim="6" friction="{FRICTION} 0.01 0.0015"'
+_GHOST = 'contype="0" conaffinity="0"'
+
+
+def _object_xml(k: int) -> str:
+    geom = f'<geom name="object{k}" type="sphere" size="0.05" mass="0.2" material="object{k}" {_CONTACT}/>'
+    return f'<body name="object{k}" pos="{k} 0 -5"><freejoint/>{geom}</body>'
+
+
+def _arm_part_xml(name: str) -> str:
+    shape = "sphere" if name == "arm_hand" else "capsule"
+    geom = f'<geom name="{name}" type="{shape}" size="0.03 0.1" material="arm" {_GHOST}/>'
+    return f'<body name="{name}" mocap="true" pos="0 0 -5">{geom}</body>'
+
 
 _XML = f"""
 <mujoco model="tabletop">
@@ -117,25 +134,11 @@ _XML = f"""
   <worldbody>
     <light name="lamp" directional="true" pos="0 0 3" dir="0 0 -1" castshadow="false"/>
     <camera name="view" pos="0 -1 1"/>
-    <geom name="ground" type="plane" size="0 0 1" group="5" condim="6" friction="0.6 0.01 0.0015"/>
-    <geom name="table" type="plane" size="3 1 1" material="table" contype="0" conaffinity="0"/>
-    <geom name="floor" type="plane" pos="0 0 -0.7" size="12 12 1" contype="0" conaffinity="0"/>
-    {
-    "".join(
-        f'<body name="object{k}" pos="{k} 0 -5"><freejoint/>'
-        f'<geom name="object{k}" type="sphere" size="0.05" mass="0.2" material="object{k}" condim="6" friction="0.6 0.01 0.0015"/>'
-        f"</body>"
-        for k in range(MAX_OBJECTS)
-    )
-}
-    {
-    "".join(
-        f'<body name="{name}" mocap="true" pos="0 0 -5">'
-        f'<geom name="{name}" type="{"sphere" if name == "arm_hand" else "capsule"}" size="0.03 0.1" material="arm" contype="0" conaffinity="0"/>'
-        f"</body>"
-        for name in ARM_PARTS
-    )
-}
+    <geom name="ground" type="plane" size="0 0 1" group="5" {_CONTACT}/>
+    <geom name="table" type="plane" size="3 1 1" material="table" {_GHOST}/>
+    <geom name="floor" type="plane" pos="0 0 -0.7" size="12 12 1" {_GHOST}/>
+    {"".join(_object_xml(k) for k in range(MAX_OBJECTS))}
+    {"".join(_arm_part_xml(name) for name in ARM_PARTS)}
   </worldbody>
 </mujoco>
 """
@@ -322,7 +325,8 @@ class _Stage:
         side /= max(float(np.linalg.norm(side)), 1e-9)
         finger = arm.hand_radius_m * 0.55
         tips = [hand + side * s * finger - (0, 0, arm.hand_radius_m * 1.1) for s in (-1, 1)]
-        ends = [(base, elbow), (elbow, hand), (hand, hand), *[(t + (0, 0, 0.01), t - (0, 0, 0.01)) for t in tips]]
+        short = np.array([0.0, 0.0, 0.01])
+        ends = [(base, elbow), (elbow, hand), (hand, hand), *[(tip + short, tip - short) for tip in tips]]
         for mocap, (a, b) in zip(self.arm_mocap, ends, strict=True):
             data.mocap_pos[mocap] = (a + b) / 2
             axis = b - a
@@ -359,20 +363,7 @@ def close_all() -> None:
             _pool.pop().close()
 
 
-def _close_at_exit() -> None:
-    import atexit
-
-    atexit.register(close_all)  # runs before mujoco's own, which was registered earlier
-
-
-_close_at_exit()
-
-
-@dataclass
-class _Servo:
-    """The pushes of one object that are still to come or under way."""
-
-    pushes: list[Push]
+atexit.register(close_all)  # runs before mujoco's own, which was registered earlier
 
 
 class Simulator:
@@ -463,12 +454,16 @@ class Simulator:
             push = pushes[0]
             pushing = now < push.end_s
             ramp = min(1.0, (now - push.start_s + TIMESTEP_S) / RAMP_S) if pushing else 0.0
+            rolls = thing.shape in ROLLING_SHAPES or thing.lying
             v = self._stage.dof[k]
             limit = SERVO_ACCELERATION_M_S2 * TIMESTEP_S
+            speed = math.hypot(*push.velocity_m_s)
+            wanted = ramp * speed
+            if pushing and not rolls:
+                wanted += FRICTION * GRAVITY_M_S2 * TIMESTEP_S  # what friction will take of it in this step
             for axis in (0, 1):
-                error = push.velocity_m_s[axis] * ramp - data.qvel[v + axis]
+                error = wanted * push.velocity_m_s[axis] / max(speed, 1e-9) - data.qvel[v + axis]
                 data.qvel[v + axis] += min(max(error, -limit), limit)
-            rolls = thing.shape in ROLLING_SHAPES or thing.lying
             if not rolls:
                 data.qvel[v + 3 : v + 6] *= (
                     0.8  # a push at the centre of mass would tip what friction holds at its foot
@@ -520,8 +515,8 @@ class Simulator:
         mujoco.mj_camlight(stage.model, stage.data)
         position, quaternion, velocity = self._poses()
 
-        mask = self._draw_mask(canvas)
-        image, depth_m = self._draw_colour(canvas, depth)
+        mask, depth_m = self._draw_mask(canvas, depth)
+        image = self._draw_colour(canvas)
         self._shade_contacts(image, mask, position, quaternion)
         outlines = self._outlines(position, quaternion)
         visible, in_view, area = self._visibility(mask, outlines)
@@ -552,7 +547,9 @@ class Simulator:
         for eye in canvas.scene.camera:  # a 4:3 view whatever the shape of the image
             eye.frustum_width = VIEW_ASPECT * (eye.frustum_top - eye.frustum_bottom) / 2
 
-    def _draw_mask(self, canvas: _Canvas) -> UInt8[np.ndarray, "h w"]:
+    def _draw_mask(
+        self, canvas: _Canvas, depth: bool
+    ) -> tuple[UInt8[np.ndarray, "h w"], Float[np.ndarray, "h w"] | None]:
         self._update_scene(canvas)
         flags = canvas.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 1
@@ -560,7 +557,9 @@ class Simulator:
         mujoco.mjr_render(viewport, canvas.scene, canvas.context)
         flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 0
         ids = np.empty((self.height, self.width, 3), np.uint8)
-        mujoco.mjr_readPixels(ids, None, viewport, canvas.context)
+        # depth is read here and not with the colours, where antialiasing blurs it over the borders of masks
+        raw = np.empty((self.height, self.width), np.float32) if depth else None
+        mujoco.mjr_readPixels(ids, raw, viewport, canvas.context)
         # the red byte is 1 + the place in scene.geoms; fewer than 255 geoms, so it is enough
         value = np.zeros(256, np.uint8)
         geoms = canvas.scene.geoms
@@ -568,23 +567,20 @@ class Simulator:
             geom = geoms[place]
             if geom.objtype == mujoco.mjtObj.mjOBJ_GEOM and geom.segid >= 0:
                 value[geom.segid + 1] = self._stage.mask_value[geom.objid + 1]
-        return np.ascontiguousarray(value[ids[::-1, :, 0]])
-
-    def _draw_colour(
-        self, canvas: _Canvas, depth: bool
-    ) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, "h w"] | None]:
-        viewport = mujoco.MjrRect(0, 0, self.width, self.height)
-        mujoco.mjr_render(viewport, canvas.scene, canvas.context)
-        image = np.empty((self.height, self.width, 3), np.uint8)
-        if not depth:
-            mujoco.mjr_readPixels(image, None, viewport, canvas.context)
-            return np.ascontiguousarray(image[::-1]), None
-        raw = np.empty((self.height, self.width), np.float32)
-        mujoco.mjr_readPixels(image, raw, viewport, canvas.context)
+        mask = np.ascontiguousarray(value[ids[::-1, :, 0]])
+        if raw is None:
+            return mask, None
         extent, near_far = self._stage.model.stat.extent, self._stage.model.vis.map
         near, far = near_far.znear * extent, near_far.zfar * extent
         metres = near / (1 - raw[::-1] * (1 - near / far))
-        return np.ascontiguousarray(image[::-1]), np.ascontiguousarray(metres, dtype=np.float32)
+        return mask, np.ascontiguousarray(metres, dtype=np.float32)
+
+    def _draw_colour(self, canvas: _Canvas) -> UInt8[np.ndarray, "h w 3"]:
+        viewport = mujoco.MjrRect(0, 0, self.width, self.height)
+        mujoco.mjr_render(viewport, canvas.scene, canvas.context)
+        image = np.empty((self.height, self.width, 3), np.uint8)
+        mujoco.mjr_readPixels(image, None, viewport, canvas.context)
+        return np.ascontiguousarray(image[::-1])
 
     def _shade_contacts(
         self, image: np.ndarray, mask: np.ndarray, position: np.ndarray, quaternion: np.ndarray
@@ -705,7 +701,7 @@ def record(
         SceneError: no OpenGL.
     """
     trajectory = trajectory or simulate(spec, fps=fps, duration_s=duration_s)
-    frames = []
+    frames: list[SimFrame] = []
     with Simulator(spec, width, height) as simulator:
         for t, time_s in enumerate(trajectory.time_s):
             simulator._set_poses(

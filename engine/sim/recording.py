@@ -4,10 +4,12 @@
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
 from virst_engine.errors import SceneError
 from virst_engine.sim.spec import Intrinsics, SceneSpec
 
@@ -41,7 +43,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Recording:
-    """A stretch of frames, stacked. Without images (`image_rgb_u8`, `instance_mask` None) it still decides expressions."""
+    """A stretch of frames, stacked. Without images (all three None) it still decides what sentences mean."""
 
     spec: SceneSpec
     fps: float
@@ -86,7 +88,8 @@ class Recording:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"fps": self.fps, "width": self.width, "height": self.height, "spec": self.spec.to_json()}
         partial = path.with_name(path.name + ".partial.npz")
-        np.savez_compressed(partial, header=np.array(json.dumps(header)), **self.arrays())
+        arrays: dict[str, Any] = {"header": np.array(json.dumps(header)), **self.arrays()}
+        np.savez_compressed(partial, **arrays)
         partial.replace(path)
 
     @staticmethod
@@ -101,7 +104,7 @@ class Recording:
                 header = json.loads(str(data["header"]))
                 arrays = {name: data[name] for name in data.files if name != "header"}
             return Recording(spec=SceneSpec.from_json(header.pop("spec")), **header, **arrays)
-        except (OSError, KeyError, ValueError, TypeError, BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile) as error:
             raise SceneError(
                 f"cannot read the recording {path}: {error}; make it again with Recording.save or `virst scenes write`"
             ) from error

@@ -6,13 +6,13 @@ hide each other, leave and come back, and movements one after the other.
 """
 
 import numpy as np
+
 from virst_engine.errors import SceneError
 from virst_engine.sim import geometry
 from virst_engine.sim.draft import SceneDraft
 from virst_engine.sim.recording import Trajectory
 from virst_engine.sim.spec import (
     FAMILIES,
-    Family,
     SceneSpec,
 )
 
@@ -22,7 +22,7 @@ MAX_HIDDEN_PLAIN = 0.18  # of an outline; the rendered fraction is held to 0.2
 ATTEMPTS = 120
 
 
-def generate_scene(seed: int, family: Family, *, duration_s: float = 4.8) -> SceneSpec:
+def generate_scene(seed: int, family: str, *, duration_s: float = 4.8) -> SceneSpec:
     """The scene of a seed: the same seed, family and duration give the same scene on every machine.
 
     Raises:
@@ -32,7 +32,7 @@ def generate_scene(seed: int, family: Family, *, duration_s: float = 4.8) -> Sce
 
 
 def generate_scene_and_motion(
-    seed: int, family: Family, *, fps: float = 10.0, duration_s: float = 4.8
+    seed: int, family: str, *, fps: float = 10.0, duration_s: float = 4.8
 ) -> tuple[SceneSpec, Trajectory]:
     """`generate_scene` and the trajectory that `simulate` gives for it, which the choice needed anyway."""
     from virst_engine.sim.mujoco_world import simulate  # scenes can be read where mujoco is not installed
@@ -41,10 +41,11 @@ def generate_scene_and_motion(
         raise SceneError(f"unknown scene family {family!r}; use one of {', '.join(FAMILIES)}")
     if seed < 0:
         raise SceneError(f"scene seeds are >= 0, got {seed}; choose another seed")
-    rng = np.random.default_rng([seed, FAMILIES.index(family)])
+    which = FAMILIES.index(family)
+    rng = np.random.default_rng([seed, which])
     for attempt in range(ATTEMPTS):
         most_objects = 7 - attempt // 15  # a crowded draft that keeps failing gets emptier
-        spec = SceneDraft(rng, seed, family, max(2, most_objects), duration_s).scene()
+        spec = SceneDraft(rng, seed, FAMILIES[which], max(2, most_objects), duration_s).scene()
         if spec is None:
             continue
         trajectory = simulate(spec, fps=fps, duration_s=duration_s)
@@ -54,7 +55,7 @@ def generate_scene_and_motion(
 
 
 def hidden_fractions(spec: SceneSpec, position: np.ndarray, quaternion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per object of one frame: how much of its outline nearer objects cover (at most), and whether it is all in view."""
+    """Per object of one frame: how much of its outline nearer objects cover, at most, and whether it is all in view."""
     view = geometry.ViewGeometry(spec.camera)
     shapes = geometry.outlines(view, spec, position, quaternion)
     depth = view.depth_m(position)

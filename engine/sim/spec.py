@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+
 from virst_engine.errors import SceneError
 
 Family = Literal["plain", "full"]
@@ -21,7 +22,7 @@ Vec3 = tuple[float, float, float]
 VIEW_ASPECT = 4.0 / 3.0
 MAX_OBJECTS = 7
 ARM_ID = 255  # the arm's value in instance masks
-FAMILIES = ("plain", "full")
+FAMILIES: tuple[Family, ...] = ("plain", "full")
 
 COLOURS: dict[str, Vec3] = {
     "red": (0.82, 0.05, 0.06),
@@ -53,7 +54,7 @@ class ObjectSpec:
     """One object of the table.
 
     `half_m` by shape: box half edges; ball (r, r, r); can and plate (r, r, half height); capsule (r, r, half length of
-    its straight part); egg half axes. The local z axis is the axis of can, plate, capsule and egg; `lying` lays it down.
+    its straight part); egg half axes. The local z axis is that of can, plate, capsule and egg; `lying` lays it down.
     """
 
     shape: str
