@@ -4,8 +4,7 @@
 Topics (the node is called `camera`), with one stamp for all messages of a frame:
 ~/color/image_raw rgb8, ~/color/camera_info, ~/depth/image_raw 32FC1 metres, registered with the colour image;
 ~/truth/mask mono8 (0 background, k + 1 object k, 255 the arm), ~/truth/frame (JSON: visibility, poses);
-~/truth/scene (JSON, latched: what stands on the table), ~/truth/sentences (JSON, once a second: what is true now);
-~/truth/ask takes a sentence and ~/truth/answer tells what it means now (JSON), for those who score goals.
+~/truth/scene (JSON, latched: what stands on the table), ~/truth/sentences (JSON, once a second: what is true now).
 """
 
 import dataclasses
@@ -16,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,7 @@ from std_srvs.srv import Trigger
 
 from virst_engine.config import check_fields, parameter
 from virst_engine.errors import VirstError
-from virst_engine.sim.expressions import WINDOW_FRAMES, Expression, expressions, find_meaning
+from virst_engine.sim.expressions import WINDOW_FRAMES, expressions
 from virst_engine.sim.live import LiveTabletop, demo_scene
 from virst_engine.sim.mujoco_world import close_all
 from virst_engine.sim.recording import SimFrame
@@ -118,9 +116,6 @@ class SimCameraNode(Node):
         self._frame_publisher = self.create_publisher(String, "~/truth/frame", truth)
         self._scene_publisher = self.create_publisher(String, "~/truth/scene", qos.LATCHED)
         self._sentences_publisher = self.create_publisher(String, "~/truth/sentences", qos.LATCHED)
-        self._answer_publisher = self.create_publisher(String, "~/truth/answer", truth)
-        self._asked: SimpleQueue[str] = SimpleQueue()
-        self.create_subscription(String, "~/truth/ask", lambda message: self._asked.put(message.data), truth)
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.add_on_set_parameters_callback(self._on_parameters)
         self.create_service(Trigger, "~/new_scene", self._on_new_scene)
@@ -191,7 +186,6 @@ class SimCameraNode(Node):
                 if tabletop.time_s - sentences_s >= SENTENCES_PERIOD_S:
                     sentences_s = tabletop.time_s
                     self._publish_sentences(tabletop, stamp_ns)
-                self._answer_questions(tabletop, stamp_ns)
         except VirstError as error:
             self._fail(str(error))
         except Exception as error:
@@ -237,15 +231,11 @@ class SimCameraNode(Node):
             return
         rng = np.random.default_rng(stamp_ns)
         found = expressions(history, query_frame=len(history) - 1, rng=rng, split="all")
-        told = {"stamp_ns": stamp_ns, "sentences": [{"text": each.text, **_meaning(each)} for each in found]}
+        sentences = [
+            {"text": each.text, "kind": each.kind, "target_ids": [k + 1 for k in each.target_ids]} for each in found
+        ]
+        told = {"stamp_ns": stamp_ns, "sentences": sentences}
         self._sentences_publisher.publish(String(data=json.dumps(told)))
-
-    def _answer_questions(self, tabletop: LiveTabletop, stamp_ns: int) -> None:
-        while not self._asked.empty():
-            sentence, history = self._asked.get(), tabletop.history()
-            found = find_meaning(history, sentence, query_frame=len(history) - 1) if history is not None else None
-            told = {"stamp_ns": stamp_ns, "text": sentence, **_meaning(found)}
-            self._answer_publisher.publish(String(data=json.dumps(told)))
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
@@ -275,13 +265,6 @@ class SimCameraNode(Node):
         array = DiagnosticArray(status=[status])
         array.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics_publisher.publish(array)
-
-
-def _meaning(found: Expression | None) -> dict[str, Any]:
-    """`target_ids` are values of the truth mask; kind "unclear": the sentence means nothing, or not one thing, now."""
-    if found is None:
-        return {"kind": "unclear", "target_ids": []}
-    return {"kind": found.kind, "target_ids": [k + 1 for k in found.target_ids]}
 
 
 def camera_info(header: Header, camera: Any, settings: CameraParameters) -> CameraInfo:

@@ -133,26 +133,6 @@ class TestNode:
             assert set(sentence["target_ids"]) <= set(things)
             assert bool(sentence["target_ids"]) == (sentence["kind"] != "absent")
 
-    @pytest.mark.parametrize(
-        ("sentence", "kind", "target"),
-        [
-            ("the red ball", "attribute", {"red ball"}),
-            ("the purple egg", "absent", set()),
-            ("gibberish", "unclear", set()),
-        ],
-    )
-    def test_it_answers_what_a_sentence_means(self, graph, topics, sentence, kind, target):
-        answers = graph.collect(String, "/camera/truth/answer")
-        asking = graph.publisher(String, "/camera/truth/ask")
-        node = graph.add(SimCameraNode, family="demo")
-        wait_until(lambda: topics["sentences"] and asking.get_subscription_count())
-        wait_until(lambda: node.count_subscribers("/camera/truth/answer"))
-        asking.publish(String(data=sentence))
-        answer = json.loads(wait_until(lambda: answers)[0].data)
-        things = {t["id"]: f"{t['colour']} {t['shape']}" for t in json.loads(topics["scene"][-1].data)["objects"]}
-        assert (answer["text"], answer["kind"]) == (sentence, kind)
-        assert {things[number] for number in answer["target_ids"]} == target
-
     def test_a_new_scene_can_be_asked_for(self, graph, topics):
         node = graph.add(SimCameraNode, seed=1_000_000, width=64, height=48)
         wait_until(lambda: topics["scene"])
