@@ -6,6 +6,7 @@ ros2 launch virst_ros segment.launch.py sim:=true goal:="the red ball"
 ros2 launch virst_ros segment.launch.py --show-args
 """
 
+import os
 from pathlib import Path
 
 from launch import LaunchContext, LaunchDescription
@@ -15,6 +16,9 @@ from launch_ros.actions import Node
 
 HERE = Path(__file__).parent  # the same tree in the source and in share/virst_ros
 BOOLEAN = ["true", "false"]
+# Fast DDS 3, from ROS 2 Kilted on, renamed the variable that names its profile.
+OLD_FAST_DDS = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
+PROFILE_VARIABLE = f"{'FASTRTPS' if OLD_FAST_DDS else 'FASTDDS'}_DEFAULT_PROFILES_FILE"
 
 ARGUMENTS = [
     DeclareLaunchArgument(
@@ -136,7 +140,7 @@ def start(context: LaunchContext) -> list:
 
 def generate_launch_description() -> LaunchDescription:
     # Without it, Fast DDS loses best-effort images above half a megabyte between processes.
-    profile = EnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", default_value=str(HERE / "fastdds_profile.xml"))
+    profile = EnvironmentVariable(PROFILE_VARIABLE, default_value=str(HERE / "fastdds_profile.xml"))
     return LaunchDescription(
-        [*ARGUMENTS, SetEnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", profile), OpaqueFunction(function=start)]
+        [*ARGUMENTS, SetEnvironmentVariable(PROFILE_VARIABLE, profile), OpaqueFunction(function=start)]
     )

@@ -39,6 +39,12 @@ class FakeConfiguration(Recorded):
 
 @pytest.fixture
 def launch_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The launch file, loaded as if ROS 2 Kilted were sourced."""
+    monkeypatch.setenv("ROS_DISTRO", "kilted")
+    return load_launch_file(monkeypatch)
+
+
+def load_launch_file(monkeypatch: pytest.MonkeyPatch) -> Any:
     def kind(name: str, base: type = Recorded) -> type:
         return type(name, (base,), {})
 
@@ -112,6 +118,11 @@ def test_the_description_declares_all_arguments_and_sets_the_fast_dds_profile(la
     assert value.name == name  # a profile that the user chose stays
     assert Path(value.named["default_value"]).is_file()
     assert function.named["function"] is launch_module.start
+
+
+def test_the_profile_is_named_as_older_releases_expect_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROS_DISTRO", "humble")
+    assert load_launch_file(monkeypatch).PROFILE_VARIABLE == "FASTRTPS_DEFAULT_PROFILES_FILE"
 
 
 def test_without_arguments_segmenter_and_reasoner_meet_at_the_configured_address(launch_module: Any) -> None:
