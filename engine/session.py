@@ -54,13 +54,14 @@ class _Command:
     add: _Track | None = None
     remove: _Track | None = None
     reset: bool = False
+    config: EngineConfig | None = None
 
 
 class Session:
     """Segments what sentences mean in the stream of one camera.
 
-    `set_goal`, `clear_goal`, `goals`, `goal_states` and `reset` may be called from any thread; `step` from one, which
-    owns the models. Answers of the reasoner are taken within `step`, which never waits for them.
+    One thread owns the models and calls `step`; everything else may be called from any thread and takes effect with the
+    next frame. Answers of the reasoner are taken within `step`, which never waits for them.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Session:
         self._is_closed = False
 
         self._lock = threading.Lock()  # guards what follows; never held while a model runs
+        self._newest_config = config
         self._book = GoalBook(config.goal, config.reasoner, config.tracking.max_objects)
         self._registry = ObjectRegistry(config.tracking.max_objects)
         self._commands: list[_Command] = []
@@ -153,6 +155,21 @@ class Session:
         with self._lock:
             self._book.new_epoch()
             self._commands.append(_Command(reset=True))
+
+    def reconfigure(self, config: EngineConfig) -> None:
+        """Use other parameters from the next frame on.
+
+        Raises:
+            ValueError: one that is not marked `live` differs; nothing has changed.
+        """
+        with self._lock:
+            for group in dataclasses.fields(config):
+                old, new = getattr(self._newest_config, group.name), getattr(config, group.name)
+                for f in dataclasses.fields(new):
+                    if getattr(old, f.name) != getattr(new, f.name) and not f.metadata.get("live"):
+                        raise ValueError(f"{group.name}.{f.name} cannot change while the session runs; open a new one")
+            self._newest_config = config
+            self._commands.append(_Command(config=config))
 
     def close(self) -> None:
         """Give back the reasoner's connection. May be called twice."""
@@ -232,6 +249,11 @@ class Session:
                 self._reasoner.cancel(goal_id)
             if command.add is not None:
                 self._tracks[command.add.goal.goal_id] = command.add
+            if command.config is not None:
+                self._config = command.config
+                self._tracker.reconfigure(self._config.memory, self._config.tracking)
+                with self._lock:
+                    self._book.reconfigure(self._config.reasoner)
             if command.reset:
                 self._tracker.restart()
                 self._window.clear()

@@ -74,7 +74,8 @@ class Tracker:
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._stages, self._parameters, self._tracking, self._device = stages, memory, tracking, torch.device(device)
+        self._stages, self._device = stages, torch.device(device)
+        self.reconfigure(memory, tracking)
         self._slots = tracking.max_objects
         self._preprocess = Preprocess(stages.sizes.image_size, self._device)
         self._memory = MemoryBank(stages.sizes, memory, 2 * self._slots, device=self._device)
@@ -82,6 +83,10 @@ class Tracker:
         self._sightings: dict[int, Sighting] = {}  # row -> the newest one
         self._replays: dict[int, int] = {}  # slot -> last step that its shadow has seen
         self._step = -1
+
+    def reconfigure(self, memory: MemoryParameters, tracking: TrackingParameters) -> None:
+        """Take the live parameters of these from the next frame on; sizes of buffers stay as they were built."""
+        self._min_write_iou, self._replay_steps = memory.min_write_iou, tracking.replay_steps
 
     @property
     def memory(self) -> MemoryBank:
@@ -179,7 +184,7 @@ class Tracker:
         The shadow that is furthest behind moves first: shadows meet at the same frame and then move as one batch.
         """
         unmeasured = StageTimer()
-        for _ in range(self._tracking.replay_steps):
+        for _ in range(self._replay_steps):
             behind = min(self._replays.values(), default=self._step)
             if behind == self._step:
                 break
@@ -243,7 +248,7 @@ class Tracker:
         sightings = []
         for i, (iou, score, logit) in enumerate(zip(*numbers, strict=True)):
             is_present = score > 0 and logit > 0
-            is_remembered = is_present and iou >= self._parameters.min_write_iou  # False for NaN
+            is_remembered = is_present and iou >= self._min_write_iou  # False for NaN
             presence = 1.0 / (1.0 + math.exp(-max(min(score, 60.0), -60.0)))
             sightings.append(Sighting(steps[i], prediction.mask_logits[i], iou, presence, is_present, is_remembered))
         return sightings

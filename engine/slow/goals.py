@@ -48,6 +48,10 @@ class GoalBook:
         self._request_id = 0
         self._named = 0
 
+    def reconfigure(self, reasoner: ReasonerParameters) -> None:
+        """Take other times between requests; those in flight are judged by them too."""
+        self._reasoner = reasoner
+
     def prepare(
         self, sentence: str, *, goal_id: str = "", object_id: str = "", camera: str = "", replace: bool = False
     ) -> Goal:

@@ -62,9 +62,6 @@ def meaning_of(colours: Sequence[Colour]) -> Callable[[ReasonerRequest], Colour]
     return meaning
 
 
-# --- following one object --------------------------------------------------------------------------------------------
-
-
 def test_a_sentence_becomes_a_mask_in_the_same_frame_when_the_answer_is_instant() -> None:
     video, session = Video([moving_square(), moving_square(BLUE, row=9)]), session_of()
     assert run(session, video, [0])[0].objects == ()
@@ -158,9 +155,6 @@ def test_several_goals_are_followed_side_by_side() -> None:
     assert len({found.instance_id for found in result.objects}) == 3
 
 
-# --- late answers ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("delay_steps", [1, 4, 12])
 def test_a_late_answer_gives_the_masks_of_an_instant_one(delay_steps: int) -> None:
     video = Video([moving_square(), moving_square(BLUE, row=9)], noise=6.0)
@@ -236,9 +230,6 @@ def test_an_evicted_answer_does_not_touch_a_good_track() -> None:
     assert all(np.array_equal(result.objects[0].mask, video.truth(result.step, 0)) for result in results)
 
 
-# --- sticky identity -------------------------------------------------------------------------------------------------
-
-
 def shown_squares(meanings: Sequence[Colour], overrule_answers: int = 2, clip_frames: int = 2) -> str:
     """Which square is shown in each frame, when the reasoner is asked every frame: r, b, or - for none."""
     video = Video([moving_square(), moving_square(BLUE, row=9)])
@@ -270,9 +261,6 @@ def test_one_answer_does_not_take_a_confident_track_away_but_several_in_a_row_do
 def test_an_answer_from_a_window_that_was_not_full_is_overruled_at_once() -> None:
     assert shown_squares([RED, BLUE, RED, RED, RED, RED], clip_frames=3) == "rbrrrr"
     assert shown_squares([RED, GREEN, RED, RED, BLUE, RED], clip_frames=3) == "r-rrrr"
-
-
-# --- epochs, requests in flight, a reasoner that fails ---------------------------------------------------------------
 
 
 def test_an_answer_of_an_old_epoch_changes_nothing() -> None:
@@ -416,9 +404,6 @@ def test_a_useless_answer_does_not_touch_a_track() -> None:
         assert np.array_equal(result.objects[0].mask, video.truth(result.step))
 
 
-# --- goals -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_cleared_goal_leaves_no_trace_in_the_next_one_of_its_slot() -> None:
     video, client = Video([moving_square(), moving_square(BLUE, row=9)]), InstantClient()
     session = session_of(client, max_objects=1)
@@ -493,9 +478,6 @@ def test_goals_may_be_set_and_cleared_from_other_threads() -> None:
     assert [goal.goal_id for goal in session.goals()] == ["stays"]
 
 
-# --- frames ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_camera_may_change_its_resolution() -> None:
     video, session = Video([moving_square()]), session_of()
     session.set_goal("the red square")
@@ -534,6 +516,20 @@ def test_a_clock_that_goes_back_starts_the_session_over_and_keeps_the_goals() ->
     assert all(np.array_equal(r.objects[0].mask, video.truth(t)) for r, t in zip(results[30:], range(10), strict=True))
     assert client.reasoner.requests[-1].clip.steps.tolist() == [30] * 8
     assert results[39].objects[0].prompt_age_s == pytest.approx(0.9)
+
+
+def test_live_parameters_change_with_the_next_frame_and_others_not_at_all() -> None:
+    video, client = Video([moving_square()]), InstantClient()
+    session = session_of(client, period_s=1000.0)
+    session.set_goal("the red square")
+    run(session, video, range(20))
+    assert len(client.reasoner.requests) == 1
+    session.reconfigure(small_config(period_s=0.2, min_write_iou=0.95))
+    run(session, video, range(20, 30))
+    assert [int(request.clip.steps[-1]) for request in client.reasoner.requests[1:3]] == [20, 23]  # in doubt: retry_s
+    assert session._tracker.memory.recent_steps(0) == [14, 15, 16, 17, 18, 19]
+    with pytest.raises(ValueError, match=r"memory\.ring_steps cannot change"):
+        session.reconfigure(small_config(ring_steps=10, period_s=0.2, min_write_iou=0.95))
 
 
 def test_equal_stamps_are_no_step_back() -> None:

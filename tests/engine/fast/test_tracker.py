@@ -58,9 +58,6 @@ def same_memory(one: MemoryTensors, other: MemoryTensors) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in MemoryTensors.__dataclass_fields__)
 
 
-# --- the stream is the batch run -------------------------------------------------------------------------------------
-
-
 @dataclass
 class Remembered:
     step: int
@@ -126,9 +123,6 @@ def test_the_comparison_would_notice_one_memory_less() -> None:
     all_of_it = batch_run(video, 12, [0, 5], RED)
     less = batch_run(video, 12, [5], RED)
     assert not torch.allclose(all_of_it[-1], less[-1], atol=1e-6, rtol=0.0)
-
-
-# --- late answers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delay", [1, 5, 20])
@@ -207,9 +201,6 @@ def test_a_replay_that_the_ring_overtakes_goes_on_with_what_is_left() -> None:
     assert np.array_equal(mask(tracker), video.truth(11))
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_hidden_object_does_not_overwrite_what_is_remembered() -> None:
     video = Video([Square(RED, lambda t: None if 8 <= t < 60 else (2, 2))])
     tracker = tracker_of()
@@ -263,9 +254,6 @@ def test_nothing_to_track_costs_the_encoder_only() -> None:
     assert stages.calls == {"image_encoder": 1, "memory_attention": 0, "mask_decoder": 0, "memory_encoder": 0}
 
 
-# --- anchors ---------------------------------------------------------------------------------------------------------
-
-
 def test_anchors_are_compared_with_what_was_believed_in_their_own_frame() -> None:
     video = Video([Square(RED, lambda t: (2, t)), moving_square(BLUE, row=9)])
     tracker = tracker_of()
@@ -308,9 +296,6 @@ def test_an_object_known_by_a_pinned_anchor_only_is_found_without_replay() -> No
     assert tracker.sighting(0) is None
     tracker.step(video.frame(9))
     assert np.array_equal(mask(tracker), video.truth(9))
-
-
-# --- the rest --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image", [np.zeros((0, 3, 3), np.uint8)])
