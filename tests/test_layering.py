@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENGINE = ROOT / "engine"
 
-# Part of the engine -> parts that it may import. A part is a file or a folder directly in engine/, and two more have rules
-# of their own: "backends.base", the interface of a stage, and "train.config", which says what training asks of its data.
+# Part of the engine -> parts that it may import. A part is a file or a folder directly in engine/. Two more have rules
+# of their own: "backends.base", the interface of a stage; "train.config", what training asks of its data.
 # cli joins everything, and nothing else imports it.
 WORDS = {"types", "config", "errors", "timing"}
 STAGES = WORDS | {"model", "backends.base"}
