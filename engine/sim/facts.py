@@ -390,7 +390,7 @@ class Facts:
         episodes = []
         for first, last in runs:
             way = float(np.linalg.norm(self.xy[last + 1, k] - self.xy[first, k]))
-            if way >= 0.05 and step[first : last + 1].max() > STEP_MOVING:
+            if way >= 0.06 and step[first : last + 1].max() > STEP_MOVING:
                 episodes.append((first, last + 1))
             elif way > 0.012:
                 return None  # something between a movement and none

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import threading
+import weakref
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -343,12 +344,17 @@ class _Stage:
 
 
 _pool: list[_Stage] = []
+_all_stages: "weakref.WeakSet[_Stage]" = weakref.WeakSet()
 _pool_lock = threading.Lock()
 
 
 def _acquire() -> _Stage:
     with _pool_lock:
-        return _pool.pop() if _pool else _Stage()
+        if _pool:
+            return _pool.pop()
+        stage = _Stage()
+        _all_stages.add(stage)
+        return stage
 
 
 def _release(stage: _Stage) -> None:
@@ -357,13 +363,19 @@ def _release(stage: _Stage) -> None:
 
 
 def close_all() -> None:
-    """Free the OpenGL contexts of all closed simulators; OSMesa prints an error at exit if this is left to Python."""
+    """Free the OpenGL contexts of all closed simulators."""
     with _pool_lock:
         while _pool:
             _pool.pop().close()
 
 
-atexit.register(close_all)  # runs before mujoco's own, which was registered earlier
+def _close_at_exit() -> None:
+    """Free every context while Python still stands: OSMesa prints an error if that is left to the collapse."""
+    for stage in list(_all_stages):
+        stage.close()
+
+
+atexit.register(_close_at_exit)  # runs before mujoco's own, which was registered earlier
 
 
 class Simulator:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Physics and drawing; the tests that draw are skipped where there is no OpenGL."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import cv2
@@ -188,3 +191,22 @@ def test_bad_sizes_and_counts_are_refused():
         Simulator(scene(ball()), 0, 240)
     with pytest.raises(SceneError, match=r"1\.\.7 objects, got 0"):
         Simulator(scene())
+
+
+def test_a_forgotten_simulator_does_not_spoil_the_exit(rendered):
+    code = "from virst_engine.sim.live import LiveTabletop; t = LiveTabletop(3, width=32, height=24); t.render()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_without_opengl_the_error_says_what_to_install():
+    code = (
+        "from virst_engine.sim.dataset import record_scene\n"
+        "from virst_engine.errors import SceneError\n"
+        "try: record_scene(3, 'plain')\n"
+        "except SceneError as error: print(error)"
+    )
+    environment = {**os.environ, "MUJOCO_GL": "disabled"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "cannot make an OpenGL context" in result.stdout
+    assert "apt-get install libosmesa6" in result.stdout
