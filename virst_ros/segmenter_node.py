@@ -134,7 +134,7 @@ class SegmenterNode(LifecycleNode):
         self._thread = InferenceThread(
             self._engine.session,
             self._inbox,
-            self._publish_result,
+            self._on_result,
             self._reject_frame,
             self._settings.stop_after_failures,
         )
@@ -273,6 +273,14 @@ class SegmenterNode(LifecycleNode):
         except BadFrame as error:
             problem = str(error)
         self._diagnostics.depth_received(problem)
+
+    def _on_result(self, header: Header, frame: Frame, result: FrameResult) -> None:
+        try:
+            self._publish_result(header, frame, result)
+        except Exception:
+            if self.context.ok():
+                raise
+            # A signal has ended the context between two frames; nobody hears us any more, and that is no failure.
 
     def _publish_result(self, header: Header, frame: Frame, result: FrameResult) -> None:
         assert self._engine is not None

@@ -14,6 +14,7 @@ pytest.importorskip("virst_msgs.msg")
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from sensor_msgs.msg import CameraInfo, Image
 from virst_msgs.msg import SegmentedObject, SegmentedObjectArray
@@ -366,6 +367,14 @@ class TestLifecycle:
         wait_until(lambda: setup.node.state == "active")
         config = engine.configurations[0]
         assert (config.tracking.max_objects, config.reasoner.period_s) == (3, 4.0)
+
+    def test_live_parameters_reach_the_running_session(self, setup):
+        assert setup.node.set_parameters([Parameter("reasoner.period_s", value=7.5)])[0].successful
+        assert setup.engine.session.reconfigured[-1].reasoner.period_s == 7.5
+        refused = setup.node.set_parameters([Parameter("reasoner.period_s", value=-1.0)])[0]
+        assert not refused.successful
+        assert refused.reason
+        assert len(setup.engine.session.reconfigured) == 1
 
     def test_values_that_contradict_each_other_are_refused(self, graph, engine):
         setup = Setup(graph, engine, memory__anchor_slots=2, memory__anchors_attended=3)

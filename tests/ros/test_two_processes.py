@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images from another process, with the Fast DDS profile that ships with the package."""
+"""Nodes as processes: large images with the Fast DDS profile of the package, signals, exit status."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("rclpy")
 pytest.importorskip("virst_msgs.msg")
 
+from diagnostic_msgs.msg import DiagnosticArray
 from sensor_msgs.msg import Image
 
 from tests.ros.ros_graph import wait_until
@@ -35,3 +37,38 @@ def test_large_best_effort_images_arrive_with_their_stamps(graph, engine, width,
     seconds = [mask.header.stamp.sec for mask in masks]
     assert seconds == sorted(set(seconds))
     assert {(mask.width, mask.height, mask.header.frame_id) for mask in masks} == {(width, height, "other_process")}
+
+
+def run(module, graph, *arguments, **environment):
+    command = [sys.executable, "-m", module, "--ros-args", *arguments]
+    variables = os.environ | {"ROS_DOMAIN_ID": str(graph.domain_id)} | environment
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_segmenter_cleanly(graph, number):
+    diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
+    with run("virst_ros.segmenter_node", graph, "-p", "model.weights:=/nowhere.safetensors") as process:
+        wait_until(lambda: diagnostics)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 0, told
+    assert "no file /nowhere.safetensors" in told
+    assert "Traceback" not in told
+
+
+def test_a_start_value_out_of_range_is_told_and_ends_the_segmenter(graph):
+    with run("virst_ros.segmenter_node", graph, "-p", "memory.ring_steps:=0") as process:
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "memory.ring_steps" in told
+    assert "Traceback" not in told
+
+
+def test_a_missing_profile_is_warned_of(graph):
+    diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
+    with run("virst_ros.segmenter_node", graph, "-p", "autostart:=false", FASTDDS_DEFAULT_PROFILES_FILE="") as process:
+        wait_until(lambda: diagnostics)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    assert "FASTDDS_DEFAULT_PROFILES_FILE is not set" in told
