@@ -8,6 +8,7 @@ Only this file imports mujoco.
 
 import atexit
 import ctypes
+import functools
 import logging
 import math
 import os
@@ -186,6 +187,7 @@ class _Canvas:
             self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
         except Exception as error:  # every GL backend fails in its own way, all mean the same to the user
             raise SceneError(_NO_OPENGL.format(backend=os.environ.get("MUJOCO_GL"), error=error)) from error
+        _close_at_exit_once()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.context)
         self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZERONEAR.value
         self.scene = mujoco.MjvScene(model, maxgeom=200)
@@ -196,6 +198,7 @@ class _Canvas:
         self.view.fixedcamid = 0
         self.perturb = mujoco.MjvPerturb()
         self.size = (0, 0)
+        self.thread = threading.get_ident()
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
@@ -211,9 +214,17 @@ class _Canvas:
         self.gl.make_current()
         mujoco.mjr_uploadTexture(model, self.context, 0)
 
+    @property
+    def is_usable_here(self) -> bool:
+        """EGL leaves a context bound to the thread that drew last, even after that thread has ended."""
+        return self.thread == threading.get_ident()
+
     def close(self) -> None:
-        self.context.free()
-        self.gl.free()
+        """Free what can be freed: a context of another thread stays until the process ends."""
+        if self.is_usable_here:
+            self.gl.make_current()
+            self.context.free()
+            self.gl.free()
 
 
 class _Stage:
@@ -369,17 +380,20 @@ def close_all() -> None:
             _pool.pop().close()
 
 
+@functools.cache
+def _close_at_exit_once() -> None:
+    """To be called when a context exists: mujoco's own clean-up, registered by then, must run after this one."""
+    atexit.register(_close_at_exit)
+
+
 def _close_at_exit() -> None:
     """Free every context while Python still stands: OSMesa prints an error if that is left to the collapse."""
     for stage in list(_all_stages):
         stage.close()
 
 
-atexit.register(_close_at_exit)  # runs before mujoco's own, which was registered earlier
-
-
 class Simulator:
-    """A scene that lives: step its physics, draw it. Not thread-safe; draw always from the same thread.
+    """A scene that lives: step its physics, draw it. Not thread-safe: one thread at a time; drawing always from the same one is fastest.
 
     Args:
         width, height: of the images, up to 1280 x 960. The view is 4:3 whatever they are.
@@ -514,8 +528,8 @@ class Simulator:
                 # its poses stay the drawn ones, so that a slow creep adds up and is drawn in the end
                 return replace(like, time_s=time_s, velocity_m_s=velocity)
         stage = self._stage
-        if stage.canvas is None:
-            stage.canvas = _Canvas(stage.model)
+        if stage.canvas is None or not stage.canvas.is_usable_here:
+            stage.canvas, stage.drawn_table = _Canvas(stage.model), None
         canvas = stage.canvas
         canvas.prepare(self.width, self.height)
         if stage.drawn_table != self.spec.table:

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import cv2
@@ -210,3 +211,21 @@ def test_without_opengl_the_error_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "cannot make an OpenGL context" in result.stdout
     assert "apt-get install libosmesa6" in result.stdout
+
+
+def test_any_thread_may_draw(rendered):
+    spec = generate_scene(3, "plain")
+    with Simulator(spec, 32, 24) as simulator:
+        here = simulator.render().instance_mask
+    there = []
+
+    def draw() -> None:
+        with Simulator(spec, 32, 24) as simulator:
+            there.append(simulator.render().instance_mask)
+
+    for _ in range(2):
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+    assert len(there) == 2
+    np.testing.assert_array_equal(there, [here, here])
