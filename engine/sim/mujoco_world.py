@@ -198,7 +198,6 @@ class _Canvas:
         self.view.fixedcamid = 0
         self.perturb = mujoco.MjvPerturb()
         self.size = (0, 0)
-        self.thread = threading.get_ident()
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
@@ -214,17 +213,16 @@ class _Canvas:
         self.gl.make_current()
         mujoco.mjr_uploadTexture(model, self.context, 0)
 
-    @property
-    def is_usable_here(self) -> bool:
-        """EGL leaves a context bound to the thread that drew last, even after that thread has ended."""
-        return self.thread == threading.get_ident()
+    def let_go(self) -> None:
+        """Unbind the context from this thread: EGL lets no other thread have it before that."""
+        if os.environ["MUJOCO_GL"] == "egl":
+            egl = mujoco.egl.EGL
+            egl.eglMakeCurrent(mujoco.egl.EGL_DISPLAY, egl.EGL_NO_SURFACE, egl.EGL_NO_SURFACE, egl.EGL_NO_CONTEXT)
 
     def close(self) -> None:
-        """Free what can be freed: a context of another thread stays until the process ends."""
-        if self.is_usable_here:
-            self.gl.make_current()
-            self.context.free()
-            self.gl.free()
+        self.gl.make_current()  # else its names would be freed in whatever context is bound here
+        self.context.free()
+        self.gl.free()
 
 
 class _Stage:
@@ -393,7 +391,9 @@ def _close_at_exit() -> None:
 
 
 class Simulator:
-    """A scene that lives: step its physics, draw it. Not thread-safe: one thread at a time; drawing always from the same one is fastest.
+    """A scene that lives: step its physics, draw it.
+
+    Not thread-safe: one thread at a time. Drawing always from the same one is fastest.
 
     Args:
         width, height: of the images, up to 1280 x 960. The view is 4:3 whatever they are.
@@ -528,8 +528,8 @@ class Simulator:
                 # its poses stay the drawn ones, so that a slow creep adds up and is drawn in the end
                 return replace(like, time_s=time_s, velocity_m_s=velocity)
         stage = self._stage
-        if stage.canvas is None or not stage.canvas.is_usable_here:
-            stage.canvas, stage.drawn_table = _Canvas(stage.model), None
+        if stage.canvas is None:
+            stage.canvas = _Canvas(stage.model)
         canvas = stage.canvas
         canvas.prepare(self.width, self.height)
         if stage.drawn_table != self.spec.table:
@@ -543,6 +543,7 @@ class Simulator:
 
         mask, depth_m = self._draw_mask(canvas, depth)
         image = self._draw_colour(canvas)
+        canvas.let_go()
         self._shade_contacts(image, mask, position, quaternion)
         outlines = self._outlines(position, quaternion)
         visible, in_view, area = self._visibility(mask, outlines)
