@@ -15,7 +15,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
-from rclpy.executors import MultiThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import qos_policy_name_from_kind
 from sensor_msgs.msg import CameraInfo, Image
@@ -82,7 +82,7 @@ class SegmenterNode(LifecycleNode):
 
         self._diagnostics = Diagnostics(self.get_name())
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        # Lifecycle and parameter services are in the default group: a configure of seconds must not hold up these.
+        # For those who spin it with several threads: a configure of seconds (default group) holds up none of these.
         self._timer_group = MutuallyExclusiveCallbackGroup()
         self._image_group = MutuallyExclusiveCallbackGroup()
         self._service_group = ReentrantCallbackGroup()
@@ -171,7 +171,7 @@ class SegmenterNode(LifecycleNode):
         return TransitionCallbackReturn.FAILURE
 
     def _autostart(self) -> None:
-        self._autostart_timer.cancel()
+        self.destroy_timer(self._autostart_timer)
         if self.state == "unconfigured":
             self.trigger_configure()
         if self.state == "inactive":
@@ -458,8 +458,9 @@ def main(arguments: list[str] | None = None) -> int:
         warning = missing_profile_warning(rclpy.get_rmw_implementation_identifier(), os.environ)
         if warning:
             node.get_logger().warning(warning)
-        # One each for images, diagnostics, goals, and a transition that takes seconds.
-        executor = MultiThreadedExecutor(num_threads=4)
+        # Every callback is short but configure, and inference has its own thread. rclpy's MultiThreadedExecutor wakes
+        # hundreds of times a second where this one wakes for each message, and takes the interpreter from inference.
+        executor = SingleThreadedExecutor()
         executor.add_node(node)
         with LogBridge(node.get_logger()), LogBridge(node.get_logger(), "virst_ros"):
             spin_until_shutdown(executor)

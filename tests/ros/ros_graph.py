@@ -20,24 +20,40 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> An
     raise AssertionError(f"nothing within {timeout_s} s")
 
 
+class Spinning:
+    """A node served by a single-threaded executor in the background, as the nodes' main programs do."""
+
+    def __init__(self, node: Any) -> None:
+        from rclpy.executors import SingleThreadedExecutor
+
+        from virst_ros.spinning import spin_until_shutdown
+
+        self.node = node
+        self._executor = SingleThreadedExecutor(context=node.context)
+        self._executor.add_node(node)
+        self._thread = threading.Thread(target=spin_until_shutdown, args=(self._executor,))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._executor.shutdown(timeout_sec=TIMEOUT_S)
+        # Before the interpreter ends: a thread in rclpy at exit ends in "terminate called without an active exception".
+        self._thread.join(TIMEOUT_S)
+        if hasattr(self.node, "close"):
+            self.node.close()
+        self.node.destroy_node()
+
+
 class Graph:
-    """Nodes under test and a node of the test beside them, spinning in the background."""
+    """Nodes under test and a node of the test beside them."""
 
     def __init__(self, domain_id: int) -> None:
         import rclpy
-        from rclpy.executors import MultiThreadedExecutor
-
-        from virst_ros.spinning import spin_until_shutdown
 
         self.domain_id = domain_id
         self.context = rclpy.Context()
         rclpy.init(context=self.context, domain_id=domain_id)
-        self.executor = MultiThreadedExecutor(num_threads=6, context=self.context)
         self.node = rclpy.create_node("tester", context=self.context)
-        self._under_test: list[Any] = []
-        self.executor.add_node(self.node)
-        self._spinning = threading.Thread(target=spin_until_shutdown, args=(self.executor,))
-        self._spinning.start()
+        self._spinning = [Spinning(self.node)]
 
     def add(self, make_node: Callable[..., Any], *arguments: Any, **parameters: Any) -> Any:
         """Make a node in this graph, with parameters, and spin it."""
@@ -45,8 +61,7 @@ class Graph:
 
         overrides = [Parameter(name.replace("__", "."), value=value) for name, value in parameters.items()]
         node = make_node(*arguments, context=self.context, parameter_overrides=overrides)
-        self._under_test.append(node)
-        self.executor.add_node(node)
+        self._spinning.append(Spinning(node))
         return node
 
     def collect(self, kind: type, topic: str, qos: Any = 10) -> list[Any]:
@@ -67,14 +82,8 @@ class Graph:
         return future.result()
 
     def close(self) -> None:
-        for node in self._under_test:
-            self.executor.remove_node(node)
-            node.close()
-        self.executor.shutdown(timeout_sec=TIMEOUT_S)
-        # Before the interpreter ends: a thread in rclpy at exit ends in "terminate called without an active exception".
-        self._spinning.join(TIMEOUT_S)
-        for node in [*self._under_test, self.node]:
-            node.destroy_node()
+        for spinning in reversed(self._spinning):
+            spinning.stop()
         self.context.try_shutdown()
 
 
