@@ -60,10 +60,10 @@ def load_model(path: Path, *, device: str = "cpu") -> Virst:
     try:
         model = Virst(VirstConfig.from_json(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} holds a configuration that this version cannot build ({error}); {REMEDY}") from error
+        raise WeightsError(f"{path} holds a configuration that we cannot build ({error}); {REMEDY}") from error
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is damaged ({error}); {REMEDY}") from error
     expected = model.state_dict()
@@ -104,7 +104,7 @@ def stages_of(model: Virst) -> TorchStages:
 
 
 def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
-    """The reasoner on `parameters.device`; `second_fusion` False is the ablation of VIRST's table 4. Raises WeightsError."""
+    """The reasoner on `parameters.device`; `second_fusion` False: the ablation of VIRST's table 4. Raises WeightsError."""
     _limit_threads(parameters)
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, second_fusion=second_fusion)

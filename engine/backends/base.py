@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
+
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
 
 
@@ -33,7 +34,7 @@ class Stages(Protocol):
         ...
 
     def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
-        """Condition one frame (b = 1 or b = o) on the memories of o objects. Rows without a valid memory are undefined."""
+        """Condition one frame (b = 1 or b = o) on the memories of o objects; rows without a valid one are undefined."""
         ...
 
     def mask_decoder(

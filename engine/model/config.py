@@ -114,7 +114,12 @@ class VirstConfig:
     def from_json(text: str) -> "VirstConfig":
         """Raises KeyError, TypeError or ValueError on anything that `to_json` did not write."""
         raw = json.loads(text)
-        parts = {"sam2": Sam2Config, "video": VideoEncoderConfig, "language": LanguageModelConfig, "fusion": FusionConfig}
+        parts = {
+            "sam2": Sam2Config,
+            "video": VideoEncoderConfig,
+            "language": LanguageModelConfig,
+            "fusion": FusionConfig,
+        }
         built = {key: _from_dict(kind, raw[key]) for key, kind in parts.items()}
         return VirstConfig(name=raw["name"], words=tuple(raw["words"]), **built)
 

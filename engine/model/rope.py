@@ -11,9 +11,11 @@ from torch import Tensor
 
 
 def rotate(
-    x: Float[Tensor, "*batch tokens d"], cos: Float[Tensor, "*#rest tokens pairs"], sin: Float[Tensor, "*#rest tokens pairs"]
+    x: Float[Tensor, "*batch tokens d"],
+    cos: Float[Tensor, "*#rest tokens pairs"],
+    sin: Float[Tensor, "*#rest tokens pairs"],
 ) -> Float[Tensor, "*batch tokens d"]:
-    """Rotate channel pairs (0, 1), (2, 3), ... by the angles of the tables; channels past 2 * pairs stay as they are."""
+    """Rotate channel pairs (0, 1), (2, 3), ... by the tables' angles; channels past 2 * pairs stay as they are."""
     pairs = cos.shape[-1]
     turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     even, odd = turned[..., 0::2], turned[..., 1::2]

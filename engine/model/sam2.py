@@ -18,10 +18,10 @@ from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
 from sam2.modeling.position_encoding import PositionEmbeddingSine
-from sam2.modeling.sam2_utils import MLP, get_1d_sine_pe
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import Attention, TwoWayTransformer
+from sam2.modeling.sam2_utils import MLP, get_1d_sine_pe
 from torch import Tensor, nn
 
 from virst_engine.backends.base import StageSizes
@@ -97,7 +97,9 @@ class Sam2(nn.Module):
             position_encoding=PositionEmbeddingSine(m, warmup_cache=False),
             in_dim=c,
         )
-        self.sam_prompt_encoder = PromptEncoder(c, (grid, grid), (config.image_size, config.image_size), mask_in_chans=16)
+        self.sam_prompt_encoder = PromptEncoder(
+            c, (grid, grid), (config.image_size, config.image_size), mask_in_chans=16
+        )
         self.sam_mask_decoder = MaskDecoder(
             transformer_dim=c,
             transformer=TwoWayTransformer(depth=2, embedding_dim=c, num_heads=8, mlp_dim=config.decoder_feedforward),
@@ -123,9 +125,13 @@ class Sam2(nn.Module):
 
         # Constants of a fixed input size: non-persistent, so that they are no part of a checkpoint.
         self.register_buffer("grid_angles", axial_angles(c, grid, grid), persistent=False)
-        self.register_buffer("grid_position", neck.position_encoding._pe(1, torch.device("cpu"), grid, grid), persistent=False)
         self.register_buffer(
-            "memory_position", self.memory_encoder.position_encoding._pe(1, torch.device("cpu"), grid, grid), persistent=False
+            "grid_position", neck.position_encoding._pe(1, torch.device("cpu"), grid, grid), persistent=False
+        )
+        self.register_buffer(
+            "memory_position",
+            self.memory_encoder.position_encoding._pe(1, torch.device("cpu"), grid, grid),
+            persistent=False,
         )
 
     @property
@@ -170,7 +176,11 @@ class Sam2(nn.Module):
         keys = torch.cat((spatial.flatten(1, 2), pointers), dim=1)
         key_position = torch.cat((position.flatten(1, 2), pointer_position), dim=1)
         valid = torch.cat(
-            (memory.spatial_valid.repeat_interleave(h * w, dim=1), memory.pointer_valid.repeat_interleave(splits, dim=1)), dim=1
+            (
+                memory.spatial_valid.repeat_interleave(h * w, dim=1),
+                memory.pointer_valid.repeat_interleave(splits, dim=1),
+            ),
+            dim=1,
         )
         # A softmax over no key at all is NaN; such a row is not used by anyone, it only has to stay finite.
         valid = valid | ~valid.any(dim=1, keepdim=True)
@@ -200,12 +210,11 @@ class Sam2(nn.Module):
         conditioned: Float[Tensor, "o c h w"],
         prompts: Float[Tensor, "o n c"] | None,
     ) -> MaskPrediction:
-        """Mask decoder on memory-conditioned features (SAM2Base._forward_sam_heads); `prompts` None: an empty prompt."""
+        """Mask decoder on conditioned features (SAM2Base._forward_sam_heads); `prompts` None: an empty prompt."""
         objects = conditioned.shape[0]
-        if prompts is None:  # SAM 2's empty point and its padding point, both labelled -1
-            sparse = self.sam_prompt_encoder.not_a_point_embed.weight.expand(objects, 2, -1)
-        else:
-            sparse = prompts
+        # No prompt: SAM 2's empty point and its padding point, both labelled -1.
+        empty = self.sam_prompt_encoder.not_a_point_embed.weight.expand(objects, 2, -1)
+        sparse = empty if prompts is None else prompts
         multimask = self.config.multimask_tracking if prompts is None else self.config.multimask_prompted
         dense = self.sam_prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(conditioned)
         high_res = [level.expand(objects, -1, -1, -1) for level in (features.high_res_s0, features.high_res_s1)]

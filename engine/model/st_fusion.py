@@ -45,9 +45,7 @@ class InitialStFusion(nn.Module):
         tokens = _tokenize(self.spatial_down, maps).flatten(3).transpose(2, 3).flatten(1, 2)
         return self.norm_kv(self.vision_proj(self.spatial_norm(tokens)))
 
-    def forward(
-        self, st: Float[Tensor, "b n d"], video_tokens: Float[Tensor, "b tokens d"]
-    ) -> Float[Tensor, "b n d"]:
+    def forward(self, st: Float[Tensor, "b n d"], video_tokens: Float[Tensor, "b tokens d"]) -> Float[Tensor, "b n d"]:
         attended = self.cross_attn(self.norm_q(st), video_tokens, video_tokens, need_weights=False)[0]
         return st + self.gate * attended
 
@@ -134,7 +132,7 @@ class SecondStFusion(nn.Module):
         Returns the prompts and the last layer's attention logits (None without second fusion). Raises ValueError for
         a clip longer than `max_frames`.
         """
-        batch, frames, _, height, width = down.shape
+        frames, height, width = down.shape[1], *down.shape[3:]
         if frames > self.config.max_frames:
             raise ValueError(f"a clip may have {self.config.max_frames} frames (fusion.max_frames), got {frames}")
         queries = self.seg_proj(st)
@@ -149,7 +147,9 @@ class SecondStFusion(nn.Module):
 
         # Each axis owns the largest even share of d_head: 10, 10, 10 of 32; two channels stay unrotated.
         axis = memory.shape[-1] // self.config.heads // 3 // 2 * 2
-        t, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device=down.device) for n in (frames, height, width)), indexing="ij")
+        t, y, x = torch.meshgrid(
+            *(torch.arange(n, dtype=torch.float32, device=down.device) for n in (frames, height, width)), indexing="ij"
+        )
         key_angles = torch.cat([axis_angles(p.flatten(), axis) for p in (t, y, x)], dim=1)
         times = torch.arange(frames, dtype=torch.float32, device=down.device)
         query_angles = axis_angles(times, axis).repeat(tokens, 1)

@@ -2,8 +2,11 @@
 """The small video encoder of `tabletop-tiny`: a convolutional stem and a few space-time transformer layers.
 
 It stands where VideoChat-Flash's UMT-L stands at full size: frames of a short clip attend to each other, then tokens
-are merged (here by averaging) to a few per frame. A BatchNorm residual stem learns shapes; a strided patch stem did not.
+are merged (here by averaging) to a few per frame. A BatchNorm residual stem learns shapes, a strided patch stem did
+not.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +39,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.config = config
         widths = (3, *config.stem_channels)
-        self.stem = nn.Sequential(*(_ResidualDown(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.stem = nn.Sequential(*(_ResidualDown(a, b) for a, b in pairwise(widths)))
         d = config.channels
         self.space_embedding = nn.Parameter(torch.randn(1, 1, config.grid**2, d) * 0.02)
         self.time_embedding = nn.Parameter(torch.randn(1, config.clip_frames, 1, d) * 0.02)
@@ -49,7 +52,7 @@ class VideoEncoder(nn.Module):
         self.norm = nn.LayerNorm(d)
 
     def cells(self, frames: Float[Tensor, "b t 3 size size"]) -> Float[Tensor, "b t cells d"]:
-        """Features of every cell of the grid, before tokens are merged. `t` is padded up to whole short clips inside."""
+        """Features of every cell of the grid, before merging. `t` is padded up to whole short clips inside."""
         batch, count = frames.shape[:2]
         clip = self.config.clip_frames
         maps = self.stem(frames.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (batch, count))
@@ -63,9 +66,12 @@ class VideoEncoder(nn.Module):
         x = self.norm(x).unflatten(1, (clip, -1)).unflatten(0, (batch, -1)).flatten(1, 2)
         return x[:, :count]
 
-    def forward(self, frames: Float[Tensor, "b t 3 size size"]) -> Float[Tensor, "b t tokens d"]:
-        cells = self.cells(frames)
+    def merge(self, cells: Float[Tensor, "b t cells d"]) -> Float[Tensor, "b t tokens d"]:
+        """Average pool x pool cells into one token."""
         side, pool = self.config.grid, self.config.pool
         maps = cells.transpose(2, 3).unflatten(3, (side, side)).flatten(0, 1)
         merged = F.avg_pool2d(maps, pool).flatten(2).transpose(1, 2)
         return merged.unflatten(0, cells.shape[:2])
+
+    def forward(self, frames: Float[Tensor, "b t 3 size size"]) -> Float[Tensor, "b t tokens d"]:
+        return self.merge(self.cells(frames))

@@ -76,9 +76,17 @@ class Virst(nn.Module):
         self, frames: Float[Tensor, "b t 3 size size"], fusion_maps: Float[Tensor, "b t c h w"]
     ) -> ClipEncoding:
         """`frames`: normalised, at the video encoder's size; `fusion_maps`: ImageFeatures.fusion of the same frames."""
-        tokens = self.mm_projector(self.video_encoder(frames))
+        return self.encode_cells(self.video_encoder.cells(frames), fusion_maps)
+
+    def encode_cells(
+        self, cells: Float[Tensor, "b t cells d"], fusion_maps: Float[Tensor, "b t c h w"]
+    ) -> ClipEncoding:
+        """`encode_clip` from the video encoder's cells on (training reads them, too)."""
+        tokens = self.mm_projector(self.video_encoder.merge(cells))
         tokens = tokens + self.frame_embedding[:, : tokens.shape[1]]
-        initial = self.initial_seg_fusion_module.video_tokens(fusion_maps) if self.config.fusion.initial_fusion else None
+        initial = (
+            self.initial_seg_fusion_module.video_tokens(fusion_maps) if self.config.fusion.initial_fusion else None
+        )
         return ClipEncoding(tokens.flatten(1, 2), initial, self.seg_prompter.video_maps(fusion_maps))
 
     def prompts(

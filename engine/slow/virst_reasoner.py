@@ -5,26 +5,17 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
-from virst_engine.errors import BadGoal
+
+from virst_engine.model.pixels import normalise
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer, pad_rows
 from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_DEVIATION = (0.229, 0.224, 0.225)
 LONGEST_GOAL_WORDS = 40
 
 
-def normalise(frames_rgb_u8: Tensor) -> Tensor:
-    """(..., h, w, 3) uint8 -> (..., 3, h, w) float32, ImageNet mean and deviation."""
-    x = frames_rgb_u8.to(torch.float32) / 255
-    mean, deviation = x.new_tensor(IMAGE_MEAN), x.new_tensor(IMAGE_DEVIATION)
-    return ((x - mean) / deviation).movedim(-1, -3)
-
-
 class VirstReasoner:
-    """`Reasoner` on a Virst in evaluation mode. Goals it cannot read come back as answers with an error."""
+    """`Reasoner` on a Virst in evaluation mode. `answer` raises BadGoal for a sentence the model cannot read."""
 
     def __init__(self, model: Virst, *, second_fusion: bool = True) -> None:
         self._model = model.eval()
@@ -34,10 +25,7 @@ class VirstReasoner:
     @torch.inference_mode()
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
         start = time.perf_counter()
-        try:
-            tokens = self._tokenizer.encode_goal(request.sentence, LONGEST_GOAL_WORDS)
-        except BadGoal as error:
-            return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, (), str(error))
+        tokens = self._tokenizer.encode_goal(request.sentence, LONGEST_GOAL_WORDS)
         model, clip = self._model, request.clip
         device = model.frame_embedding.device
         text, valid = pad_rows([tokens])

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training batches out of recorded scenes: clips, sentences, truth. A batch is a function of (seed, stage, step)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from virst_engine.model.words import ANSWER, END, WordTokenizer, pad_rows
+from virst_engine.train.config import StageConfig, TrainConfig
+
+MIN_VISIBLE_SHARE = 0.0004  # of the image: about 7 pixels at 128 x 128
+STILL_KINDS = ("attribute", "relation", "superlative", "reasoning", "plural", "absent")  # one frame is enough evidence
+
+
+class Sentence(Protocol):
+    """What a batch needs to know of virst_engine.sim's Expression."""
+
+    text: str
+    kind: str
+    target_ids: tuple[int, ...]
+    answer: str
+
+
+class RecordedScene(Protocol):
+    """One recorded scene; arrays may be memory-mapped."""
+
+    frames_rgb_u8: UInt8[np.ndarray, "frames size size 3"]
+    instance_masks: UInt8[np.ndarray, "frames size size"]  # 0 background, k + 1 object k, 255 arm
+    colours: tuple[int, ...]  # label of each object, from 1
+    shapes: tuple[int, ...]
+
+    def sentences(
+        self, query_frame: int, count: int, rng: np.random.Generator, kinds: tuple[str, ...] = ()
+    ) -> Sequence[Sentence]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Frames of `clips` scenes and `rows` sentences about them. The first `t` frames are the clip, `p` more follow."""
+
+    frames_rgb_u8: UInt8[Tensor, "clips f size size 3"]  # f = t + p
+    instance_masks: UInt8[Tensor, "clips f size size"]
+    clip_frames: int  # t
+    clip_of_row: Int[Tensor, " rows"]
+    text: Int[Tensor, "rows length"]
+    text_valid: Bool[Tensor, "rows length"]
+    answer: Int[Tensor, "rows answer"]
+    answer_valid: Bool[Tensor, "rows answer"]
+    truth: Float[Tensor, "rows f half half"]  # share of each 2 x 2 pixel block covered by the target
+    visible: Bool[Tensor, "rows f"]
+    colour: Int[Tensor, "clips f quarter quarter"]  # attribute labels of the pixels under a stride-4 grid, 0 background
+    shape: Int[Tensor, "clips f quarter quarter"]
+    kinds: tuple[str, ...]
+    anchors: tuple[int, ...]  # frames of the clip that are decoded from their prompts (Algorithm 1)
+
+
+@dataclass(frozen=True)
+class AnyObject:
+    """An object without a sentence, for pre-training."""
+
+    target_ids: tuple[int, ...]
+    text: str = ""
+    kind: str = "object"
+    answer: str = ""
+
+
+def visible_objects(mask: UInt8[np.ndarray, "size size"], count: int, rng: np.random.Generator) -> list[AnyObject]:
+    """`count` random objects of a frame (with repeats when it shows fewer); object 0 when it shows none."""
+    ids, pixels = np.unique(mask, return_counts=True)
+    seen = [int(i) - 1 for i, n in zip(ids, pixels, strict=True) if 0 < i < 255 and n > MIN_VISIBLE_SHARE * mask.size]
+    return [AnyObject((int(i),)) for i in rng.choice(seen or [0], size=count, replace=len(seen) < count)]
+
+
+def propagation_frames(query: int, count: int, last: int, rng: np.random.Generator) -> list[int]:
+    """Frames after the clip, oldest first, at a random stride; only the past is known to a live camera."""
+    stride = int(rng.integers(1, 4))
+    return [min(query + stride * (i + 1), last) for i in range(count)]
+
+
+class BatchSource(torch.utils.data.Dataset[Batch]):
+    """Item i is the batch of step i of one stage. `scenes` only has to be indexable."""
+
+    def __init__(
+        self,
+        scenes: Sequence[RecordedScene],
+        tokenizer: WordTokenizer,
+        config: TrainConfig,
+        stage: StageConfig,
+        seed: int,
+    ) -> None:
+        self.scenes, self.tokenizer, self.config, self.stage, self.seed = scenes, tokenizer, config, stage, seed
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng([self.seed, sum(map(ord, self.stage.name)), step])
+        stage, t = self.stage, self.stage.clip_frames
+        extra = stage.propagation_frames if stage.kind == "propagation" else 0
+        frames, masks, colours, shapes, sentences, rows, targets = [], [], [], [], [], [], []
+        for clip in range(stage.clips):
+            scene = self.scenes[int(rng.integers(len(self.scenes)))]
+            count = len(scene.frames_rgb_u8)
+            first_query = (t - 1) * self.config.clip_stride
+            query = int(rng.integers(first_query, count - (2 if extra else 0)))
+            index = np.array([query - self.config.clip_stride * (t - 1 - i) for i in range(t)])
+            said: Sequence[Sentence]
+            if stage.kind == "pretraining":
+                said = visible_objects(np.asarray(scene.instance_masks[index[0]]), stage.sentences, rng)
+            else:
+                said = scene.sentences(query, stage.sentences, rng, stage.kinds)
+            if rng.random() < 0.15 and all(s.kind in STILL_KINDS for s in said):
+                # The camera has just started: the oldest frame stands for those that were never seen.
+                index = np.maximum(index, query - int(rng.integers(0, first_query + 1)))
+            index = np.concatenate([index, np.array(propagation_frames(query, extra, count - 1, rng), dtype=int)])
+            mask = np.asarray(scene.instance_masks[index])
+            frames.append(np.asarray(scene.frames_rgb_u8[index]))
+            masks.append(mask)
+            small = mask[:, 2::4, 2::4]
+            colours.append(_labels(small, scene.colours))
+            shapes.append(_labels(small, scene.shapes))
+            for s in said:
+                rows.append(clip)
+                sentences.append(s)
+                targets.append(np.isin(mask, np.array([i + 1 for i in s.target_ids], np.uint8)))
+        target = torch.from_numpy(np.stack(targets)).float()
+        visible = target.mean((2, 3)) > MIN_VISIBLE_SHARE
+        text, text_valid = pad_rows([self.tokenizer.encode(s.text) for s in sentences], left=True)
+        answer, answer_valid = pad_rows([[ANSWER, *self.tokenizer.encode(s.answer), END] for s in sentences])
+        anchors = sorted({t - 1, *rng.choice(t, size=min(stage.anchors, t), replace=False).tolist()})
+        return Batch(
+            frames_rgb_u8=torch.from_numpy(np.stack(frames)),
+            instance_masks=torch.from_numpy(np.stack(masks)),
+            clip_frames=t,
+            clip_of_row=torch.tensor(rows),
+            text=text,
+            text_valid=text_valid,
+            answer=answer,
+            answer_valid=answer_valid,
+            truth=F.avg_pool2d(target, 2),
+            visible=visible,
+            colour=torch.from_numpy(np.stack(colours)),
+            shape=torch.from_numpy(np.stack(shapes)),
+            kinds=tuple(s.kind for s in sentences),
+            anchors=tuple(anchors[-stage.anchors :]),
+        )
+
+
+def _labels(masks: UInt8[np.ndarray, "f h w"], of_object: tuple[int, ...]) -> Int[np.ndarray, "f h w"]:
+    table = np.zeros(256, np.int64)
+    table[1 : 1 + len(of_object)] = of_object
+    return table[masks]
+
+
+def resize_frames(frames: UInt8[np.ndarray, "f h w 3"], size: int) -> UInt8[np.ndarray, "f size size 3"]:
+    """Area-averaged frames of another size."""
+    return np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA) for frame in frames])

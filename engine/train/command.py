@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`virst train`: the command that makes the shipped weights."""
+
+import ctypes
+import logging
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from virst_engine.data.recorded import open_scenes
+from virst_engine.model.config import tabletop_tiny
+from virst_engine.model.virst import Virst
+from virst_engine.sim.expressions import VOCABULARY
+from virst_engine.sim.spec import COLOURS, SHAPES
+from virst_engine.train import trainer
+from virst_engine.train.config import TrainConfig, tabletop_tiny_training
+from virst_engine.train.steps import AttributeHeads
+from virst_engine.weights import save_model
+
+log = logging.getLogger(__name__)
+train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@train_app.command()
+def train(
+    clips: Annotated[Path, typer.Option(help="Folder of recorded scenes (`virst scenes write`).")] = Path(
+        "data_cache/clips"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint and the curves.")] = Path("runs/tabletop-tiny"),
+    export: Annotated[
+        Path | None, typer.Option(help="Write the weights here when done (safetensors, float16).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    init: Annotated[Path | None, typer.Option(help="Start from these weights instead of random ones.")] = None,
+    stages: Annotated[str, typer.Option(help="Stages to run, comma-separated; empty = all.")] = "",
+    scale: Annotated[float, typer.Option(min=0.0001, help="Multiplies the steps of every stage.")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0, help="Stop after this long, to be resumed; 0 = no limit.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make batches.")] = 1,
+    size: Annotated[int, typer.Option(min=32, help="Side of the segmenter's input, pixels.")] = 128,
+) -> None:
+    """Train `tabletop-tiny`: pre-training, then VIRST's alignment, few-image and propagation stages."""
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    config = _chosen_stages(replace(tabletop_tiny_training(scale), seed=seed), stages)
+    model = _start_model(init, size)
+    heads = AttributeHeads(
+        model.config.sam2.channels, model.config.video.channels, colours=len(COLOURS), shapes=len(SHAPES)
+    )
+    scenes = open_scenes(clips)
+    run = trainer.Trainer(
+        model, heads, config, scenes, folder=out, scalars=_curves(out), device=device, loader_workers=workers
+    )
+    if resume:
+        run.resume()
+    until = time.monotonic() + 60 * minutes if minutes else float("inf")
+    finished = _run_with_bar(run, until)
+    if export is not None:
+        card = {
+            "model": model.config.name,
+            "command": " ".join(["virst train", *sys.argv[2:]]),
+            "finished": finished,
+            "scenes": len(scenes),
+            "seed": seed,
+            "training_hours": round(run.seconds / 3600, 2),
+            "device": device if device != "cpu" else f"{torch.get_num_threads()} threads of {platform.machine()}",
+            "torch": torch.__version__,
+            "steps": {stage.name: stage.steps for stage in config.stages},
+        }
+        save_model(model, export, card)
+        log.info("wrote %s", export)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what training frees: handing it back and faulting it in again costs more than the arithmetic."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL("libc.so.6")
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(top_pad, 2**28)
+
+
+def _start_model(init: Path | None, size: int) -> Virst:
+    from virst_engine.weights import load_model
+
+    if init is None:
+        config = tabletop_tiny(VOCABULARY)
+        return Virst(replace(config, sam2=replace(config.sam2, **_sized(size))))
+    loaded = load_model(init)
+    model = Virst(replace(loaded.config, sam2=replace(loaded.config.sam2, **_sized(size))))
+    model.load_state_dict(loaded.state_dict())
+    return model
+
+
+def _sized(size: int) -> dict[str, object]:
+    """Windows of the trunk that tile the grids of an input size without padding."""
+    grid = size // 4
+    windows = (
+        8,
+        *(
+            next(w for w in (8, 10, 12, 7, 6, 5, 4, 3, 2, 1) if side % w == 0)
+            for side in (grid // 2, grid // 4, grid // 8)
+        ),
+    )
+    return {"image_size": size, "window_spec": windows}
+
+
+def _chosen_stages(config: TrainConfig, names: str) -> TrainConfig:
+    if not names:
+        return config
+    wanted = names.split(",")
+    known = {stage.name: stage for stage in config.stages}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"no stage {', '.join(unknown)}; there are {', '.join(known)}", param_hint="--stages")
+    return replace(config, stages=tuple(known[name] for name in wanted))
+
+
+def _curves(folder: Path) -> trainer.Scalars | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("no curves are written: tensorboard is not installed (pip install tensorboard)")
+        return None
+    writer: trainer.Scalars = SummaryWriter(str(folder / "curves"))
+    return writer
+
+
+def _run_with_bar(run: trainer.Trainer, until: float) -> bool:
+    columns = (
+        TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )  # fmt: skip
+    with Progress(*columns) as bar:
+        tasks: dict[str, int] = {}
+
+        def report(progress: trainer.Progress) -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.steps, losses="")
+            shown = " ".join(f"{k} {v:.2f}" for k, v in progress.losses.items() if k not in ("total", "gradient"))
+            bar.update(tasks[progress.stage], completed=progress.step, losses=f"loss {progress.loss:.2f}  {shown}")  # type: ignore[arg-type]
+            if not bar.console.is_terminal and (progress.step % 20 == 0 or progress.step == 1):
+                bar.console.print(
+                    f"{progress.stage} {progress.step}/{progress.steps} loss {progress.loss:.3f} {shown} "
+                    f"{progress.seconds:.2f} s", soft_wrap=True,
+                )  # fmt: skip
+
+        return run.run(report, until=until)

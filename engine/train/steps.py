@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes of the training stages: a batch in, named losses out."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from virst_engine.data.clips import Batch
+from virst_engine.model.pixels import normalise
+from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
+from virst_engine.train.config import LossWeights
+from virst_engine.train.losses import attention_loss, attribute_loss, mask_losses, token_loss
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
+
+Losses = dict[str, Float[Tensor, ""]]
+
+
+class AttributeHeads(nn.Module):
+    """Linear read-outs of colour and shape from both encoders; used in training only, no part of the weights."""
+
+    def __init__(self, seg_channels: int, video_channels: int, colours: int, shapes: int) -> None:
+        super().__init__()
+        self.seg_colour, self.seg_shape = (
+            nn.Conv2d(seg_channels, colours + 1, 1),
+            nn.Conv2d(seg_channels, shapes + 1, 1),
+        )
+        self.video_colour = nn.Linear(video_channels, colours + 1)
+        self.video_shape = nn.Linear(video_channels, shapes + 1)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch after both encoders. Features are flat over (clip, frame)."""
+
+    features: ImageFeatures
+    frames: int  # f, per clip
+    video_cells: Float[Tensor, "clips t cells d"]
+
+    def of(self, index: Int[Tensor, " o"]) -> ImageFeatures:
+        return ImageFeatures(*(getattr(self.features, f.name)[index] for f in fields(ImageFeatures)))
+
+
+def encode(model: Virst, batch: Batch, *, train_segmenter: bool) -> Encoded:
+    clips, frames = batch.frames_rgb_u8.shape[:2]
+    pixels = normalise(batch.frames_rgb_u8.flatten(0, 1))
+    size = model.config.sam2.image_size
+    seg_pixels = pixels if pixels.shape[-1] == size else F.interpolate(pixels, (size, size), mode="area")
+    with torch.set_grad_enabled(train_segmenter and torch.is_grad_enabled()):
+        features = model.seg_model.encode_image(seg_pixels, model.config.fusion.feature_level)
+    side = model.config.video.image_size
+    video = pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="area")
+    cells = model.video_encoder.cells(video.unflatten(0, (clips, frames))[:, : batch.clip_frames])
+    return Encoded(features, frames, cells)
+
+
+def attribute_losses(heads: AttributeHeads, encoded: Encoded, batch: Batch) -> Losses:
+    """Both encoders have to know what colour and shape every place has."""
+    fusion = encoded.features.fusion
+    side = fusion.shape[-1]
+    seg = torch.zeros((), device=fusion.device)
+    for head, labels in ((heads.seg_colour, batch.colour), (heads.seg_shape, batch.shape)):
+        flat = labels.flatten(0, 1)
+        if flat.shape[-1] != side:
+            flat = F.interpolate(flat[:, None].float(), (side, side), mode="nearest")[:, 0].long()
+        seg = seg + attribute_loss(head(fusion), flat)
+    t, cells = encoded.video_cells.shape[1:3]
+    grid = round(cells**0.5)
+    video = torch.zeros((), device=fusion.device)
+    for head, labels, classes in (
+        (heads.video_colour, batch.colour, heads.video_colour.out_features),
+        (heads.video_shape, batch.shape, heads.video_shape.out_features),
+    ):
+        label = _dominant(labels[:, :t].flatten(0, 1), classes, grid)
+        logits = head(encoded.video_cells).flatten(0, 1).transpose(1, 2).unflatten(2, (grid, grid))
+        video = video + attribute_loss(logits, label)
+    return {"attribute": (seg + video) / 4}
+
+
+def _dominant(labels: Int[Tensor, "b h w"], classes: int, grid: int) -> Int[Tensor, "b grid grid"]:
+    """The foreground label that covers most of a cell; -1 where it covers too little to tell, 0 where none does."""
+    share = F.avg_pool2d(F.one_hot(labels, classes).movedim(-1, 1).float().contiguous(), labels.shape[-1] // grid)
+    best, label = share[:, 1:].max(dim=1)
+    return torch.where(best >= 0.2, label + 1, torch.where(best > 0.0, -1, 0))
+
+
+def weighted(losses: Losses, weights: LossWeights) -> Float[Tensor, ""]:
+    return sum((getattr(weights, name) * value for name, value in losses.items()), torch.zeros(()))
+
+
+def image_step(
+    model: Virst, heads: AttributeHeads, batch: Batch, *, train_segmenter: bool
+) -> tuple[Losses, MaskPrediction]:
+    """Stages 1 and 2 (equation 13): anchor frames decoded from their own prompts; returns the newest one's masks."""
+    encoded = encode(model, batch, train_segmenter=train_segmenter)
+    output = _prompts(model, encoded, batch)
+    losses = attribute_losses(heads, encoded, batch) | _language_losses(output, batch)
+    index = torch.tensor(batch.anchors)
+    rows, k = batch.clip_of_row.shape[0], len(batch.anchors)
+    flat = (batch.clip_of_row[:, None] * encoded.frames + index).flatten()
+    features = encoded.of(flat)
+    conditioned = model.seg_model.without_memory(features)
+    prediction = model.seg_model.decode_mask(features, conditioned, output.prompts[:, index].flatten(0, 1))
+    losses |= mask_losses(prediction, batch.truth[:, index].flatten(0, 1), batch.visible[:, index].flatten())
+    newest = torch.arange(rows) * k + k - 1
+    return losses, _rows(prediction, newest)
+
+
+def propagation_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
+    """Stage 3 (equation 14): anchors from prompts, then the frames after the clip from memory alone, in order."""
+    encoded = encode(model, batch, train_segmenter=True)
+    output = _prompts(model, encoded, batch)
+    losses = attribute_losses(heads, encoded, batch) | _language_losses(output, batch)
+    memory = TrainingMemory(model)
+    total: list[Losses] = []
+    for frame in batch.anchors:
+        features = encoded.of(batch.clip_of_row * encoded.frames + frame)
+        prediction = model.seg_model.decode_mask(
+            features, model.seg_model.without_memory(features), output.prompts[:, frame]
+        )
+        total.append(mask_losses(prediction, batch.truth[:, frame], batch.visible[:, frame]))
+        # A model that has not learnt presence yet would remember nothing: here the truth decides what is written.
+        memory.remember_anchor(
+            _step_of(batch, frame), _remembered(model, features, prediction), batch.visible[:, frame]
+        )
+    return losses | _propagate(model, batch, encoded, memory, range(batch.clip_frames, encoded.frames), total)
+
+
+def pretraining_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
+    """Before the paper's stages: any object from a point on it in the first frame, then from memory; attributes."""
+    encoded = encode(model, batch, train_segmenter=True)
+    losses = attribute_losses(heads, encoded, batch)
+    memory = TrainingMemory(model)
+    features = encoded.of(batch.clip_of_row * encoded.frames)
+    prediction = model.seg_model.decode_mask(
+        features, model.seg_model.without_memory(features), _point_prompts(model, batch)
+    )
+    total = [mask_losses(prediction, batch.truth[:, 0], batch.visible[:, 0])]
+    memory.remember_anchor(_step_of(batch, 0), _remembered(model, features, prediction), batch.visible[:, 0])
+    masks, newest = _propagate(model, batch, encoded, memory, range(1, encoded.frames), total)
+    return losses | masks, newest
+
+
+def _propagate(
+    model: Virst, batch: Batch, encoded: Encoded, memory: "TrainingMemory", frames: range, total: list[Losses]
+) -> tuple[Losses, MaskPrediction]:
+    prediction: MaskPrediction | None = None
+    for frame in frames:
+        features = encoded.of(batch.clip_of_row * encoded.frames + frame)
+        step = _step_of(batch, frame)
+        conditioned = model.seg_model.attend_memory(features, memory.read(step))
+        prediction = model.seg_model.decode_mask(features, conditioned, None)
+        total.append(mask_losses(prediction, batch.truth[:, frame], batch.visible[:, frame] & memory.any_anchor))
+        memory.remember_recent(step, _remembered(model, features, prediction), batch.visible[:, frame])
+    assert prediction is not None
+    return {name: torch.stack([one[name] for one in total]).mean() for name in total[0]}, prediction
+
+
+def _prompts(model: Virst, encoded: Encoded, batch: Batch) -> PromptOutput:
+    maps = encoded.features.fusion.unflatten(0, (-1, encoded.frames))[:, : batch.clip_frames]
+    clip: ClipEncoding = model.encode_cells(encoded.video_cells, maps)
+    return model.prompts(clip, batch.clip_of_row, batch.text, batch.text_valid, batch.answer, batch.answer_valid)
+
+
+def _language_losses(output: PromptOutput, batch: Batch) -> Losses:
+    losses: Losses = {}
+    if output.answer_logits is not None:
+        losses["token"] = token_loss(output.answer_logits, batch.answer)
+    if output.attention_logits is not None:
+        cells = F.adaptive_avg_pool2d(batch.truth[:, : batch.clip_frames], output.attention_logits.shape[-2:])
+        losses["attention"] = attention_loss(output.attention_logits, cells)
+    return losses
+
+
+def _point_prompts(model: Virst, batch: Batch) -> Float[Tensor, "rows 2 c"]:
+    """One point on the target in frame 0, drawn from its own pixels (sam2: label 1, and the padding point)."""
+    truth = batch.truth[:, 0].flatten(1)
+    side = batch.truth.shape[-1]
+    chosen = torch.multinomial(truth + 1e-9, 1)[:, 0]
+    scale = model.config.sam2.image_size / side
+    points = torch.stack((chosen % side, chosen // side), dim=-1).float()[:, None] * scale
+    labels = torch.ones(points.shape[:2])
+    return model.seg_model.sam_prompt_encoder._embed_points(points, labels, pad=True)
+
+
+def _remembered(model: Virst, features: ImageFeatures, prediction: MaskPrediction) -> MemoryEntry:
+    present = MaskPrediction(
+        prediction.mask_logits, prediction.iou, torch.ones_like(prediction.object_score_logits), prediction.pointer
+    )
+    return model.seg_model.encode_memory(features, present)
+
+
+def _rows(prediction: MaskPrediction, rows: Int[Tensor, " o"]) -> MaskPrediction:
+    return MaskPrediction(*(getattr(prediction, f.name)[rows] for f in fields(MaskPrediction)))
+
+
+def _step_of(batch: Batch, frame: int) -> int:
+    """A number of processed frames that stands for a frame of the batch: clips are sparse, what follows is dense."""
+    spread = 5  # a clip frame every 0.3 s of a camera processed at about 17 Hz
+    if frame < batch.clip_frames:
+        return frame * spread
+    return (batch.clip_frames - 1) * spread + 1 + frame - batch.clip_frames
+
+
+class TrainingMemory:
+    """A memory bank that gradients flow through: entries in lists, `MemoryTensors` of the fixed shape out."""
+
+    def __init__(self, model: Virst) -> None:
+        self._config = model.config.sam2
+        self._anchors: list[tuple[int, MemoryEntry, Tensor]] = []
+        self._recent: list[tuple[int, MemoryEntry, Tensor]] = []
+
+    @property
+    def any_anchor(self) -> Tensor:
+        return torch.stack([valid for _, _, valid in self._anchors]).any(dim=0)
+
+    def remember_anchor(self, step: int, entry: MemoryEntry, valid: Tensor) -> None:
+        self._anchors.append((step, entry, valid))
+
+    def remember_recent(self, step: int, entry: MemoryEntry, valid: Tensor) -> None:
+        self._recent = [*self._recent, (step, entry, valid)][-(self._config.memory_frames - 1) :]
+
+    def read(self, step: int) -> MemoryTensors:
+        anchors, recent = self._anchors[-3:], self._recent[::-1]
+        entries = anchors + recent
+        objects = entries[0][2].shape[0]
+        tpos = [self._config.memory_frames - 1] * len(anchors) + list(range(len(recent)))
+        valid = torch.stack([v for _, _, v in entries], dim=1)
+        distance = torch.tensor([float(step - s) for s, _, _ in entries])
+        return MemoryTensors(
+            spatial=torch.stack([e.spatial for _, e, _ in entries], dim=1),
+            spatial_tpos=torch.tensor(tpos).expand(objects, -1),
+            spatial_valid=valid,
+            pointers=torch.stack([e.pointer for _, e, _ in entries], dim=1),
+            pointer_distance=distance.expand(objects, -1),
+            pointer_valid=valid,
+        )
