@@ -104,7 +104,7 @@ def stages_of(model: Virst) -> TorchStages:
 
 
 def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
-    """The reasoner on `parameters.device`; `second_fusion` False: the ablation of VIRST's table 4. Raises WeightsError."""
+    """The reasoner on `parameters.device`; `second_fusion` False: the ablation of table 4. Raises WeightsError."""
     _limit_threads(parameters)
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, second_fusion=second_fusion)

@@ -24,6 +24,7 @@ class Sam2Config:
     memory_feedforward: int = 2048
     memory_frames: int = 7  # num_maskmem = P
     max_pointers: int = 16  # max_obj_ptrs_in_encoder
+    pointer_distance_limit: int = 0  # steps from which a pointer's age looks the same; 0 = none, as in SAM 2
     decoder_feedforward: int = 2048
     iou_hidden: int = 256
     fuser_layer_scale: float = 1e-6  # 0.1 for a short training from scratch
@@ -154,6 +155,7 @@ def tabletop_tiny(words: tuple[str, ...], special_tokens: int = 4) -> VirstConfi
             dropout=0.0,
             multimask_prompted=False,
             multimask_tracking=False,
+            pointer_distance_limit=45,  # the longest distance that training shows
         ),
         video=VideoEncoderConfig(),
         language=LanguageModelConfig(

@@ -170,7 +170,10 @@ class Sam2(nn.Module):
         splits = c // m  # one pointer becomes c / mem_dim tokens
         rows = memory.pointers.shape[1]
         pointers = memory.pointers.reshape(objects, rows * splits, m)
-        pointer_time = get_1d_sine_pe(memory.pointer_distance / (self.config.max_pointers - 1), dim=c)
+        distance = memory.pointer_distance
+        if self.config.pointer_distance_limit:  # a live stream goes on for hours, training clips do not
+            distance = distance.clamp(max=self.config.pointer_distance_limit)
+        pointer_time = get_1d_sine_pe(distance / (self.config.max_pointers - 1), dim=c)
         pointer_position = self.obj_ptr_tpos_proj(pointer_time.to(pointers.dtype)).repeat_interleave(splits, dim=1)
 
         keys = torch.cat((spatial.flatten(1, 2), pointers), dim=1)

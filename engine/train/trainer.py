@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from virst_engine.data.clips import Batch, BatchSource, RecordedScene
 from virst_engine.errors import WeightsError
+from virst_engine.model.config import VirstConfig
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train.config import StageConfig, TrainConfig
@@ -199,7 +200,7 @@ class Trainer:
             state: dict[str, Any] = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         except Exception as error:
             raise WeightsError(f"cannot resume from {self.checkpoint}: {error}; start without --resume") from error
-        if state["config"] != self.model.config.to_json():
+        if VirstConfig.from_json(state["config"]) != self.model.config:
             raise WeightsError(f"{self.checkpoint} belongs to a model of another configuration; start without --resume")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
