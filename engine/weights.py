@@ -6,6 +6,7 @@ Nothing here executes what a file contains. Weights are stored as float16 and ru
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from virst_engine.config import ModelParameters
 from virst_engine.errors import WeightsError
 from virst_engine.model.config import VirstConfig
 from virst_engine.model.virst import Virst
+from virst_engine.model.words import WordTokenizer
 from virst_engine.slow.reasoner import Reasoner
-from virst_engine.slow.virst_reasoner import VirstReasoner
+from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,21 @@ def _read_metadata(path: Path) -> dict[str, str]:
     if metadata.get("format") != FORMAT or "config" not in metadata:
         raise WeightsError(f"{path} is a safetensors file, but not one of `virst train` (format {FORMAT}); {REMEDY}")
     return metadata
+
+
+def load_goal_check(parameters: ModelParameters) -> Callable[[str], None]:
+    """A function that raises BadGoal for a sentence that this model's reasoner could not read. Raises WeightsError."""
+    path = weights_path(parameters)
+    try:
+        words = VirstConfig.from_json(_read_metadata(path)["config"]).words
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} holds a configuration that we cannot read ({error}); {REMEDY}") from error
+    tokenizer = WordTokenizer(words)
+
+    def check(sentence: str) -> None:
+        tokenizer.encode_goal(sentence, LONGEST_GOAL_WORDS)
+
+    return check
 
 
 def load_stages(parameters: ModelParameters) -> Stages:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a configuration to a running engine: weights, stages, the connection to the reasoner, the session."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from virst_engine.config import EngineConfig
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
-from virst_engine.weights import load_stages, weights_path
+from virst_engine.weights import load_goal_check, load_stages, weights_path
 from virst_ros.diagnostics import LoadedModel
 
 
@@ -18,6 +19,7 @@ class LoadedEngine:
     session: Session
     reasoner: ReasonerClient
     model: LoadedModel
+    check_goal: Callable[[str], None]  # raises BadGoal for a sentence that the model cannot read
 
 
 def load_engine(config: EngineConfig) -> LoadedEngine:
@@ -28,11 +30,12 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         EndpointError: the reasoner's address can never work.
     """
     path = weights_path(config.model)
-    stages = load_stages(config.model)
+    stages, check_goal = load_stages(config.model), load_goal_check(config.model)
     reasoner = ZmqReasonerClient(config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys)
     session = Session(config, stages, reasoner)
     return LoadedEngine(
         session=session,
         reasoner=reasoner,
         model=LoadedModel(config.model.name, str(path), type(stages).__name__, config.model.device),
+        check_goal=check_goal,
     )

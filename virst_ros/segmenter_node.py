@@ -326,6 +326,8 @@ class SegmenterNode(LifecycleNode):
 
     def _set_goal(self, sentence: str, object_id: str, camera: str, replace: bool) -> Goal:
         assert self._engine is not None
+        if sentence.strip():  # the session has a better word for an empty one
+            self._engine.check_goal(sentence)
         goal = self._engine.session.set_goal(sentence, object_id=object_id, camera=camera, replace=replace)
         self._set_at_ns[goal.goal_id] = self.get_clock().now().nanoseconds
         self._diagnostics.goals_changed(self._engine.session.goals())

@@ -181,4 +181,11 @@ class FakeEngine:
         self.configurations.append(config)
         if self.session.closed:
             self.session = FakeSession()
-        return LoadedEngine(self.session, self.reasoner, LoadedModel("fake", "fake.safetensors", "Fake", "cpu"))
+        model = LoadedModel("fake", "fake.safetensors", "Fake", "cpu")
+        return LoadedEngine(self.session, self.reasoner, model, self.check_goal)
+
+    def check_goal(self, sentence: str) -> None:
+        from virst_engine.errors import BadGoal
+
+        if "xyzzy" in sentence:
+            raise BadGoal("this model does not know 'xyzzy'; say it in other words")

@@ -37,7 +37,9 @@ ROOT = Path(__file__).parents[2]
 
 def load_with_fake_stages(config):
     client = ZmqReasonerClient(config.reasoner.endpoint, heartbeat_s=0.1, silent_after_s=0.5)
-    return LoadedEngine(Session(config, FakeStages(), client), client, LoadedModel("fake", "", "FakeStages", "cpu"))
+    session = Session(config, FakeStages(), client)
+    # No goal is refused beforehand: here the reasoner itself has to say what it cannot read.
+    return LoadedEngine(session, client, LoadedModel("fake", "", "FakeStages", "cpu"), lambda sentence: None)
 
 
 class Live:
@@ -227,17 +229,49 @@ class TestGoals:
         live.wait_for_status("goals", DiagnosticStatus.WARN, "nobody")
 
 
+@pytest.fixture
+def good_bytes(tmp_path):
+    """A weights file of random numbers whose model knows three words."""
+    from virst_engine.model.config import tabletop_tiny
+    from virst_engine.model.virst import Virst
+    from virst_engine.weights import save_model
+
+    save_model(Virst(tabletop_tiny(("the", "red", "ball"))), tmp_path / "good.safetensors")
+    return (tmp_path / "good.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("good_bytes")
+class TestWords:
+    """With a real weights file, sentences are checked against its vocabulary before anybody is asked."""
+
+    @pytest.mark.parametrize(
+        ("goal", "says"),
+        [
+            ("赤いボール", "does not know '赤いボール'"),
+            ("der rote Ball", "does not know 'der', 'rote'"),
+            ("🔴", "no word at all"),
+            ("red " * 70, "at most 40 words, got 70"),
+        ],
+        ids=["Japanese", "German", "emoji", "long"],
+    )
+    def test_unreadable_goals_are_refused_at_once(self, graph, tmp_path, goal, says):
+        diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
+        node = graph.add(
+            SegmenterNode,
+            model__weights=str(tmp_path / "good.safetensors"),
+            reasoner__endpoint=f"ipc://{tmp_path}/reasoner",
+            diagnostics_period_s=0.1,
+        )
+        wait_until(lambda: node.state == "active")
+        answer = graph.call(SetGoal, "/segmenter/set_goal", SetGoal.Request(goal=goal))
+        assert not answer.success
+        assert says in answer.message
+        wait_until(lambda: [status for each in diagnostics for status in each.status if says in status.message])
+        assert graph.call(SetGoal, "/segmenter/set_goal", SetGoal.Request(goal="The red ball!")).success
+
+
 class TestWeights:
     """The real loading of weights, with a model of random numbers."""
-
-    @pytest.fixture
-    def good_bytes(self, tmp_path):
-        from virst_engine.model.config import tabletop_tiny
-        from virst_engine.model.virst import Virst
-        from virst_engine.weights import save_model
-
-        save_model(Virst(tabletop_tiny(("the", "red", "ball"))), tmp_path / "good.safetensors")
-        return (tmp_path / "good.safetensors").read_bytes()
 
     @pytest.mark.parametrize(
         ("damage", "says"),

@@ -502,6 +502,15 @@ class TestBadInput:
         assert setup.change(Transition.TRANSITION_ACTIVATE)
         setup.active().send_until_mask()
 
+    @pytest.mark.parametrize(("goal", "says"), [("  ", "the goal is empty"), ("the xyzzy", "does not know 'xyzzy'")])
+    def test_a_goal_that_nobody_could_read_is_refused_at_once(self, setup, goal, says):
+        answer = setup.set_goal(goal)
+        assert not answer.success
+        assert says in answer.message
+        assert not setup.list_goals()
+        setup.wait_for_status("goals", DiagnosticStatus.WARN, says)
+        setup.send_until_mask()
+
     def test_an_unknown_goal_id(self, setup):
         answer = setup.clear_goal("nobody's")
         assert not answer.success
