@@ -50,7 +50,8 @@ class ModelParameters:
     name: str = parameter("tabletop-tiny", "model to run", choices=("tabletop-tiny",))
     weights: str = parameter("", "safetensors file of the weights; empty = the file shipped with the package")
     device: str = parameter("cpu", "torch device, for example cpu or cuda:0")
-    threads: int = parameter(0, "CPU threads of the segmenter; 0 = torch's choice", low=0, high=256)
+    # One thread: at this size more of them wait for each other, and collapse when the cores are busy.
+    threads: int = parameter(1, "CPU threads of the segmenter; 0 = torch's choice", low=0, high=256)
 
     def __post_init__(self) -> None:
         check_fields("model", self)

@@ -9,7 +9,7 @@ from typing import Literal
 class LossWeights:
     """Equation 15 (bce, dice, token, occlusion, iou) and two terms of our own that short training needs."""
 
-    bce: float = 10.0  # mean over pixels of small objects: ten times the paper's 1
+    bce: float = 2.0
     dice: float = 1.0
     token: float = 0.3
     occlusion: float = 1.0  # the paper's 0.05 never learnt absence at this scale
@@ -58,13 +58,16 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
     static = ("attribute", "relation", "superlative", "reasoning")
     return TrainConfig(
         stages=(
-            StageConfig("pretraining", "pretraining", steps(300), 1e-3, clips=8, sentences=4, clip_frames=4),
+            StageConfig(
+                "pretraining", "pretraining", steps(400), 1e-3, clips=8, sentences=6, clip_frames=2,
+                weights=LossWeights(bce=1.0, attribute=0.5),
+            ),
             # Image-like, and cheap: two frames and sentences that one frame answers, until words mean something.
             StageConfig(
-                "alignment", "image", steps(900), 8e-4, frozen=("seg_model.image_encoder.",), sentences=8,
+                "alignment", "image", steps(700), 8e-4, frozen=("seg_model.image_encoder.",), sentences=8,
                 clip_frames=2, anchors=2, kinds=static,
             ),
-            StageConfig("few-image", "image", steps(500), 6e-4),
+            StageConfig("few-image", "image", steps(450), 6e-4),
             StageConfig("propagation", "propagation", steps(150), 3e-4, clips=6, sentences=3, warmup_steps=20),
         )
     )  # fmt: skip
