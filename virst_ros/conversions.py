@@ -17,8 +17,8 @@ from std_msgs.msg import Header
 from virst_msgs.msg import Goal as GoalMessage
 from virst_msgs.msg import SegmentedObject, SegmentedObjectArray, StageTimings
 
+from virst_engine import Frame, FrameResult, Goal, ObjectResult, ObjectState
 from virst_engine.errors import BadFrame
-from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState
 
 COLOUR_CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
 _TO_RGB = {

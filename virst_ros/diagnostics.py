@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
+from virst_engine import FrameResult, Goal, ObjectResult, ObjectState
 from virst_engine.timing import LatencyWindow
-from virst_engine.types import FrameResult, Goal, ObjectResult, ObjectState
 
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK,

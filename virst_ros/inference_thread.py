@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+from virst_engine import Frame, FrameResult
 from virst_engine.errors import BadFrame
-from virst_engine.types import Frame, FrameResult
 from virst_ros.frame_inbox import FrameInbox
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from virst_engine.config import EngineConfig
+from virst_engine import EngineConfig
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient

@@ -23,9 +23,8 @@ from std_msgs.msg import Header
 from virst_msgs.msg import SegmentedObjectArray
 from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
-from virst_engine.config import EngineConfig
+from virst_engine import EngineConfig, Frame, FrameResult, Goal, ObjectState
 from virst_engine.errors import BadFrame, VirstError
-from virst_engine.types import Frame, FrameResult, Goal, ObjectState
 from virst_engine.visualize import draw_overlay
 from virst_ros import conversions, qos
 from virst_ros.diagnostics import Diagnostics, LoadedModel, Surroundings

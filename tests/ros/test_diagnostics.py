@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told of events at known times; how it reaches /diagnostics is tested with the node."""
+
+import pytest
+
+pytest.importorskip("diagnostic_msgs.msg")
+
+from diagnostic_msgs.msg import DiagnosticStatus
+
+from virst_engine import FrameResult
+from virst_ros.diagnostics import Diagnostics, RateWindow, Surroundings, resident_mib
+
+
+class Clock:
+    now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def diagnostics(clock):
+    return Diagnostics("node", clock)
+
+
+def seen(**changes):
+    values = {
+        "state": "active",
+        "image_topic": "/image",
+        "image_publishers": 1,
+        "received": 0,
+        "dropped": 0,
+        "no_image_after_s": 2.0,
+        "inference_traceback": "",
+    }
+    return Surroundings(**values | changes)
+
+
+def subject(diagnostics, name, **changes):
+    return next(status for status in diagnostics.statuses(seen(**changes)) if status.name == f"node: {name}")
+
+
+def values(status):
+    return {pair.key: pair.value for pair in status.values}
+
+
+def test_a_rate_is_events_per_second_of_the_last_five_seconds():
+    rate = RateWindow()
+    assert rate.rate_hz(0.0) == 0.0
+    for n in range(100):
+        rate.add(n * 0.1)
+    assert rate.rate_hz(9.9) == pytest.approx(10.0)
+    assert rate.rate_hz(12.9) == pytest.approx(20 / 3.0, rel=0.1), "it sinks while nothing comes"
+    assert rate.rate_hz(30.0) == 0.0
+
+
+def test_ages_are_given_as_percentiles_in_milliseconds(diagnostics):
+    for age_ms in range(1, 101):
+        diagnostics.result_published(FrameResult(0, 0, "camera", (), {}), age_ms / 1e3, "")
+    told = values(subject(diagnostics, "output"))
+    assert (told["age p50 (ms)"], told["age p95 (ms)"], told["age p99 (ms)"]) == ("50.5", "95.0", "99.0")
+
+
+def test_a_bad_frame_is_a_warning_for_a_while(diagnostics, clock):
+    diagnostics.image_received("2x2 rgb8")
+    diagnostics.frame_rejected("too short")
+    assert subject(diagnostics, "input").level == DiagnosticStatus.WARN
+    clock.now_s += 11.0
+    diagnostics.image_received("2x2 rgb8")
+    status = subject(diagnostics, "input")
+    assert status.level == DiagnosticStatus.OK
+    assert values(status)["last bad frame"] == "too short"
+
+
+def test_silence_tells_since_when(diagnostics, clock):
+    clock.now_s += 3.0
+    status = subject(diagnostics, "input")
+    assert status.level == DiagnosticStatus.ERROR
+    assert "no images on /image since activation, 3.0 s" in status.message
+    diagnostics.image_received("2x2 rgb8")
+    clock.now_s += 4.5
+    assert "no images on /image since 4.5 s" in subject(diagnostics, "input").message
+
+
+def test_a_changed_size_is_told_once(diagnostics):
+    assert diagnostics.image_received("2x2 rgb8") == ""
+    assert diagnostics.image_received("2x2 rgb8") == ""
+    assert "changed from 2x2 rgb8 to 4x4 rgb8" in diagnostics.image_received("4x4 rgb8")
+    assert diagnostics.image_received("4x4 rgb8") == ""
+
+
+def test_everything_is_stale_while_inactive(diagnostics):
+    told = diagnostics.statuses(seen(state="inactive"))
+    assert {status.level for status in told} == {DiagnosticStatus.STALE}
+
+
+def test_stopped_inference_is_an_error_with_its_last_line(diagnostics):
+    status = subject(diagnostics, "output", inference_traceback="Traceback ...\n  File x\nRuntimeError: boom\n")
+    assert status.level == DiagnosticStatus.ERROR
+    assert "RuntimeError: boom" in status.message
+
+
+def test_activation_starts_anew(diagnostics):
+    diagnostics.frame_rejected("old")
+    diagnostics.reset()
+    assert values(subject(diagnostics, "input"))["bad frames"] == "0"
+
+
+def test_memory_is_that_of_this_process():
+    assert 10.0 < resident_mib() < 1e6
