@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.10",
     packages=[PACKAGE, ENGINE, *(f"{ENGINE}.{name}" for name in find_packages("engine"))],
     package_dir={ENGINE: "engine"},
-    package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"]},
+    package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"], PACKAGE: ["data/*"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),
@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "sim": ["mujoco"],
+        "demo": ["imageio-ffmpeg"],
         "onnx": ["onnx", "onnxruntime"],
         "train": ["tensorboard"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "beartype", "psutil", "pyyaml"],

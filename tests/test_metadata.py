@@ -107,6 +107,16 @@ def test_every_package_of_the_engine_is_installed(setup_arguments: dict[str, obj
     assert with_code <= folders, "a folder with modules has no __init__.py, so it would not be installed"
 
 
+def test_every_data_file_is_installed(setup_arguments: dict[str, object]) -> None:
+    for package, folder in (("virst_engine", ROOT / "engine"), ("virst_ros", ROOT / "virst_ros")):
+        patterns = setup_arguments["package_data"].get(package, [])  # type: ignore[attr-defined]
+        installed = {path for pattern in patterns for path in folder.glob(pattern)}
+        for path in folder.rglob("*"):
+            hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
+            if path.is_file() and not hidden and path.suffix != ".py" and path.name not in ("ruff.toml", "README.md"):
+                assert path in installed, f"{path} would be missing after an installation"
+
+
 def test_the_message_files_are_the_ones_that_are_generated() -> None:
     text = (ROOT / "msgs" / "CMakeLists.txt").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\s+((?:msg|srv|action)/\w+\.(?:msg|srv|action))$", text, re.MULTILINE))
