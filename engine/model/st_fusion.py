@@ -134,7 +134,9 @@ class SecondStFusion(nn.Module):
         """
         frames, height, width = down.shape[1], *down.shape[3:]
         if frames > self.config.max_frames:
-            raise ValueError(f"a clip may have {self.config.max_frames} frames (fusion.max_frames), got {frames}")
+            raise ValueError(
+                f"a clip may have at most {self.config.max_frames} frames (fusion.max_frames), got {frames}"
+            )
         queries = self.seg_proj(st)
         tokens = queries.shape[1]
         expanded = queries[:, :, None].expand(-1, -1, frames, -1)  # temporal expansion, N-major

@@ -81,7 +81,13 @@ class Virst(nn.Module):
     def encode_cells(
         self, cells: Float[Tensor, "b t cells d"], fusion_maps: Float[Tensor, "b t c h w"]
     ) -> ClipEncoding:
-        """`encode_clip` from the video encoder's cells on (training reads them, too)."""
+        """`encode_clip` from the video encoder's cells on (training reads them, too).
+
+        Raises ValueError for a clip longer than `video.max_frames`.
+        """
+        frames, longest = cells.shape[1], self.config.video.max_frames
+        if frames > longest:
+            raise ValueError(f"a clip may have at most {longest} frames (video.max_frames), got {frames}")
         tokens = self.mm_projector(self.video_encoder.merge(cells))
         tokens = tokens + self.frame_embedding[:, : tokens.shape[1]]
         initial = (

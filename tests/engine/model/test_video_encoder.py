@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short clips: who attends to whom, what padding does, how cells become tokens."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.model.small_models import SMALL, liven
+from virst_engine.model.video_encoder import VideoEncoder
+
+
+@pytest.fixture(scope="module")
+def encoder() -> VideoEncoder:
+    model = VideoEncoder(SMALL.video)
+    liven(model)
+    return model
+
+
+@torch.no_grad()
+def cells_of(encoder: VideoEncoder, frames: Tensor) -> Tensor:
+    return encoder.cells(frames)
+
+
+def video(frames: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, frames, 3, 64, 64)
+
+
+def test_frames_see_their_own_short_clip_and_no_other(encoder: VideoEncoder) -> None:
+    frames = video(8)  # short clips: 0..3 and 4..7
+    before = cells_of(encoder, frames)
+    for changed in (1, 6):
+        other = frames.clone()
+        other[:, changed] += 1.0
+        moved = (cells_of(encoder, other) - before).abs().amax(dim=(0, 2, 3)) > 1e-4
+        first = changed // 4 * 4
+        assert moved.tolist() == [first <= t < first + 4 for t in range(8)]
+
+
+def test_a_short_clip_that_is_not_full_repeats_its_last_frame(encoder: VideoEncoder) -> None:
+    frames = video(6)
+    padded = torch.cat((frames, frames[:, -1:], frames[:, -1:]), dim=1)
+    assert cells_of(encoder, frames).shape[1] == 6
+    assert torch.allclose(cells_of(encoder, frames), cells_of(encoder, padded)[:, :6], atol=1e-5)
+
+
+def test_rows_of_a_batch_do_not_mix(encoder: VideoEncoder) -> None:
+    frames = video(5, batch=2)
+    together = cells_of(encoder, frames)
+    assert torch.allclose(together[1:], cells_of(encoder, frames[1:]), atol=1e-5)
+
+
+def test_cells_know_their_place_and_their_time(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    blank = torch.ones(4, SMALL.video.channels, 4, 4)
+    monkeypatch.setattr(encoder.stem, "forward", lambda frames: blank)  # the stem sees the same everywhere
+    cells = cells_of(encoder, video(4))[0]
+    assert not torch.allclose(cells[:, 0], cells[:, 1], atol=1e-3)
+    assert not torch.allclose(cells[0], cells[1], atol=1e-3)
+
+
+def test_evaluation_is_deterministic_and_does_not_learn(encoder: VideoEncoder) -> None:
+    frames = video(4)
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert torch.equal(cells_of(encoder, frames), cells_of(encoder, frames))
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in state.items())
+
+
+def test_a_token_is_the_mean_of_its_block_of_cells(encoder: VideoEncoder) -> None:
+    grid, pool = SMALL.video.grid, SMALL.video.pool
+    assert (grid, pool, SMALL.video.tokens_per_frame) == (4, 2, 4)
+    cells = torch.randn(1, 2, grid * grid, SMALL.video.channels)
+    tokens = encoder.merge(cells)
+    assert tokens.shape == (1, 2, 4, SMALL.video.channels)
+    block = [2, 3, 6, 7]  # rows 0 and 1, columns 2 and 3
+    assert torch.allclose(tokens[0, 1, 1], cells[0, 1, block].mean(0), atol=1e-6)
+    frames = video(2)
+    with torch.no_grad():
+        assert torch.equal(encoder(frames), encoder.merge(encoder.cells(frames)))

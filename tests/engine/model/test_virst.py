@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the prompts of a sentence may depend on, and what they must not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.model.small_models import SMALL, small_virst, with_fusion
+from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
+from virst_engine.model.words import ANSWER, END, SPECIAL_TOKENS, WordTokenizer, pad_rows
+
+T, N, C = 5, SMALL.fusion.st_tokens, SMALL.sam2.channels
+SENTENCES = ("the red ball", "the big blue box left of the can", "the can")
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> None:
+    torch.set_grad_enabled(False)
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Virst:
+    return small_virst()
+
+
+@pytest.fixture
+def clips(model: Virst) -> ClipEncoding:
+    return encode(model, clips=2)
+
+
+def encode(model: Virst, clips: int) -> ClipEncoding:
+    generator = torch.Generator().manual_seed(5)
+    frames = torch.randn(clips, T, 3, 64, 64, generator=generator)
+    return model.encode_clip(frames, torch.randn(clips, T, C, 16, 16, generator=generator))
+
+
+def rows_of(*sentences: str) -> tuple[Tensor, Tensor]:
+    tokenizer = WordTokenizer(SMALL.words)
+    return pad_rows([tokenizer.encode(sentence) for sentence in sentences], left=True)
+
+
+def ask(model: Virst, clips: ClipEncoding, sentence: str, clip: int = 0) -> PromptOutput:
+    return model.prompts(clips, torch.tensor([clip]), *rows_of(sentence))
+
+
+def test_every_frame_of_the_clip_gets_n_prompts(model: Virst, clips: ClipEncoding) -> None:
+    output = ask(model, clips, SENTENCES[0])
+    assert output.prompts.shape == (1, T, N, C)
+    assert output.projected.shape == (1, N, C)
+    assert output.attention_logits is not None
+    assert output.attention_logits.shape == (1, SMALL.fusion.heads, N, T, T, 2, 2)
+    assert output.answer_logits is None
+
+
+def test_the_answer_teaches_but_does_not_change_the_prompts(model: Virst, clips: ClipEncoding) -> None:
+    text, valid = rows_of(SENTENCES[0])
+    row = torch.tensor([0])
+    without = model.prompts(clips, row, text, valid)
+    for words in ([5], [6, 7, 8]):
+        answer, answer_valid = pad_rows([[ANSWER, *words, END]])
+        given = model.prompts(clips, row, text, valid, answer, answer_valid)
+        assert torch.allclose(given.prompts, without.prompts, atol=1e-5)
+
+
+def test_answer_logits_are_those_of_the_next_token(model: Virst, clips: ClipEncoding) -> None:
+    text, valid = rows_of(SENTENCES[0])
+    row = torch.tensor([0])
+
+    def logits_of(*words: int) -> Tensor:
+        answer, answer_valid = pad_rows([[ANSWER, *words, END]])
+        logits = model.prompts(clips, row, text, valid, answer, answer_valid).answer_logits
+        assert logits is not None
+        assert logits.shape == (1, 2 + len(words), len(SMALL.words) + SPECIAL_TOKENS)
+        return logits[0]
+
+    one, other = logits_of(5, 6), logits_of(5, 9)
+    # Entry i is computed from what stands before token i: the answers differ at token 2, so at entry 3 first.
+    assert torch.allclose(one[:3], other[:3], atol=1e-5)
+    assert not torch.allclose(one[3], other[3], atol=1e-3)
+    assert not torch.allclose(one[0], one[1], atol=1e-3)
+
+
+def test_padding_of_the_sentence_changes_nothing(model: Virst, clips: ClipEncoding) -> None:
+    text, valid = rows_of(*SENTENCES)
+    assert not bool(valid.all())
+    together = model.prompts(clips, torch.tensor([0, 1, 0]), text, valid)
+    for row, (sentence, clip) in enumerate(zip(SENTENCES, (0, 1, 0), strict=True)):
+        alone = ask(model, clips, sentence, clip)
+        assert torch.allclose(together.prompts[row : row + 1], alone.prompts, atol=1e-5)
+        assert torch.allclose(together.projected[row : row + 1], alone.projected, atol=1e-5)
+
+
+def test_what_stands_in_the_padding_does_not_matter(model: Virst, clips: ClipEncoding) -> None:
+    text, valid = rows_of(*SENTENCES)
+    rows = torch.tensor([0, 0, 0])
+    garbage = torch.where(valid, text, 7)
+    assert torch.allclose(
+        model.prompts(clips, rows, text, valid).prompts, model.prompts(clips, rows, garbage, valid).prompts, atol=1e-5
+    )
+
+
+def test_each_row_reads_its_own_clip(model: Virst, clips: ClipEncoding) -> None:
+    text, valid = rows_of(SENTENCES[0], SENTENCES[0], SENTENCES[0])
+    prompts = model.prompts(clips, torch.tensor([1, 0, 1]), text, valid).prompts
+    assert torch.allclose(prompts[0], prompts[2], atol=1e-5)
+    assert not torch.allclose(prompts[0], prompts[1], atol=1e-2)
+    second_alone = ClipEncoding(
+        clips.visual_tokens[1:],
+        None if clips.initial_tokens is None else clips.initial_tokens[1:],
+        clips.second_maps[1:],
+    )
+    assert torch.allclose(ask(model, second_alone, SENTENCES[0]).prompts, prompts[:1], atol=1e-5)
+
+
+def test_other_words_and_another_order_give_other_prompts(model: Virst, clips: ClipEncoding) -> None:
+    one = ask(model, clips, "the red box left of the blue ball").prompts
+    for sentence in ("the blue box left of the red ball", "the red box", "the big box left of the blue ball"):
+        assert not torch.allclose(ask(model, clips, sentence).prompts, one, atol=1e-3)
+
+
+def test_every_view_of_the_clip_reaches_the_prompts(model: Virst, clips: ClipEncoding) -> None:
+    before = ask(model, clips, SENTENCES[0]).prompts
+    assert clips.initial_tokens is not None
+    for changed in (
+        replace(clips, visual_tokens=clips.visual_tokens.flip(1)),
+        replace(clips, initial_tokens=clips.initial_tokens + 1.0),
+        replace(clips, second_maps=clips.second_maps.flip(1)),
+    ):
+        assert not torch.allclose(ask(model, changed, SENTENCES[0]).prompts, before, atol=1e-4)
+
+
+def test_initial_fusion_can_be_off() -> None:
+    off, on = small_virst(with_fusion(initial_fusion=False)), small_virst()
+    clip, same_clip = encode(off, 1), encode(on, 1)
+    assert clip.initial_tokens is None
+    closed = ask(off, clip, SENTENCES[0]).prompts
+    assert not torch.allclose(closed, ask(on, same_clip, SENTENCES[0]).prompts, atol=1e-3)
+    on.initial_seg_fusion_module.gate.zero_()
+    assert torch.allclose(closed, ask(on, same_clip, SENTENCES[0]).prompts, atol=1e-6)
+
+
+def test_one_shared_st_row_or_one_for_each_token() -> None:
+    """The released checkpoint has one [ST] row for all N, the paper N; N equal rows are one shared row."""
+    shared, apart = small_virst(with_fusion(shared_st_embedding=True)), small_virst()
+    assert shared.st_embedding.shape == (1, SMALL.language.hidden)
+    assert apart.st_embedding.shape == (N, SMALL.language.hidden)
+    weights = apart.state_dict() | {"st_embedding": apart.st_embedding[:1]}
+    shared.load_state_dict(weights)
+    clip = encode(apart, 1)
+    one_row = ask(shared, clip, SENTENCES[0]).prompts
+    assert not torch.allclose(ask(apart, clip, SENTENCES[0]).prompts, one_row, atol=1e-3)
+    apart.st_embedding.copy_(apart.st_embedding[:1].expand(N, -1))
+    assert torch.allclose(ask(apart, clip, SENTENCES[0]).prompts, one_row, atol=1e-6)
+    assert not torch.allclose(one_row[:, :, 0], one_row[:, :, 1], atol=1e-3)  # position still tells them apart
+
+
+def test_the_second_fusion_is_given_sams_dense_positions() -> None:
+    model, plain = small_virst(), small_virst(with_fusion(position_in_values=False))
+    clip = encode(model, 1)
+    with_position = ask(model, clip, SENTENCES[0]).prompts
+    assert not torch.allclose(with_position, ask(plain, clip, SENTENCES[0]).prompts, atol=1e-3)
+    model.seg_model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.mul_(2.0)
+    assert not torch.allclose(with_position, ask(model, clip, SENTENCES[0]).prompts, atol=1e-3)
+
+
+def test_without_second_fusion_prompts_are_the_projected_tokens() -> None:
+    model = small_virst(with_fusion(second_fusion=False))
+    output = ask(model, encode(model, 1), SENTENCES[0])
+    assert output.attention_logits is None
+    assert torch.equal(output.prompts, output.projected[:, None].expand(-1, T, -1, -1))
+
+
+def test_frames_of_the_language_models_view_are_numbered(model: Virst) -> None:
+    """Two equal frames get different visual tokens."""
+    frames = torch.randn(1, 1, 3, 64, 64).expand(1, 8, -1, -1, -1)
+    tokens = model.encode_clip(frames, torch.randn(1, 8, C, 16, 16)).visual_tokens.unflatten(1, (8, -1))
+    assert not torch.allclose(tokens[:, 0], tokens[:, 4], atol=1e-3)  # both are the first of their short clip
+    assert torch.allclose(
+        tokens[:, 0] - model.frame_embedding[:, 0], tokens[:, 4] - model.frame_embedding[:, 4], atol=1e-5
+    )
+
+
+def test_a_clip_of_too_many_frames_is_refused(model: Virst) -> None:
+    longest = SMALL.video.max_frames
+    cells = torch.randn(1, longest + 1, 16, 16)
+    with pytest.raises(ValueError, match=f"at most {longest} frames"):
+        model.encode_cells(cells, torch.randn(1, longest + 1, C, 16, 16))
