@@ -223,12 +223,11 @@ class Diagnostics:
             return f"{nothing}: nobody publishes it; see `ros2 topic list` and remap `image` to the camera's topic"
         if seen.image_topic in self._qos_problems:
             return f"{nothing}: {self._qos_problems[seen.image_topic]}"
-        if self._image_s is not None:
-            return f"{nothing}: it has a publisher, but it has stopped sending; check the camera"
+        happened = "announced by" if self._image_s is None else "has stopped arriving from"
         return (
-            f"{nothing}: announced by {seen.image_publishers} publisher(s) but nothing arrives. Images above half a "
-            "megabyte do not pass between processes with Fast DDS's defaults: set FASTDDS_DEFAULT_PROFILES_FILE to "
-            "virst_ros's fastdds_profile.xml for the camera AND for this node, or check that the camera is sending"
+            f"{nothing}: {happened} {seen.image_publishers} publisher(s). Check that the camera is sending. Images above "
+            "half a megabyte are lost between processes with Fast DDS's defaults: set FASTDDS_DEFAULT_PROFILES_FILE to "
+            "virst_ros's fastdds_profile.xml for the camera AND for this node"
         )
 
     def _output(self, seen: Surroundings) -> DiagnosticStatus:

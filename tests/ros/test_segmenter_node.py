@@ -286,7 +286,7 @@ class TestNothingArrives:
             "input", DiagnosticStatus.ERROR, "announced by 1 publisher(s)", "FASTDDS_DEFAULT_PROFILES_FILE"
         )
         setup.send_until_mask()
-        setup.wait_for_status("input", DiagnosticStatus.ERROR, "has stopped sending")
+        setup.wait_for_status("input", DiagnosticStatus.ERROR, "has stopped arriving", "fastdds_profile.xml")
 
     def test_the_missing_profile_is_warned_of_at_the_start(self):
         assert "fastdds_profile.xml" in missing_profile_warning("rmw_fastrtps_cpp", {})
