@@ -226,8 +226,8 @@ class Diagnostics:
         happened = "announced by" if self._image_s is None else "has stopped arriving from"
         return (
             f"{nothing}: {happened} {seen.image_publishers} publisher(s). Check that the camera is sending. Images "
-            "above half a megabyte are lost between processes with Fast DDS's defaults: set FASTDDS_DEFAULT_PROFILES_FILE "
-            "to virst_ros's fastdds_profile.xml for the camera AND for this node"
+            "above half a megabyte are lost between processes with Fast DDS's defaults: set "
+            "FASTDDS_DEFAULT_PROFILES_FILE to virst_ros's fastdds_profile.xml for the camera AND for this node"
         )
 
     def _output(self, seen: Surroundings) -> DiagnosticStatus:
