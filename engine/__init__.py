@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming, language-guided video segmentation. These names may be imported; everything else may move."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from virst_engine.config import EngineConfig
-from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState
-
 if TYPE_CHECKING:
+    from virst_engine.config import EngineConfig
     from virst_engine.session import Session
+    from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState
 
 __all__ = ["EngineConfig", "Frame", "FrameResult", "Goal", "ObjectResult", "ObjectState", "Session"]
 
+_HOMES = {"EngineConfig": "config", "Session": "session"}  # of the others: types
+
 
 def __getattr__(name: str) -> Any:
-    # Session brings the networks along, which takes seconds; most importers only want the types.
-    if name == "Session":
-        from virst_engine.session import Session
-
-        return Session
+    # Imported when asked for: all but the configuration bring torch along, which takes seconds.
+    if name in __all__:
+        return getattr(importlib.import_module(f"virst_engine.{_HOMES.get(name, 'types')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
