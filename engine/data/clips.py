@@ -22,19 +22,34 @@ STILL_KINDS = ("attribute", "relation", "superlative", "reasoning", "plural", "a
 class Sentence(Protocol):
     """What a batch needs to know of virst_engine.sim's Expression."""
 
-    text: str
-    kind: str
-    target_ids: tuple[int, ...]
-    answer: str
+    @property
+    def text(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def target_ids(self) -> tuple[int, ...]: ...
+    @property
+    def answer(self) -> str: ...
 
 
 class RecordedScene(Protocol):
     """One recorded scene; arrays may be memory-mapped."""
 
-    frames_rgb_u8: UInt8[np.ndarray, "frames size size 3"]
-    instance_masks: UInt8[np.ndarray, "frames size size"]  # 0 background, k + 1 object k, 255 arm
-    colours: tuple[int, ...]  # label of each object, from 1
-    shapes: tuple[int, ...]
+    @property
+    def frames_rgb_u8(self) -> UInt8[np.ndarray, "frames size size 3"]: ...
+
+    @property
+    def instance_masks(self) -> UInt8[np.ndarray, "frames size size"]:
+        """0 background, k + 1 object k, 255 the arm."""
+        ...
+
+    @property
+    def colours(self) -> tuple[int, ...]:
+        """The label of each object, from 1."""
+        ...
+
+    @property
+    def shapes(self) -> tuple[int, ...]: ...
 
     def sentences(
         self, query_frame: int, count: int, rng: np.random.Generator, kinds: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ MEMORY_MASK_SCALE, MEMORY_MASK_BIAS = 20.0, -10.0  # sigmoid_scale_for_mem_enc, 
 class RopeAttention(Attention):
     """sam2's RoPEAttention with its parameter names, real-valued tables and an optional key mask."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         q: Float[Tensor, "b queries c"],
         k: Float[Tensor, "b keys ck"],
@@ -51,12 +51,16 @@ class RopeAttention(Attention):
         q = rotate(q, query_angles.cos().to(q.dtype), query_angles.sin().to(q.dtype))
         k = rotate(k, key_angles.cos().to(k.dtype), key_angles.sin().to(k.dtype))
         mask = None if key_valid is None else key_valid[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0)
         return self.out_proj(self._recombine_heads(out))
 
 
 class Sam2(nn.Module):
     """The weights of SAM 2.1 under sam2's own names (those of SAM2Base) and the four stages that use them."""
+
+    grid_angles: Tensor
+    grid_position: Tensor
+    memory_position: Tensor
 
     def __init__(self, config: Sam2Config) -> None:
         super().__init__()

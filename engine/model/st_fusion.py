@@ -56,8 +56,10 @@ class RotaryCrossAttention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(channels, channels))
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.o_proj = nn.Linear(channels, channels)
 
     def _split(self, x: Float[Tensor, "b tokens c"]) -> Float[Tensor, "b heads tokens d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -15,7 +15,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from virst_engine.data.recorded import open_scenes
-from virst_engine.model.config import tabletop_tiny
+from virst_engine.model.config import Sam2Config, tabletop_tiny
 from virst_engine.model.virst import Virst
 from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.sim.spec import COLOURS, SHAPES
@@ -42,7 +42,7 @@ def train(
     stages: Annotated[str, typer.Option(help="Stages to run, comma-separated; empty = all.")] = "",
     scale: Annotated[float, typer.Option(min=0.0001, help="Multiplies the steps of every stage.")] = 1.0,
     minutes: Annotated[float, typer.Option(min=0, help="Stop after this long, to be resumed; 0 = no limit.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make batches.")] = 1,
@@ -98,15 +98,17 @@ def _start_model(init: Path | None, size: int) -> Virst:
 
     if init is None:
         config = tabletop_tiny(VOCABULARY)
-        return Virst(replace(config, sam2=replace(config.sam2, **_sized(size))))
+        return Virst(replace(config, sam2=_sized(config.sam2, size)))
     loaded = load_model(init)
-    model = Virst(replace(loaded.config, sam2=replace(loaded.config.sam2, **_sized(size))))
+    model = Virst(replace(loaded.config, sam2=_sized(loaded.config.sam2, size)))
     model.load_state_dict(loaded.state_dict())
     return model
 
 
-def _sized(size: int) -> dict[str, object]:
-    """Windows of the trunk that tile the grids of an input size without padding."""
+def _sized(config: Sam2Config, size: int) -> Sam2Config:
+    """The segmenter at another input size, with windows of the trunk that tile its grids without padding."""
+    if size % 32:  # the windows' position table has to tile the stride-4 grid
+        raise typer.BadParameter(f"must be a multiple of 32, got {size}", param_hint="--size")
     grid = size // 4
     windows = (
         8,
@@ -115,7 +117,7 @@ def _sized(size: int) -> dict[str, object]:
             for side in (grid // 2, grid // 4, grid // 8)
         ),
     )
-    return {"image_size": size, "window_spec": windows}
+    return replace(config, image_size=size, window_spec=windows)
 
 
 def _chosen_stages(config: TrainConfig, names: str) -> TrainConfig:

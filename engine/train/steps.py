@@ -61,19 +61,16 @@ def attribute_losses(heads: AttributeHeads, encoded: Encoded, batch: Batch) -> L
     fusion = encoded.features.fusion
     side = fusion.shape[-1]
     seg = torch.zeros((), device=fusion.device)
-    for head, labels in ((heads.seg_colour, batch.colour), (heads.seg_shape, batch.shape)):
+    for seg_head, labels in ((heads.seg_colour, batch.colour), (heads.seg_shape, batch.shape)):
         flat = labels.flatten(0, 1)
         if flat.shape[-1] != side:
             flat = F.interpolate(flat[:, None].float(), (side, side), mode="nearest")[:, 0].long()
-        seg = seg + attribute_loss(head(fusion), flat)
+        seg = seg + attribute_loss(seg_head(fusion), flat)
     t, cells = encoded.video_cells.shape[1:3]
     grid = round(cells**0.5)
     video = torch.zeros((), device=fusion.device)
-    for head, labels, classes in (
-        (heads.video_colour, batch.colour, heads.video_colour.out_features),
-        (heads.video_shape, batch.shape, heads.video_shape.out_features),
-    ):
-        label = _dominant(labels[:, :t].flatten(0, 1), classes, grid)
+    for head, labels in ((heads.video_colour, batch.colour), (heads.video_shape, batch.shape)):
+        label = _dominant(labels[:, :t].flatten(0, 1), head.out_features, grid)
         logits = head(encoded.video_cells).flatten(0, 1).transpose(1, 2).unflatten(2, (grid, grid))
         video = video + attribute_loss(logits, label)
     return {"attribute": (seg + video) / 4}
@@ -97,14 +94,14 @@ def image_step(
     encoded = encode(model, batch, train_segmenter=train_segmenter)
     output = _prompts(model, encoded, batch)
     losses = attribute_losses(heads, encoded, batch) | _language_losses(output, batch)
-    index = torch.tensor(batch.anchors)
+    index = torch.tensor(batch.anchors, device=batch.clip_of_row.device)
     rows, k = batch.clip_of_row.shape[0], len(batch.anchors)
     flat = (batch.clip_of_row[:, None] * encoded.frames + index).flatten()
     features = encoded.of(flat)
     conditioned = model.seg_model.without_memory(features)
     prediction = model.seg_model.decode_mask(features, conditioned, output.prompts[:, index].flatten(0, 1))
     losses |= mask_losses(prediction, batch.truth[:, index].flatten(0, 1), batch.visible[:, index].flatten())
-    newest = torch.arange(rows) * k + k - 1
+    newest = torch.arange(rows, device=index.device) * k + k - 1
     return losses, _rows(prediction, newest)
 
 
@@ -125,7 +122,8 @@ def propagation_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple
         memory.remember_anchor(
             _step_of(batch, frame), _remembered(model, features, prediction), batch.visible[:, frame]
         )
-    return losses | _propagate(model, batch, encoded, memory, range(batch.clip_frames, encoded.frames), total)
+    masks, newest = _propagate(model, batch, encoded, memory, range(batch.clip_frames, encoded.frames), total)
+    return losses | masks, newest
 
 
 def pretraining_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
@@ -169,7 +167,8 @@ def _language_losses(output: PromptOutput, batch: Batch) -> Losses:
     if output.answer_logits is not None:
         losses["token"] = token_loss(output.answer_logits, batch.answer)
     if output.attention_logits is not None:
-        cells = F.adaptive_avg_pool2d(batch.truth[:, : batch.clip_frames], output.attention_logits.shape[-2:])
+        height, width = output.attention_logits.shape[-2:]
+        cells = F.adaptive_avg_pool2d(batch.truth[:, : batch.clip_frames], (height, width))
         losses["attention"] = attention_loss(output.attention_logits, cells)
     return losses
 
@@ -181,7 +180,7 @@ def _point_prompts(model: Virst, batch: Batch) -> Float[Tensor, "rows 2 c"]:
     chosen = torch.multinomial(truth + 1e-9, 1)[:, 0]
     scale = model.config.sam2.image_size / side
     points = torch.stack((chosen % side, chosen // side), dim=-1).float()[:, None] * scale
-    labels = torch.ones(points.shape[:2])
+    labels = points.new_ones(points.shape[:2])
     return model.seg_model.sam_prompt_encoder._embed_points(points, labels, pad=True)
 
 
@@ -228,10 +227,10 @@ class TrainingMemory:
         objects = entries[0][2].shape[0]
         tpos = [self._config.memory_frames - 1] * len(anchors) + list(range(len(recent)))
         valid = torch.stack([v for _, _, v in entries], dim=1)
-        distance = torch.tensor([float(step - s) for s, _, _ in entries])
+        distance = torch.tensor([float(step - s) for s, _, _ in entries], device=valid.device)
         return MemoryTensors(
             spatial=torch.stack([e.spatial for _, e, _ in entries], dim=1),
-            spatial_tpos=torch.tensor(tpos).expand(objects, -1),
+            spatial_tpos=torch.tensor(tpos, device=valid.device).expand(objects, -1),
             spatial_valid=valid,
             pointers=torch.stack([e.pointer for _, e, _ in entries], dim=1),
             pointer_distance=distance.expand(objects, -1),

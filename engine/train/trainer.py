@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: stages in order, one optimiser step after another; a stopped run goes on where it was."""
 
+import json
 import logging
 import math
 import time
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from virst_engine.data.clips import Batch, BatchSource, RecordedScene
 from virst_engine.errors import WeightsError
-from virst_engine.model.config import VirstConfig
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train.config import StageConfig, TrainConfig
@@ -31,6 +32,7 @@ from virst_engine.train.steps import (
 from virst_engine.types import MaskPrediction
 
 log = logging.getLogger(__name__)
+FINISHED = "finished"  # in place of a stage's name
 
 
 class Scalars(Protocol):
@@ -56,7 +58,8 @@ def run_step(stage: StageConfig, model: Virst, heads: AttributeHeads, batch: Bat
         return pretraining_step(model, heads, batch)
     if stage.kind == "propagation":
         return propagation_step(model, heads, batch)
-    return image_step(model, heads, batch, train_segmenter="seg_model.image_encoder." not in stage.frozen)
+    is_encoder_frozen = "seg_model.image_encoder.".startswith(stage.frozen)
+    return image_step(model, heads, batch, train_segmenter=not is_encoder_frozen)
 
 
 class Trainer:
@@ -92,16 +95,20 @@ class Trainer:
                 self.save()
                 return False
             self.stage_number, self.step = self.stage_number + 1, 0
-            if self.stage_number < len(self.config.stages):
+            is_finished = self.stage_number == len(self.config.stages)
+            if not is_finished:
                 self._start_stage()
             self.save()
+            if not is_finished and time.monotonic() > until:
+                return False
         return True
 
     def _start_stage(self) -> None:
         stage = self.config.stages[self.stage_number]
-        decayed, plain = [], []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
         for name, parameter in [*self.model.named_parameters(), *self.heads.named_parameters()]:
-            parameter.requires_grad_(not name.startswith(stage.frozen) if stage.frozen else True)
+            parameter.requires_grad_(not name.startswith(stage.frozen))
             if parameter.requires_grad:
                 (decayed if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
         groups = [
@@ -128,7 +135,7 @@ class Trainer:
             prefetch_factor=4 if self.loader_workers else None,
             multiprocessing_context="fork" if self.loader_workers else None,
         )
-        self.model.train()
+        self._set_modes(stage)
         for batch in loader:
             start = time.monotonic()
             losses = self._optimise(stage, _to(batch, self.device))
@@ -141,7 +148,17 @@ class Trainer:
                 return self.step >= stage.steps
         return True
 
+    def _set_modes(self, stage: StageConfig) -> None:
+        """Training mode, but not for what is frozen: BatchNorm's statistics would go on changing."""
+        self.model.train()
+        for name, module in self.model.named_modules():
+            if f"{name}.".startswith(stage.frozen):
+                module.eval()
+
     def _optimise(self, stage: StageConfig, batch: Batch) -> dict[str, float]:
+        # What a step draws depends on its place only, so that a resumed run draws the same.
+        place = [self.config.seed, self.stage_number, self.step]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(stage, self.step)
         device_type = torch.device(self.device).type
@@ -187,6 +204,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "config": self.model.config.to_json(),
                 "stage": self.stage_number,
+                "stage_name": [*(stage.name for stage in self.config.stages), FINISHED][self.stage_number],
                 "step": self.step,
                 "seconds": self.seconds,
             },
@@ -195,23 +213,44 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint. Raises WeightsError when it is missing, damaged or of another model."""
+        """Go on from the folder's checkpoint. Raises WeightsError when it is missing, damaged or of another run."""
+        remedy = "start without --resume, or with another --out"
+        if not self.checkpoint.is_file():
+            raise WeightsError(f"cannot resume: there is no checkpoint {self.checkpoint}; {remedy}")
         try:
             state: dict[str, Any] = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise WeightsError(f"cannot resume from {self.checkpoint}: {error}; start without --resume") from error
-        if VirstConfig.from_json(state["config"]) != self.model.config:
-            raise WeightsError(f"{self.checkpoint} belongs to a model of another configuration; start without --resume")
+            is_of_this_model = _agrees(json.loads(state["config"]), json.loads(self.model.config.to_json()))
+            stage_number, stage_name = state["stage"], state.get("stage_name")
+        except Exception as error:  # whatever a damaged file makes torch raise; its advice is to execute the file
+            kind = type(error).__name__
+            raise WeightsError(
+                f"cannot resume: {self.checkpoint} is damaged or no checkpoint ({kind}); {remedy}"
+            ) from error
+        if not is_of_this_model:
+            raise WeightsError(f"{self.checkpoint} belongs to a model of another configuration; {remedy}")
+        names = [*(stage.name for stage in self.config.stages), FINISHED]
+        if stage_number >= len(names) or stage_name not in (None, names[stage_number]):
+            raise WeightsError(f"{self.checkpoint} belongs to a run of other stages than {', '.join(names)}; {remedy}")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
-        self.stage_number, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        self.stage_number, self.step, self.seconds = stage_number, state["step"], state["seconds"]
         if self.stage_number < len(self.config.stages):
             self._start_stage()
             self.optimizer.load_state_dict(state["optimizer"])
 
 
+def _agrees(saved: Any, ours: Any) -> bool:
+    """Whether two configurations are equal; fields that are newer than the saved one do not count."""
+    if isinstance(saved, dict) and isinstance(ours, dict):
+        return saved.keys() <= ours.keys() and all(_agrees(value, ours[name]) for name, value in saved.items())
+    return bool(saved == ours)
+
+
 def _to(batch: Batch, device: str) -> Batch:
     if device == "cpu":
         return batch
-    values = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(batch).items()}
+    values: dict[str, Any] = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in vars(batch).items()
+    }
     return Batch(**values)
