@@ -55,6 +55,7 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
     def steps(n: int) -> int:
         return max(1, round(n * scale))
 
+    encoder = "seg_model.image_encoder."
     static = ("attribute", "relation", "superlative", "reasoning")
     return TrainConfig(
         stages=(
@@ -62,9 +63,19 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
                 "pretraining", "pretraining", steps(400), 1e-3, clips=8, sentences=6, clip_frames=2,
                 weights=LossWeights(bce=1.0, attribute=0.5),
             ),
-            # Image-like, and cheap: two frames and sentences that one frame answers, until words mean something.
+            # One frame, frozen encoders: until then the decoder marks every object, whatever the prompt says.
             StageConfig(
-                "alignment", "image", steps(700), 8e-4, frozen=("seg_model.image_encoder.",), sentences=8,
+                "objects", "pretraining", steps(450), 1e-3, frozen=(encoder, "video_encoder."), clips=20, sentences=4,
+                clip_frames=1, weights=LossWeights(bce=1.0), final_rate=0.3,
+            ),
+            StageConfig(
+                "memory", "pretraining", steps(100), 5e-4, frozen=(encoder, "video_encoder."), clips=10, sentences=4,
+                clip_frames=2, weights=LossWeights(bce=1.0),
+            ),
+            # Image-like, and cheap: two frames and sentences that one frame answers, until words mean something. SAM 2
+            # is frozen: prompts that say nothing yet would teach its decoder to ignore them.
+            StageConfig(
+                "alignment", "image", steps(700), 8e-4, frozen=("seg_model.",), sentences=8,
                 clip_frames=2, anchors=2, kinds=static,
             ),
             StageConfig("few-image", "image", steps(450), 6e-4),

@@ -43,13 +43,15 @@ class Encoded:
         return ImageFeatures(*(getattr(self.features, f.name)[index] for f in fields(ImageFeatures)))
 
 
-def encode(model: Virst, batch: Batch, *, train_segmenter: bool) -> Encoded:
+def encode(model: Virst, batch: Batch, *, train_segmenter: bool, with_video: bool = True) -> Encoded:
     clips, frames = batch.frames_rgb_u8.shape[:2]
     pixels = normalise(batch.frames_rgb_u8.flatten(0, 1))
     size = model.config.sam2.image_size
     seg_pixels = pixels if pixels.shape[-1] == size else F.interpolate(pixels, (size, size), mode="area")
     with torch.set_grad_enabled(train_segmenter and torch.is_grad_enabled()):
         features = model.seg_model.encode_image(seg_pixels, model.config.fusion.feature_level)
+    if not with_video:
+        return Encoded(features, frames, pixels.new_zeros(clips, 0, 0, 0))
     side = model.config.video.image_size
     video = pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="area")
     cells = model.video_encoder.cells(video.unflatten(0, (clips, frames))[:, : batch.clip_frames])
@@ -122,14 +124,20 @@ def propagation_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple
         memory.remember_anchor(
             _step_of(batch, frame), _remembered(model, features, prediction), batch.visible[:, frame]
         )
-    masks, newest = _propagate(model, batch, encoded, memory, range(batch.clip_frames, encoded.frames), total)
+    after = range(batch.clip_frames, encoded.frames)
+    masks, newest = _propagate(model, batch, encoded, memory, after, total, prediction)
     return losses | masks, newest
 
 
-def pretraining_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
-    """Before the paper's stages: any object from a point on it in the first frame, then from memory; attributes."""
-    encoded = encode(model, batch, train_segmenter=True)
-    losses = attribute_losses(heads, encoded, batch)
+def pretraining_step(
+    model: Virst, heads: AttributeHeads, batch: Batch, *, train_segmenter: bool
+) -> tuple[Losses, MaskPrediction]:
+    """Before the paper's stages: any object from a point on it in the first frame, then from memory; attributes.
+
+    With frozen encoders (`train_segmenter` False) only the decoder and the memory learn, and steps are cheap.
+    """
+    encoded = encode(model, batch, train_segmenter=train_segmenter, with_video=train_segmenter)
+    losses = attribute_losses(heads, encoded, batch) if train_segmenter else {}
     memory = TrainingMemory(model)
     features = encoded.of(batch.clip_of_row * encoded.frames)
     prediction = model.seg_model.decode_mask(
@@ -137,14 +145,19 @@ def pretraining_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple
     )
     total = [mask_losses(prediction, batch.truth[:, 0], batch.visible[:, 0])]
     memory.remember_anchor(_step_of(batch, 0), _remembered(model, features, prediction), batch.visible[:, 0])
-    masks, newest = _propagate(model, batch, encoded, memory, range(1, encoded.frames), total)
+    masks, newest = _propagate(model, batch, encoded, memory, range(1, encoded.frames), total, prediction)
     return losses | masks, newest
 
 
 def _propagate(
-    model: Virst, batch: Batch, encoded: Encoded, memory: "TrainingMemory", frames: range, total: list[Losses]
+    model: Virst,
+    batch: Batch,
+    encoded: Encoded,
+    memory: "TrainingMemory",
+    frames: range,
+    total: list[Losses],
+    prediction: MaskPrediction,
 ) -> tuple[Losses, MaskPrediction]:
-    prediction: MaskPrediction | None = None
     for frame in frames:
         features = encoded.of(batch.clip_of_row * encoded.frames + frame)
         step = _step_of(batch, frame)
@@ -152,7 +165,6 @@ def _propagate(
         prediction = model.seg_model.decode_mask(features, conditioned, None)
         total.append(mask_losses(prediction, batch.truth[:, frame], batch.visible[:, frame] & memory.any_anchor))
         memory.remember_recent(step, _remembered(model, features, prediction), batch.visible[:, frame])
-    assert prediction is not None
     return {name: torch.stack([one[name] for one in total]).mean() for name in total[0]}, prediction
 
 

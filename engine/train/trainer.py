@@ -54,11 +54,11 @@ class Progress:
 
 
 def run_step(stage: StageConfig, model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
+    is_encoder_frozen = "seg_model.image_encoder.".startswith(stage.frozen)
     if stage.kind == "pretraining":
-        return pretraining_step(model, heads, batch)
+        return pretraining_step(model, heads, batch, train_segmenter=not is_encoder_frozen)
     if stage.kind == "propagation":
         return propagation_step(model, heads, batch)
-    is_encoder_frozen = "seg_model.image_encoder.".startswith(stage.frozen)
     return image_step(model, heads, batch, train_segmenter=not is_encoder_frozen)
 
 
