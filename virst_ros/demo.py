@@ -150,7 +150,7 @@ def _can_render() -> bool:
 
 def _spec(recorded: bool) -> Any:
     if recorded:
-        from virst_ros.recorded_camera import load_recording
+        from virst_ros.recorded_run import load_recording
 
         return load_recording().spec
     from virst_engine.sim.live import demo_scene

@@ -1,186 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A camera that plays the recorded run of the package, for machines without OpenGL. Topics as sim_camera's.
-
-python -m virst_ros.recorded_camera --write FILE    records the demo's scene anew (needs OpenGL)
-"""
+"""A camera that plays the recorded run of the package, for machines without OpenGL. Topics as sim_camera's."""
 
 import json
 import sys
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, Image
+from std_msgs.msg import Header, String
 
-from virst_engine.errors import SceneError
-from virst_engine.sim.spec import SceneSpec
-
-RECORDING = Path(__file__).parent / "data" / "demo_recording.npz"
-RATE_HZ, SECONDS = 20.0, 20.0
-NUMBERS = (
-    "visible_fraction",
-    "in_view_fraction",
-    "area_fraction",
-    "position_m",
-    "quaternion_wxyz",
-    "velocity_m_s",
-    "centre_px",
-)
+from virst_engine.errors import VirstError
+from virst_ros import conversions
+from virst_ros.recorded_run import RecordedRun, load_recording
+from virst_ros.sim_camera_node import CameraParameters, camera_info
+from virst_ros.spinning import spin_until_shutdown
 
 
-@dataclass(frozen=True)
-class RecordedRun:
-    """A stretch of the simulated camera's frames. `numbers` are the truth's arrays, one row per frame."""
+class RecordedCamera(Node):
+    """Plays a run again and again, at its own rate or at the parameter rate_hz."""
 
-    spec: SceneSpec
-    rate_hz: float
-    images_rgb_u8: np.ndarray  # t h w 3
-    instance_masks: np.ndarray  # t h w
-    numbers: dict[str, np.ndarray]
+    def __init__(self, run: RecordedRun, **node_arguments: Any) -> None:
+        super().__init__("camera", **node_arguments)
+        rate_hz = float(self.declare_parameter("rate_hz", run.rate_hz).value)
+        images = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+        truth = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+        self._image = self.create_publisher(Image, "~/color/image_raw", images)
+        self._info = self.create_publisher(CameraInfo, "~/color/camera_info", images)
+        self._mask = self.create_publisher(Image, "~/truth/mask", truth)
+        self._numbers = self.create_publisher(String, "~/truth/frame", truth)
+        height, width = run.images_rgb_u8.shape[1:3]
+        self._run = run
+        self._settings = CameraParameters(width=width, height=height, rate_hz=rate_hz)
+        self._played = 0
+        self.create_timer(1.0 / rate_hz, self._play)
 
-    def __len__(self) -> int:
-        return len(self.images_rgb_u8)
-
-
-def write_recording(path: Path, rate_hz: float = RATE_HZ, seconds: float = SECONDS) -> None:
-    """Film the demo's scene. Images are stored as one H.264 video (needs imageio-ffmpeg), masks without loss.
-
-    Raises:
-        SceneError: no OpenGL.
-    """
-    import imageio_ffmpeg
-
-    from virst_engine.sim.live import LiveTabletop, demo_scene
-
-    frames = []
-    with LiveTabletop(spec=demo_scene()) as tabletop:
-        for _ in range(round(rate_hz * seconds)):
-            tabletop.advance(1 / rate_hz)
-            frames.append(tabletop.render(depth=False))
-    height, width = frames[0].image_rgb_u8.shape[:2]
-    with tempfile.TemporaryDirectory() as folder:
-        video = Path(folder) / "images.mp4"
-        stream = imageio_ffmpeg.write_frames(
-            str(video), (width, height), fps=rate_hz, codec="libx264", quality=8, ffmpeg_log_level="error"
-        )
-        stream.send(None)
-        for frame in frames:
-            stream.send(np.ascontiguousarray(frame.image_rgb_u8))
-        stream.close()
-        encoded = np.frombuffer(video.read_bytes(), np.uint8)
-    masks = [bytes(cv2.imencode(".png", frame.instance_mask)[1]) for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        header=np.array(json.dumps({"rate_hz": rate_hz, "spec": tabletop.spec.to_json()})),
-        video=encoded,
-        masks=np.frombuffer(b"".join(masks), np.uint8),
-        mask_bytes=np.array([len(mask) for mask in masks]),
-        **{name: np.stack([getattr(frame, name) for frame in frames]).astype(np.float32) for name in NUMBERS},
-    )
-
-
-def load_recording(path: Path = RECORDING) -> RecordedRun:
-    """Read what `write_recording` wrote.
-
-    Raises:
-        SceneError: the file is missing or damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            header = json.loads(str(data["header"]))
-            ends = np.cumsum(data["mask_bytes"])
-            packed = data["masks"]
-            masks = [
-                cv2.imdecode(packed[end - size : end], cv2.IMREAD_UNCHANGED)
-                for end, size in zip(ends, data["mask_bytes"], strict=True)
-            ]
-            images = _decode_video(data["video"].tobytes())
-            numbers = {name: data[name] for name in NUMBERS}
-            spec = SceneSpec.from_json(header["spec"])
-    except (OSError, KeyError, ValueError, cv2.error) as error:
-        raise SceneError(
-            f"the recorded run {path} cannot be read ({error}); write it again on a machine with OpenGL:"
-            " python -m virst_ros.recorded_camera --write FILE"
-        ) from error
-    if len(images) != len(masks):
-        raise SceneError(f"the recorded run {path} is damaged: {len(images)} images, {len(masks)} masks; reinstall it")
-    return RecordedRun(spec, header["rate_hz"], np.stack(images), np.stack(masks), numbers)
-
-
-def _decode_video(encoded: bytes) -> list[np.ndarray]:
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        file.write(encoded)
-        file.flush()
-        video = cv2.VideoCapture(file.name)
-        images = []
-        while True:
-            is_there, image = video.read()
-            if not is_there:
-                break
-            images.append(np.ascontiguousarray(image[..., ::-1]))
-        video.release()
-    return images
-
-
-def make_node(run: RecordedRun) -> Any:
-    """A node called `camera` that plays the run again and again at its own rate, or at the parameter rate_hz."""
-    from rclpy.node import Node
-    from rclpy.qos import QoSProfile, ReliabilityPolicy
-    from sensor_msgs.msg import CameraInfo, Image
-    from std_msgs.msg import Header, String
-
-    from virst_ros import conversions
-    from virst_ros.sim_camera_node import CameraParameters, camera_info
-
-    class RecordedCamera(Node):
-        def __init__(self) -> None:
-            super().__init__("camera")
-            rate_hz = float(self.declare_parameter("rate_hz", run.rate_hz).value)
-            images = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-            truth = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
-            self._image = self.create_publisher(Image, "~/color/image_raw", images)
-            self._info = self.create_publisher(CameraInfo, "~/color/camera_info", images)
-            self._mask = self.create_publisher(Image, "~/truth/mask", truth)
-            self._numbers = self.create_publisher(String, "~/truth/frame", truth)
-            height, width = run.images_rgb_u8.shape[1:3]
-            self._parameters = CameraParameters(width=width, height=height, rate_hz=rate_hz)
-            self._played = 0
-            self.create_timer(1.0 / rate_hz, self._play)
-
-        def _play(self) -> None:
-            t = self._played % len(run)
-            stamp_ns = self.get_clock().now().nanoseconds
-            header = Header(stamp=conversions.time_message(stamp_ns), frame_id=self._parameters.frame_id)
-            self._image.publish(conversions.image_message(header, run.images_rgb_u8[t], "rgb8"))
-            self._info.publish(camera_info(header, run.spec.camera, self._parameters))
-            self._mask.publish(conversions.image_message(header, run.instance_masks[t], "mono8"))
-            numbers = {name: np.round(values[t].astype(float), 5).tolist() for name, values in run.numbers.items()}
-            truth = {"stamp_ns": stamp_ns, "time_s": self._played / self._parameters.rate_hz, **numbers}
-            self._numbers.publish(String(data=json.dumps(truth)))
-            self._played += 1
-
-    return RecordedCamera()
+    def _play(self) -> None:
+        run, t = self._run, self._played % len(self._run)
+        stamp_ns = self.get_clock().now().nanoseconds
+        header = Header(stamp=conversions.time_message(stamp_ns), frame_id=self._settings.frame_id)
+        self._image.publish(conversions.image_message(header, run.images_rgb_u8[t], "rgb8"))
+        self._info.publish(camera_info(header, run.spec.camera, self._settings))
+        self._mask.publish(conversions.image_message(header, run.instance_masks[t], "mono8"))
+        numbers = {name: np.round(values[t].astype(float), 5).tolist() for name, values in run.numbers.items()}
+        truth = {"stamp_ns": stamp_ns, "time_s": self._played / self._settings.rate_hz, **numbers}
+        self._numbers.publish(String(data=json.dumps(truth)))
+        self._played += 1
 
 
 def main() -> int:
-    """Play, or with --write record."""
-    if sys.argv[1:2] == ["--write"]:
-        if len(sys.argv) != 3:
-            print("usage: python -m virst_ros.recorded_camera --write FILE", file=sys.stderr)
-            return 2
-        write_recording(Path(sys.argv[2]))
-        return 0
-    import rclpy
-    from rclpy.executors import SingleThreadedExecutor
-
-    from virst_ros.spinning import spin_until_shutdown
-
-    run = load_recording()
+    """Play until told to stop. The exit status is 1 when the recording cannot be read."""
+    try:
+        run = load_recording()
+    except VirstError as error:
+        print(f"recorded_camera: {error}", file=sys.stderr)
+        return 1
     rclpy.init()
-    node = make_node(run)
+    node = RecordedCamera(run)
     try:
         executor = SingleThreadedExecutor()
         executor.add_node(node)

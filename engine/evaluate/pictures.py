@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Example pictures of an evaluation: the best, the median and the worst answer of each kind, over the truth."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from jaxtyping import Bool, UInt8
 from virst_engine.evaluate.cases import Case, load_case
 from virst_engine.evaluate.runner import Answered
 from virst_engine.evaluate.settings import EvaluationSettings
+from virst_engine.types import Frame, FrameResult, ObjectResult, ObjectState
+from virst_engine.visualize import draw_overlay
 
-PUBLISHED_RGB, TRUTH_RGB = (255, 60, 60), (60, 220, 90)
+PUBLISHED_ID, TRUTH_ID = 6, 3  # choose the colours: vermilion and green
 
 
 def pick_examples(answered: Sequence[Answered]) -> list[tuple[str, str, Answered]]:
@@ -58,20 +61,22 @@ def draw_example(case: Case, example: Answered) -> UInt8[np.ndarray, "height wid
     """Frames side by side: what was published above, the truth below."""
     columns = []
     for t, packed in zip(example.picture_frames, example.picture_masks, strict=True):
-        image = case.frames[t].image_rgb_u8
-        published = np.unpackbits(packed, count=image.shape[0] * image.shape[1]).reshape(image.shape[:2]).astype(bool)
+        frame = case.frames[t]
+        height, width = frame.image_rgb_u8.shape[:2]
+        published = np.unpackbits(packed, count=height * width).reshape(height, width).astype(bool)
         truth = np.isin(case.instance_mask[t], [k + 1 for k in example.target_ids])
-        columns.append(np.vstack([tint(image, published, PUBLISHED_RGB), tint(image, truth, TRUTH_RGB)]))
+        rows = (
+            _overlay(frame, published, PUBLISHED_ID, example.score.sentence),
+            _overlay(frame, truth, TRUTH_ID, "truth"),
+        )
+        columns.append(np.vstack(rows))
     return np.hstack(columns)
 
 
-def tint(
-    image_rgb_u8: UInt8[np.ndarray, "height width 3"],
-    mask: Bool[np.ndarray, "height width"],
-    colour_rgb: tuple[int, int, int],
+def _overlay(
+    frame: Frame, mask: Bool[np.ndarray, "height width"], instance_id: int, caption: str
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """A copy of the image, half coloured where the mask is, with the mask's outline."""
-    drawn = image_rgb_u8.copy()
-    drawn[mask] = (0.5 * drawn[mask] + 0.5 * np.array(colour_rgb)).astype(np.uint8)
-    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(drawn, outlines, -1, colour_rgb, 1)
+    state = ObjectState.TRACKING if mask.any() else ObjectState.NOT_FOUND
+    found = ObjectResult("example", "example", instance_id, state, mask, float(mask.any()), math.inf, math.nan)
+    result = FrameResult(frame.stamp_ns, 0, frame.camera, (found,), {})
+    return draw_overlay(frame.image_rgb_u8, result, {"example": caption})

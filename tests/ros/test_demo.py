@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's parts over real middleware: the recorded camera, the recorder, the display; and its help."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.ros.ros_graph import wait_until
+
+DEMO_TARGETS = {
+    "the red ball": (0,),
+    "the box left of the blue can": (2,),
+    "the object moving to the left": (4,),
+    "the thing that can roll": (0,),
+    "the purple egg": (),
+}
+
+
+@pytest.fixture(scope="module")
+def run():
+    from virst_ros.recorded_run import load_recording
+
+    return load_recording()
+
+
+def test_the_recorded_run_that_ships_is_complete(run):
+    assert run.images_rgb_u8.shape[1:] == (240, 320, 3)
+    assert len(run) == len(run.instance_masks) == len(run.numbers["position_m"]) >= 200
+    ids = set(np.unique(run.instance_masks).tolist())
+    assert ids == set(range(len(run.spec.objects) + 1))
+    ball = run.instance_masks[0] == 1
+    red, green, _ = run.images_rgb_u8[0][ball].mean(axis=0)
+    assert red > 2 * green
+
+
+def test_a_damaged_recording_says_how_to_make_it_again(tmp_path):
+    from virst_engine.errors import SceneError
+    from virst_ros.recorded_run import load_recording
+
+    path = tmp_path / "broken.npz"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(SceneError, match="recorded_run FILE"):
+        load_recording(path)
+
+
+def test_help_needs_no_ros():
+    result = subprocess.run(
+        [sys.executable, "-m", "virst_ros.demo", "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0
+    for option in ("--seconds", "--json", "--goal", "--interactive", "--view"):
+        assert option in result.stdout
+
+
+def test_displays_show_rates_and_reasons():
+    from virst_ros.demo_display import LiveTable, PlainLines, Shown
+
+    shown = Shown("the red ball", 3.0, 10, 9, (40.0, 50.0), "SEARCHING", 0.0, float("nan"), "waiting")
+    for make in (PlainLines, LiveTable):
+        console = Console(record=True, width=100, force_terminal=make is LiveTable)
+        display = make(console)
+        display.show(shown)
+        display.close()
+        if make is PlainLines:  # the live table removes itself when it is closed
+            text = console.export_text()
+            assert "searching" in text
+            assert "waiting" in text
+
+
+def test_rates_are_those_of_the_last_seconds():
+    from virst_ros.demo_display import Rates
+
+    rates = Rates()
+    rates.update(0, 0, now_s=0.0)
+    for second in range(1, 11):
+        rate_in, rate_out = rates.update(20 * second, 10 * second, now_s=float(second))
+    assert (rate_in, rate_out) == (20.0, 10.0)
+
+
+def test_no_window_without_a_display(monkeypatch):
+    from virst_ros.demo_display import Window
+
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert "no display" in Window.open()
+
+
+def test_recorder_joins_what_belongs_to_one_stamp(graph, run):
+    """Recorded camera -> a segmenter that knows the truth -> recorder: every mask is scored 100 on its own frame."""
+    from sensor_msgs.msg import Image
+    from virst_msgs.msg import SegmentedObject, SegmentedObjectArray, StageTimings
+    from virst_msgs.srv import SetGoal
+
+    from virst_engine.types import ObjectState
+    from virst_ros import conversions, demo, demo_report, qos
+    from virst_ros.demo_recorder import DemoRecorder
+    from virst_ros.recorded_camera import RecordedCamera
+
+    recorder = graph.add(DemoRecorder)
+    masks = graph.publisher(Image, "/segmenter/mask")
+    objects = graph.publisher(SegmentedObjectArray, "/segmenter/objects", qos.LATCHED)
+    goals = []
+
+    def set_goal(request, response):
+        goals.append(request)
+        response.success = request.goal != "gibberish"
+        response.message = "" if response.success else "no word of it is known"
+        response.goal_id = f"goal_{len(goals)}"
+        return response
+
+    graph.node.create_service(SetGoal, "/segmenter/set_goal", set_goal)
+
+    def segment(message):
+        ids = np.frombuffer(message.data, np.uint8).reshape(message.height, message.width)
+        mask = np.where(ids == 1, 7, 0).astype(np.uint8)
+        found = SegmentedObject(goal_id=f"goal_{len(goals)}", instance_id=7, state=SegmentedObject.TRACKING, score=0.9)
+        found.reasoner_latency = 0.1
+        array = SegmentedObjectArray(header=message.header, objects=[found] if goals else [])
+        array.timings = StageTimings(age_ms=12.5, frames_in=1)
+        objects.publish(array)
+        masks.publish(conversions.image_message(message.header, mask, "mono8"))
+
+    graph.node.create_subscription(Image, "/camera/truth/mask", segment, 100)
+    graph.add(lambda **rest: RecordedCamera(run, **rest))
+
+    wait_until(lambda: (window := recorder.window(run.spec)) is not None and len(window) == 22)
+    for sentence, targets in DEMO_TARGETS.items():
+        assert demo._meaning(recorder.window(run.spec), sentence) == targets
+    assert demo._meaning(recorder.window(run.spec), "whatever is about to sing") is None
+
+    goal_run = recorder.set_goal("the red ball")
+    assert goals[0].replace
+    goal_run.target_ids = (0,)
+    wait_until(lambda: len(goal_run.frames) >= 5)
+    recorder.finish()
+    goal_run.seconds = 1.0
+    figures = demo_report.goal_figures(goal_run)
+    assert figures["frames_scored"] >= 5
+    assert figures["J"] == 100.0
+    assert figures["age_ms"]["p99"] == 12.5
+    assert goal_run.frames[-1].image_jpeg is not None
+    stamps = [frame.stamp_ns for frame in goal_run.frames]
+    assert stamps == sorted(set(stamps))
+    assert recorder.moment().state is ObjectState.TRACKING
+    assert json.loads(json.dumps(figures)) == figures
+
+    from virst_engine.errors import VirstError
+
+    with pytest.raises(VirstError, match="no word of it is known"):
+        recorder.set_goal("gibberish")
