@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
+
 from virst_engine.errors import WireError
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
+
 from virst_engine.errors import EndpointError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.zmq_endpoint import bound_memory, check_endpoint, receive, use_client_keys
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
-from zmq.utils.monitor import parse_monitor_message
 
 logger = logging.getLogger(__name__)
 

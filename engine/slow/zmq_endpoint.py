@@ -16,6 +16,7 @@ from pathlib import Path
 
 import zmq
 import zmq.auth
+
 from virst_engine.errors import EndpointError
 from virst_engine.slow.wire import MAX_PARTS, MAX_TENSOR_BYTES
 

@@ -21,6 +21,8 @@ from typing import Annotated
 
 import typer
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
 from virst_engine.config import ModelParameters, ReasonerParameters
 from virst_engine.errors import VirstError, WireError
 from virst_engine.slow import wire
@@ -35,7 +37,6 @@ from virst_engine.slow.zmq_endpoint import (
     use_server_keys,
 )
 from virst_engine.types import ReasonerRequest
-from zmq.auth.thread import ThreadAuthenticator
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,11 @@ class ReasonerServer:
             self._worker.join(LAST_REQUEST_S)
         self._resources.close()
         return self._worker is None or not self._worker.is_alive()
+
+    @property
+    def wakeup_fd(self) -> int:
+        """A byte written here makes `run` look up; for signal.set_wakeup_fd."""
+        return self._waker.fileno()
 
     def _wake(self) -> None:
         try:
@@ -244,11 +250,14 @@ def serve(load: Callable[[], Reasoner], endpoint: str, *, model: str = "", curve
         server.stop()
 
     earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A signal that arrives just before `run` waits, or in another thread, does not interrupt the waiting; this does.
+    earlier_fd = signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)
     try:
         reasoner = load()
         logger.info("answering at %s", endpoint)
         server.run(reasoner)
     finally:
+        signal.set_wakeup_fd(earlier_fd)
         has_ended = server.close()
         for number, handler in earlier.items():
             signal.signal(number, handler)

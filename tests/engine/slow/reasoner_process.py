@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+
 from virst_engine.errors import BadGoal
 from virst_engine.slow.zmq_server import serve
 from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
+
 from virst_engine.errors import BadGoal
 from virst_engine.slow.reasoner import DelayedClient, InProcessClient
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+
 from virst_engine.errors import WireError
 from virst_engine.slow import wire
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest

@@ -17,11 +17,12 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
+
 from virst_engine.errors import EndpointError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.slow.zmq_endpoint import make_curve_keys
-from virst_engine.slow.zmq_server import ReasonerServer
+from virst_engine.slow.zmq_server import ReasonerServer, serve
 from virst_engine.types import Clip, ReasonerRequest
 
 PROGRAM = Path(__file__).with_name("reasoner_process.py")
@@ -300,6 +301,20 @@ def test_a_signal_ends_the_process_cleanly(endpoint, number):
         process.send_signal(number)
         assert process.wait(timeout=20) == 0
         assert not Path(endpoint.removeprefix("ipc://")).exists()
+
+
+def test_a_signal_that_another_thread_takes_ends_the_waiting_too(endpoint):
+    def interrupt():
+        time.sleep(0.3)  # long enough for the main thread to wait for messages
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    def load():
+        threading.Thread(target=interrupt).start()
+        return ObedientReasoner()
+
+    earlier = signal.getsignal(signal.SIGTERM)
+    assert serve(load, endpoint)
+    assert signal.getsignal(signal.SIGTERM) is earlier
 
 
 def test_a_second_server_on_one_endpoint_is_refused_and_the_first_goes_on(endpoint):
