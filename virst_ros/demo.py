@@ -263,7 +263,7 @@ def _run_goal(
     targets = _meaning(recorder.window(spec), sentence)
     run = recorder.set_goal(sentence)
     run.target_ids = targets
-    begin_s, images_before = time.monotonic(), recorder.moment().images
+    begin_s = time.monotonic()
     console.print(f"[bold]{sentence}[/bold]", highlight=False)
     try:
         while True:
@@ -291,7 +291,6 @@ def _run_goal(
             time.sleep(0.1 if window is None else 0.04)
     finally:
         run.seconds = time.monotonic() - begin_s
-        run.frames_in = recorder.moment().images - images_before
 
 
 def _meaning(window: Any, sentence: str) -> tuple[int, ...] | None:

@@ -72,7 +72,6 @@ class DemoRecorder(Node):
         self._newest_frame: MaskedFrame | None = None
         self._message = ""
         self._image_count = self._mask_count = 0
-        self._frames_in = 0
 
         every = QoSProfile(depth=200, reliability=ReliabilityPolicy.RELIABLE)
         self.create_subscription(Image, "/camera/color/image_raw", self._on_image, qos_profile_sensor_data)
@@ -112,7 +111,6 @@ class DemoRecorder(Node):
         stamp_ns = conversions.stamp_ns(message.header.stamp)
         with self._lock:
             self._ages.append(message.timings.age_ms)
-            self._frames_in = message.timings.frames_in
             for found in message.objects:
                 frame = MaskedFrame(
                     stamp_ns=stamp_ns,
@@ -122,6 +120,7 @@ class DemoRecorder(Node):
                     score=found.score,
                     reasoner_latency_s=found.reasoner_latency,
                     age_ms=message.timings.age_ms,
+                    frames_in=message.timings.frames_in,
                 )
                 self._frames.setdefault(found.goal_id, OrderedDict())[stamp_ns] = frame
                 self._newest_frame, self._message = frame, found.message
@@ -169,12 +168,6 @@ class DemoRecorder(Node):
                 image_rgb_u8=self._newest_image,
                 frame=newest,
             )
-
-    @property
-    def frames_in(self) -> int:
-        """Images that the segmenter has received since it was activated."""
-        with self._lock:
-            return self._frames_in
 
     def set_goal(self, sentence: str, timeout_s: float = 5.0) -> GoalRun:
         """Ask the segmenter for this goal in place of all others. Raises VirstError when it refuses or is silent."""

@@ -31,6 +31,7 @@ class MaskedFrame:
     score: float
     reasoner_latency_s: float  # NaN before the first answer
     age_ms: float  # stamp of the image to publishing of the mask
+    frames_in: int  # images that the segmenter had received by then, since its activation
     image_jpeg: bytes | None = None  # None where it was not kept
     truth_png: bytes | None = None  # k + 1 for object k
 
@@ -43,8 +44,12 @@ class GoalRun:
     goal_id: str
     target_ids: tuple[int, ...] | None = None  # None: the grammar of the simulator does not know the sentence
     seconds: float = 0.0
-    frames_in: int = 0
     frames: list[MaskedFrame] = field(default_factory=list)
+
+    @property
+    def frames_in(self) -> int:
+        """Images that reached the segmenter from the goal's first frame to its last."""
+        return self.frames[-1].frames_in - self.frames[0].frames_in + 1 if self.frames else 0
 
     def answered_frames(self) -> list[MaskedFrame]:
         """From the first answer of the reasoner on."""

@@ -33,6 +33,7 @@ def frame(number, mask, truth, state=ObjectState.TRACKING, latency_s=0.2, age_ms
         score=0.8,
         reasoner_latency_s=latency_s,
         age_ms=age_ms,
+        frames_in=100 + number + number // 2,  # every third image was dropped
         image_jpeg=demo_report.encode_image(image),
         truth_png=demo_report.encode_mask(truth),
     )
@@ -44,7 +45,7 @@ def ball_run():
     searching = [frame(t, empty, rectangle(20, 3), ObjectState.SEARCHING, math.nan) for t in (0, 1)]
     right = frame(2, rectangle(20, 5), rectangle(20, 3), age_ms=50.0)
     half = frame(3, rectangle(30, 5), rectangle(20, 3), latency_s=0.3, age_ms=60.0)
-    return GoalRun("the red ball", "goal_1", (2,), seconds=0.5, frames_in=5, frames=[*searching, right, half])
+    return GoalRun("the red ball", "goal_1", (2,), seconds=0.5, frames=[*searching, right, half])
 
 
 def test_figures_start_with_the_first_answer():
@@ -61,20 +62,20 @@ def test_figures_start_with_the_first_answer():
 
 def test_an_absent_target_is_right_when_nothing_is_marked():
     empty = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    run = GoalRun("the egg", "goal_2", (), 0.1, 1, [frame(0, empty, rectangle(20), ObjectState.NOT_FOUND)])
+    run = GoalRun("the egg", "goal_2", (), 0.1, [frame(0, empty, rectangle(20), ObjectState.NOT_FOUND)])
     figures = demo_report.goal_figures(run)
     assert (figures["J"], figures["F"], figures["state"]) == (100.0, 100.0, "NOT_FOUND")
 
 
 def test_other_objects_in_the_mask_image_do_not_count():
     both = rectangle(20, 5) | rectangle(50, 9)
-    run = GoalRun("the red ball", "goal_1", (2,), 0.1, 1, [frame(0, both, rectangle(20, 3))])
+    run = GoalRun("the red ball", "goal_1", (2,), 0.1, [frame(0, both, rectangle(20, 3))])
     assert demo_report.goal_figures(run)["J"] == 100.0
 
 
 @pytest.mark.parametrize(("targets", "frames"), [(None, 1), ((2,), 0)])
 def test_without_truth_or_frames_there_is_no_score(targets, frames):
-    run = GoalRun("hm", "goal_1", targets, 1.0, 3, [frame(0, rectangle(20, 5), rectangle(20, 3))] * frames)
+    run = GoalRun("hm", "goal_1", targets, 1.0, [frame(0, rectangle(20, 5), rectangle(20, 3))] * frames)
     figures = demo_report.goal_figures(run)
     assert (figures["J"], figures["F"], figures["JF"]) == (None, None, None)
 
