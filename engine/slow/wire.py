@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 
 from virst_engine.errors import WireError

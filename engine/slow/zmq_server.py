@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Annotated
@@ -234,7 +235,7 @@ def _answer(reasoner: Reasoner, waiting: _Waiting) -> list[wire.Buffer]:
         answer = reasoner.answer(request)
         return wire.encode(replace(answer, timings_ms={"queue": queued_ms, **answer.timings_ms}))
     except VirstError as error:
-        logger.warning("goal %s was not answered: %s", request.goal_id, error)
+        logger.debug("goal %s was not answered: %s", request.goal_id, error)  # asked again and again, and it is told
         return wire.encode(refusal(request, str(error)))
     except Exception as error:  # the process outlives any single request
         logger.exception("the reasoner failed on goal %s", request.goal_id)
@@ -264,6 +265,15 @@ def serve(load: Callable[[], Reasoner], endpoint: str, *, model: str = "", curve
     return has_ended
 
 
+class LogLevel(Enum):
+    """Choices of --log-level; the names are those of the logging module."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 def _half_of_the_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
@@ -281,10 +291,10 @@ def _command(
     make_keys: Annotated[
         str, typer.Option("--make-curve-keys", metavar="FOLDER", help="write a new set of CURVE keys there and exit")
     ] = "",
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+    log_level: Annotated[LogLevel, typer.Option(help="least important messages to show")] = LogLevel.INFO,
 ) -> None:
     """Answer the requests of segmenters: a sentence and a clip become prompts."""
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.nice(nice)  # first: the threads of torch and ZeroMQ inherit it
     try:
         if make_keys:

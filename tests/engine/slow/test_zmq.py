@@ -22,7 +22,7 @@ from virst_engine.errors import EndpointError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.slow.zmq_endpoint import make_curve_keys
-from virst_engine.slow.zmq_server import ReasonerServer, serve
+from virst_engine.slow.zmq_server import ReasonerServer, main, serve
 from virst_engine.types import Clip, ReasonerRequest
 
 PROGRAM = Path(__file__).with_name("reasoner_process.py")
@@ -395,3 +395,32 @@ def test_keys_are_never_overwritten_and_missing_ones_are_named(tmp_path):
     for make in (ZmqReasonerClient, ReasonerServer):
         with pytest.raises(EndpointError, match="no usable CURVE key"):
             make("tcp://127.0.0.1:5555", curve_keys=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--weights", "/nowhere.safetensors"], 1, "no file /nowhere.safetensors"),
+        (["--endpoint", "tcp://127.0.0.1:5555"], 1, "tcp:// needs CURVE keys"),
+        (["--model", "unheard-of"], 1, "model.name must be one of"),
+        (["--log-level", "loud"], 2, "log-level"),
+    ],
+)
+def test_the_program_names_what_is_wrong_and_ends(endpoint, monkeypatch, capsys, options, code, message):
+    monkeypatch.setattr(sys, "argv", ["virst-reasoner", "--nice", "0", "--endpoint", endpoint, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert message in capsys.readouterr().err
+    with server_thread(endpoint):  # nothing keeps the address
+        pass
+
+
+def test_the_program_makes_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["virst-reasoner", "--nice", "0", "--make-curve-keys", str(tmp_path / "keys")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert {path.name for path in (tmp_path / "keys").iterdir()} == {
+        "server.key", "server.key_secret", "client.key", "client.key_secret"
+    }  # fmt: skip
