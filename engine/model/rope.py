@@ -33,5 +33,5 @@ def axial_angles(dim: int, width: int, height: int, theta: float = 10000.0) -> F
 
 def axis_angles(position: Float[Tensor, " tokens"], dim: int, theta: float = 10000.0) -> Float[Tensor, "tokens pairs"]:
     """Angles of one axis that owns `dim` channels: frequency i is theta ** -(2 i / dim)."""
-    frequency = theta ** -(torch.arange(0, dim, 2).float() / dim)
+    frequency = theta ** -(torch.arange(0, dim, 2, device=position.device).float() / dim)
     return torch.outer(position, frequency)

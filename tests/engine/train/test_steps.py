@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes of the stages: who learns from what, which frames are remembered, and on which device."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.engine.data.fake_scenes import NOTHING, THE_BALL, FakeScene
+from tests.engine.model.small_models import SMALL, small_virst
+from virst_engine.data.clips import Batch, BatchSource
+from virst_engine.model.virst import Virst
+from virst_engine.model.words import WordTokenizer
+from virst_engine.train import steps
+from virst_engine.train.config import LossWeights, StageConfig, TrainConfig
+from virst_engine.train.steps import (
+    AttributeHeads,
+    TrainingMemory,
+    image_step,
+    pretraining_step,
+    propagation_step,
+    weighted,
+)
+from virst_engine.train.trainer import run_step
+from virst_engine.types import MaskPrediction, MemoryEntry, MemoryTensors
+
+C, M, GRID, P = SMALL.sam2.channels, SMALL.sam2.memory_channels, SMALL.sam2.grid, SMALL.sam2.memory_frames
+IMAGE = StageConfig("image", "image", 5, 1e-3, clips=2, sentences=2, clip_frames=3, anchors=2)
+PROPAGATION = replace(IMAGE, name="propagation", kind="propagation", propagation_frames=3)
+PRETRAINING = replace(IMAGE, name="pretraining", kind="pretraining")
+
+
+def batch_of(stage: StageConfig, step: int = 0, said: tuple[Any, ...] = (THE_BALL, NOTHING)) -> Batch:
+    scenes = [FakeScene(0, said), FakeScene(1, said)]
+    return BatchSource(scenes, WordTokenizer(SMALL.words), TrainConfig((stage,), clip_stride=2), stage, 0)[step]
+
+
+def parts() -> tuple[Virst, AttributeHeads]:
+    heads = AttributeHeads(C, SMALL.video.channels, colours=2, shapes=2)
+    return small_virst().train(), heads
+
+
+def learning(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters() if p.grad is not None and float(p.grad.abs().sum()) > 0}
+
+
+def on_meta(batch: Batch) -> Batch:
+    return Batch(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in vars(batch).items()})
+
+
+@pytest.mark.parametrize("stage", [PRETRAINING, IMAGE, PROPAGATION], ids=lambda stage: stage.name)
+def test_no_tensor_is_left_on_another_device(stage: StageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device computes nothing, but refuses, like a GPU, to mix with the CPU."""
+    model, heads = parts()
+
+    def understood(inputs_embeds: Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=inputs_embeds * 2)
+
+    monkeypatch.setattr(model.language_model, "forward", understood)  # transformers looks into its masks
+    losses, _ = run_step(stage, model.to("meta"), heads.to("meta"), on_meta(batch_of(stage)))
+    total = weighted(losses, LossWeights())
+    assert {value.device.type for value in losses.values()} == {"meta"}
+    assert total.shape == ()
+
+
+def test_weighted_is_the_sum_of_equation_15() -> None:
+    losses = {"bce": torch.tensor(2.0), "dice": torch.tensor(3.0), "iou": torch.tensor(5.0)}
+    weights = LossWeights(bce=10.0, dice=1.0, iou=0.05)
+    assert float(weighted(losses, weights)) == pytest.approx(23.25)
+
+
+def test_image_step_decodes_the_anchors_with_their_own_prompts_and_features() -> None:
+    model, heads = parts()
+    model.eval()
+    batch = batch_of(IMAGE)
+    _, newest = image_step(model, heads, batch, train_segmenter=True)
+    encoded = steps.encode(model, batch, train_segmenter=True)
+    prompts = steps._prompts(model, encoded, batch).prompts
+    frame = batch.anchors[-1]
+    assert frame == batch.clip_frames - 1
+    for row, clip in enumerate(batch.clip_of_row.tolist()):
+        features = encoded.of(torch.tensor([clip * 3 + frame]))
+        alone = model.seg_model.decode_mask(
+            features, model.seg_model.without_memory(features), prompts[row : row + 1, frame]
+        )
+        assert torch.allclose(newest.mask_logits[row], alone.mask_logits[0], atol=1e-4)
+
+
+def test_image_step_compares_with_the_truth_of_the_anchor_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = steps.mask_losses
+
+    def spy(prediction: MaskPrediction, truth: Tensor, visible: Tensor) -> dict[str, Tensor]:
+        seen.append((truth, visible))
+        return original(prediction, truth, visible)
+
+    monkeypatch.setattr(steps, "mask_losses", spy)
+    model, heads = parts()
+    batch = batch_of(IMAGE, step=1)
+    image_step(model, heads, batch, train_segmenter=True)
+    (truth, visible), rows, k = seen[0], len(batch.clip_of_row), len(batch.anchors)
+    for row in range(rows):
+        for i, frame in enumerate(batch.anchors):
+            assert torch.equal(truth[row * k + i], batch.truth[row, frame])
+            assert bool(visible[row * k + i]) == bool(batch.visible[row, frame])
+
+
+@pytest.mark.parametrize("train_segmenter", [True, False])
+def test_the_image_encoder_learns_only_where_it_should(train_segmenter: bool) -> None:
+    model, heads = parts()
+    losses, _ = image_step(model, heads, batch_of(IMAGE), train_segmenter=train_segmenter)
+    weighted(losses, LossWeights()).backward()
+    names = learning(model)
+    assert any(name.startswith("seg_model.image_encoder.") for name in names) == train_segmenter
+    for part in (
+        "st_embedding", "initial_seg_fusion_module.gate", "initial_seg_fusion_module.spatial_down.0.weight",
+        "seg_prompter.spatial_down.0.weight", "seg_prompter.decoder.0.cross_attn.q_proj.weight", "frame_embedding",
+        "mm_projector.0.weight", "video_encoder.stem.0.conv1.weight", "language_model.embed_tokens.weight",
+        "lm_head.weight", "seg_model.sam_mask_decoder.obj_score_token.weight",
+    ):  # fmt: skip
+        assert part in names
+
+
+def test_each_loss_reaches_the_parts_that_it_is_for() -> None:
+    batch = batch_of(IMAGE)
+    for name, part in (
+        ("token", "lm_head.weight"),
+        ("attention", "seg_prompter.decoder.1.cross_attn.k_proj.weight"),
+        ("occlusion", "seg_model.sam_mask_decoder.pred_obj_score_head.layers.2.weight"),
+        ("iou", "seg_model.sam_mask_decoder.iou_prediction_head.layers.2.weight"),
+        ("bce", "seg_model.sam_mask_decoder.output_upscaling.0.weight"),
+    ):
+        model, heads = parts()
+        image_step(model, heads, batch, train_segmenter=True)[0][name].backward()
+        assert part in learning(model), name
+
+
+def test_attribute_losses_teach_both_encoders() -> None:
+    model, heads = parts()
+    batch = batch_of(IMAGE)
+    steps.attribute_losses(heads, steps.encode(model, batch, train_segmenter=True), batch)["attribute"].backward()
+    names = learning(model)
+    assert any(name.startswith("seg_model.image_encoder.neck") for name in names)
+    assert "video_encoder.stem.0.conv1.weight" in names
+    assert learning(heads) == {name for name, _ in heads.named_parameters()}
+
+
+def test_a_cell_has_the_label_that_covers_most_of_it() -> None:
+    labels = torch.zeros(1, 4, 8, dtype=torch.long)
+    labels[0, :2, :4] = 2
+    labels[0, 2:, :2] = 1
+    labels[0, 3, :1] = 2
+    labels[0, 0, 7] = 1
+    # Of 16 pixels: label 2 on 9 and label 1 on 3; one pixel, too few to tell; none.
+    cells = torch.cat((labels[:, :, :4], labels[:, :, 4:], torch.zeros(1, 4, 4, dtype=torch.long)))
+    assert steps._dominant(cells, 3, 1).flatten().tolist() == [2, -1, 0]
+
+
+def test_a_point_prompt_lies_on_the_target() -> None:
+    model, _ = parts()
+    batch = batch_of(PRETRAINING)
+    truth = torch.zeros_like(batch.truth)
+    truth[:, 0, 5, 9] = 1.0  # of 32 x 32; at 64 pixels the block begins at (18, 10)
+    prompts = steps._point_prompts(model, replace(batch, truth=truth))
+    points = torch.tensor([[[18.0, 10.0]]]).expand(len(truth), -1, -1)
+    expected = model.seg_model.sam_prompt_encoder._embed_points(points, torch.ones(len(truth), 1), pad=True)
+    assert torch.allclose(prompts, expected, atol=1e-5)
+
+
+class Watched:
+    """A Sam2 whose memory reads are kept."""
+
+    def __init__(self, model: Virst, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reads: list[MemoryTensors] = []
+        attend = model.seg_model.attend_memory
+
+        def spy(features: Any, memory: MemoryTensors) -> Tensor:
+            self.reads.append(memory)
+            return attend(features, memory)
+
+        monkeypatch.setattr(model.seg_model, "attend_memory", spy)
+
+
+def test_propagation_reads_anchors_then_what_came_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, heads = parts()
+    watched = Watched(model, monkeypatch)
+    batch = batch_of(PROPAGATION)
+    assert batch.anchors[-1] == 2
+    propagation_step(model, heads, batch)
+    assert len(watched.reads) == 3
+    k = len(batch.anchors)
+    for number, read in enumerate(watched.reads):
+        assert read.spatial_tpos[0].tolist() == [P - 1] * k + list(range(number))
+        now = 11 + number  # clip frames 0, 5, 10; then every step
+        assert read.pointer_distance[0].tolist() == [now - 5 * a for a in batch.anchors] + [
+            float(i + 1) for i in range(number)
+        ]
+        # The truth decides what is remembered: nothing of a target that is not there.
+        seen = batch.visible[:, [*batch.anchors, *(3 + i for i in reversed(range(number)))]]
+        assert torch.equal(read.spatial_valid, seen)
+        assert torch.equal(read.pointer_valid, seen)
+
+
+def test_propagation_teaches_anchors_through_the_memory() -> None:
+    """Gradients of later frames flow back into the prompts (equation 14)."""
+    model, heads = parts()
+    batch = batch_of(PROPAGATION, said=(THE_BALL,))
+    _, newest = propagation_step(model, heads, batch)
+    newest.mask_logits.sum().backward()
+    names = learning(model)
+    for part in (
+        "seg_model.maskmem_tpos_enc", "seg_model.memory_encoder.out_proj.weight", "seg_model.obj_ptr_tpos_proj.weight",
+        "seg_model.memory_attention.layers.0.cross_attn_image.v_proj.weight", "seg_model.no_mem_embed",
+        "seg_prompter.decoder.0.cross_attn.q_proj.weight", "st_embedding",
+    ):  # fmt: skip
+        assert part in names
+
+
+def test_an_object_without_any_anchor_is_expected_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible_seen: list[Tensor] = []
+    original = steps.mask_losses
+
+    def spy(prediction: MaskPrediction, truth: Tensor, visible: Tensor) -> dict[str, Tensor]:
+        visible_seen.append(visible)
+        return original(prediction, truth, visible)
+
+    monkeypatch.setattr(steps, "mask_losses", spy)
+    model, heads = parts()
+    batch = batch_of(PROPAGATION, said=(THE_BALL,))
+    hidden = batch.visible.clone()
+    hidden[0, :3] = False  # hidden during the whole clip, then seen
+    propagation_step(model, heads, replace(batch, visible=hidden))
+    assert bool(hidden[0, 3:].all())
+    for after_clip in visible_seen[len(batch.anchors) :]:
+        assert after_clip.tolist() == [False, *([True] * (len(hidden) - 1))]
+
+
+def test_pretraining_prompts_the_first_frame_and_tracks_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, heads = parts()
+    watched = Watched(model, monkeypatch)
+    losses, newest = pretraining_step(model, heads, batch_of(PRETRAINING), train_segmenter=True)
+    assert [read.spatial_tpos[0].tolist() for read in watched.reads] == [[P - 1], [P - 1, 0]]
+    assert [read.pointer_distance[0].tolist() for read in watched.reads] == [[5.0], [10.0, 5.0]]
+    assert "token" not in losses
+    newest.mask_logits.sum().backward()
+    assert "seg_model.sam_prompt_encoder.point_embeddings.1.weight" in learning(model)
+
+
+def test_pretraining_with_frozen_encoders_teaches_decoder_and_memory_only() -> None:
+    model, heads = parts()
+    losses, _ = pretraining_step(model, heads, batch_of(PRETRAINING), train_segmenter=False)
+    assert "attribute" not in losses
+    weighted(losses, LossWeights()).backward()
+    names = learning(model)
+    assert not [name for name in names if name.startswith(("seg_model.image_encoder.", "video_encoder."))]
+    assert "seg_model.memory_encoder.out_proj.weight" in names
+    assert "seg_model.sam_mask_decoder.transformer.layers.0.self_attn.q_proj.weight" in names
+
+
+def test_one_frame_is_enough_for_pretraining() -> None:
+    model, heads = parts()
+    batch = batch_of(replace(PRETRAINING, clip_frames=1))
+    losses, newest = pretraining_step(model, heads, batch, train_segmenter=False)
+    assert newest.mask_logits.shape[0] == len(batch.clip_of_row)
+    assert all(bool(torch.isfinite(value)) for value in losses.values())
+
+
+def test_training_memory_holds_p_minus_1_recent_frames_and_three_anchors() -> None:
+    memory, rows = TrainingMemory(small_virst()), 2
+
+    def entry(number: float) -> MemoryEntry:
+        return MemoryEntry(torch.full((rows, M, GRID, GRID), number), torch.full((rows, C), number))
+
+    for step in (0, 5, 10, 15):
+        memory.remember_anchor(step, entry(float(step)), torch.tensor([step > 0, False]))
+    for step in range(16, 24):
+        memory.remember_recent(step, entry(float(step)), torch.tensor([True, step % 2 == 0]))
+    read = memory.read(24)
+    kept = [5.0, 10.0, 15.0, *(24.0 - k for k in range(1, P))]
+    assert read.spatial[0, :, 0, 0, 0].tolist() == kept
+    assert read.pointers[1, :, 0].tolist() == kept
+    assert read.pointer_distance[0].tolist() == [24.0 - step for step in kept]
+    assert read.spatial_tpos[1].tolist() == [P - 1] * 3 + list(range(P - 1))
+    assert read.spatial_valid[0].tolist() == [True] * (2 + P)
+    assert read.spatial_valid[1].tolist() == [False] * 3 + [step % 2 == 0 for step in kept[3:]]
+    assert memory.any_anchor.tolist() == [True, False]
