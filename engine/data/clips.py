@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from virst_engine.errors import SceneError
 from virst_engine.model.words import ANSWER, END, WordTokenizer, pad_rows
 from virst_engine.train.config import StageConfig, TrainConfig
 
@@ -100,7 +101,7 @@ def propagation_frames(query: int, count: int, last: int, rng: np.random.Generat
 
 
 class BatchSource(torch.utils.data.Dataset[Batch]):
-    """Item i is the batch of step i of one stage. `scenes` only has to be indexable."""
+    """Item i is the batch of step i of one stage. Raises SceneError for a scene that is too short for its clips."""
 
     def __init__(
         self,
@@ -124,6 +125,12 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
             count = len(scene.frames_rgb_u8)
             first_query = (t - 1) * self.config.clip_stride
+            needed = first_query + (3 if extra else 1)
+            if count < needed:
+                raise SceneError(
+                    f"a scene has {count} frames, but stage {stage.name} needs at least {needed}; "
+                    "record longer ones with `virst scenes write`"
+                )
             query = int(rng.integers(first_query, count - (2 if extra else 0)))
             index = np.array([query - self.config.clip_stride * (t - 1 - i) for i in range(t)])
             said: Sequence[Sentence]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches against scenes whose pixels are known: what is shown, what is asked and what is true."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.engine.data.fake_scenes import ALL, BALL, BLUE, BOX, FRAMES, NOTHING, RED, THE_BALL, THE_BOX, FakeScene
+from tests.engine.model.small_models import WORDS
+from virst_engine.data.clips import (
+    MIN_VISIBLE_SHARE,
+    Batch,
+    BatchSource,
+    RecordedScene,
+    propagation_frames,
+    resize_frames,
+    visible_objects,
+)
+from virst_engine.errors import SceneError
+from virst_engine.model.words import ANSWER, END, WordTokenizer
+from virst_engine.train.config import StageConfig, TrainConfig
+
+STAGE = StageConfig("few-image", "image", 40, 1e-3, clips=2, sentences=3, clip_frames=4, anchors=3)
+PROPAGATION = replace(STAGE, name="propagation", kind="propagation", propagation_frames=3)
+STRIDE = 3
+STEPS = range(40)
+
+
+def source_of(
+    stage: StageConfig, scenes: list[RecordedScene] | None = None, *, stride: int = STRIDE, seed: int = 0
+) -> BatchSource:
+    config = TrainConfig((stage,), clip_stride=stride)
+    return BatchSource(scenes or [FakeScene(0), FakeScene(1)], WordTokenizer(WORDS), config, stage, seed)
+
+
+def shown(batch: Batch) -> list[list[int]]:
+    """The numbers of the frames of each clip, as they are written into their first pixel."""
+    return batch.frames_rgb_u8[:, :, 0, 0, 1].tolist()
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(Batch)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def test_a_batch_is_a_function_of_seed_stage_and_step() -> None:
+    first, again = source_of(STAGE), source_of(STAGE)
+    assert len(first) == STAGE.steps
+    np.random.seed(4)
+    torch.manual_seed(4)
+    assert all(equal(first[step], again[step]) for step in (7, 0, 3))
+    assert not equal(first[0], first[1])
+    assert not equal(first[0], source_of(STAGE, seed=1)[0])
+    assert not equal(first[0], source_of(replace(STAGE, name="other"))[0])
+
+
+def test_frames_of_a_clip_are_evenly_spaced_and_the_sentence_is_about_the_newest() -> None:
+    scene = FakeScene(0, [THE_BOX])  # a moving kind: the window is never cut short
+    source = source_of(replace(STAGE, clips=1), [scene])
+    for step in STEPS:
+        scene.asked.clear()
+        frames = shown(source[step])[0]
+        assert np.diff(frames).tolist() == [STRIDE] * 3
+        assert scene.asked == [(frames[-1], 3, ())]
+        assert frames[0] >= 0
+        assert frames[-1] < FRAMES
+    newest = {shown(source[step])[0][-1] for step in range(200)}
+    assert newest == set(range(3 * STRIDE, FRAMES))  # every frame that has a whole window before it
+
+
+def test_the_full_size_clip_spans_2_1_seconds_of_10_hz_frames() -> None:
+    scene = FakeScene(0, [THE_BOX])
+    stage = StageConfig("few-image", "image", 1, 1e-3, clips=1, sentences=1)
+    frames = shown(BatchSource([scene], WordTokenizer(WORDS), TrainConfig((stage,)), stage, 0)[0])[0]
+    assert [frame - frames[0] for frame in frames] == [0, 3, 6, 9, 12, 15, 18, 21]
+
+
+def test_now_and_then_the_camera_has_just_started() -> None:
+    """Then the oldest frame that was seen stands for those that were not; only where one frame is evidence enough."""
+    starts = 0
+    for step in range(200):
+        batch = source_of(replace(STAGE, clips=1), [FakeScene(0, [THE_BALL])])[step]
+        frames = shown(batch)[0]
+        assert frames == sorted(frames)
+        whole = [frames[-1] - STRIDE * k for k in (3, 2, 1, 0)]
+        if frames != whole:
+            starts += 1
+            first = frames[0]
+            assert frames == [max(frame, first) for frame in whole]
+    assert 10 < starts < 50  # 15 %, some of them cut nothing
+
+
+def test_truth_is_the_targets_share_of_every_block() -> None:
+    said = (THE_BALL, THE_BOX, NOTHING, ALL)
+    scenes = [FakeScene(0, said), FakeScene(1, said)]
+    of_kind = {one.kind: one.target_ids for one in said}
+    for step in range(10):
+        batch = source_of(PROPAGATION, scenes)[step]
+        rows, frames = batch.truth.shape[:2]
+        assert (rows, frames) == (6, 7)
+        assert batch.clip_of_row.tolist() == [0, 0, 0, 1, 1, 1]
+        for row in range(rows):
+            masks = batch.instance_masks[batch.clip_of_row[row]]
+            target = torch.zeros(masks.shape)
+            for object_number in of_kind[batch.kinds[row]]:
+                target += masks == object_number + 1
+            assert torch.equal(batch.truth[row], F.avg_pool2d(target, 2))
+            assert batch.visible[row].tolist() == [bool(t.mean() > MIN_VISIBLE_SHARE) for t in target]
+
+
+def test_masks_and_colours_belong_to_the_frames_that_are_shown() -> None:
+    batch = source_of(PROPAGATION)[3]
+    scenes = [FakeScene(0), FakeScene(1)]
+    for clip, frames in enumerate(shown(batch)):
+        scene = scenes[int(batch.frames_rgb_u8[clip, 0, 0, 0, 0])]
+        assert np.array_equal(batch.frames_rgb_u8[clip].numpy(), scene.frames_rgb_u8[frames])
+        assert np.array_equal(batch.instance_masks[clip].numpy(), scene.instance_masks[frames])
+        sampled = scene.instance_masks[frames][:, 2::4, 2::4]  # the arm, 255, has no colour and no shape
+        colour, shape = np.zeros_like(sampled), np.zeros_like(sampled)
+        for value, colour_label, shape_label in ((1, RED, BALL), (2, BLUE, BOX)):
+            colour[sampled == value], shape[sampled == value] = colour_label, shape_label
+        assert np.array_equal(batch.colour[clip].numpy(), colour)
+        assert np.array_equal(batch.shape[clip].numpy(), shape)
+
+
+def test_an_object_that_has_left_or_never_was_is_not_visible() -> None:
+    scene = FakeScene(0, [THE_BOX])  # above the image from frame 16 on
+    batch = source_of(replace(STAGE, clips=8), [scene])[0]
+    for row in range(len(batch.clip_of_row)):
+        frames = shown(batch)[int(batch.clip_of_row[row])]
+        assert batch.visible[row].tolist() == [32 - 2 * frame > 0 for frame in frames]
+    nothing = source_of(STAGE, [FakeScene(0, [NOTHING])])[0]
+    assert not bool(nothing.visible.any())
+    assert float(nothing.truth.sum()) == 0.0
+
+
+def test_sentences_are_padded_on_the_left_and_answers_end() -> None:
+    batch = source_of(STAGE, [FakeScene(0, [THE_BALL, ALL])])[0]
+    tokenizer = WordTokenizer(WORDS)
+    said = {one.kind: one for one in (THE_BALL, ALL)}
+    assert set(batch.kinds) == set(said)
+    for row, kind in enumerate(batch.kinds):
+        text = tokenizer.encode(said[kind].text)
+        assert batch.text[row, -len(text) :].tolist() == text
+        assert batch.text_valid[row].tolist() == [False] * (batch.text.shape[1] - len(text)) + [True] * len(text)
+        answer = [ANSWER, *tokenizer.encode(said[kind].answer), END]
+        assert batch.answer[row, : len(answer)].tolist() == answer
+        assert int(batch.answer_valid[row].sum()) == len(answer)
+
+
+def test_anchors_are_distinct_frames_of_the_clip_with_the_newest_among_them() -> None:
+    """Algorithm 1, made causal: what is asked of the model is a mask of now."""
+    source = source_of(STAGE)
+    seen = set()
+    for step in STEPS:
+        anchors = source[step].anchors
+        assert len(anchors) == 3
+        assert list(anchors) == sorted(set(anchors))
+        assert anchors[0] >= 0
+        assert anchors[-1] == 3
+        seen.update(anchors)
+    assert seen == {0, 1, 2, 3}
+    assert source_of(replace(STAGE, anchors=9))[0].anchors == (0, 1, 2, 3)
+    assert source_of(replace(STAGE, anchors=1))[0].anchors == (3,)
+
+
+def test_propagation_frames_come_after_the_clip_in_order() -> None:
+    source = source_of(PROPAGATION, [FakeScene(0, [THE_BOX])])
+    strides = set()
+    for step in STEPS:
+        batch = source[step]
+        assert batch.clip_frames == 4
+        for frames in shown(batch):
+            query, after = frames[3], frames[4:]
+            assert len(after) == 3
+            assert query < after[0]
+            assert after == sorted(after)
+            assert after[-1] < FRAMES
+            if after[-1] < FRAMES - 1:
+                assert len(set(np.diff([query, *after]).tolist())) == 1
+            strides.add(after[0] - query)
+    assert strides == {1, 2, 3}
+
+
+def test_propagation_frames_stop_at_the_end_of_the_recording() -> None:
+    for seed in range(20):
+        frames = propagation_frames(10, 4, 12, np.random.default_rng(seed))
+        assert frames in ([11, 12, 12, 12], [12, 12, 12, 12])
+
+
+def test_only_the_stages_kinds_are_asked_for() -> None:
+    scene = FakeScene(0)
+    _ = source_of(replace(STAGE, kinds=("attribute", "relation")), [scene])[0]
+    assert {kinds for _, _, kinds in scene.asked} == {("attribute", "relation")}
+
+
+def test_pretraining_takes_objects_that_the_first_frame_shows() -> None:
+    stage = replace(STAGE, name="pretraining", kind="pretraining")
+    scene = FakeScene(0)
+    for step in range(20):
+        batch = source_of(stage, [scene])[step]
+        assert bool(batch.visible[:, 0].all())
+        assert set(batch.kinds) == {"object"}
+    assert scene.asked == []
+
+
+def test_visible_objects_leave_out_background_arm_and_specks() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:10, :10], mask[20:30, :10], mask[:, -1], mask[40, 40] = 1, 4, 255, 2
+    rng = np.random.default_rng(0)
+    assert {o.target_ids for o in visible_objects(mask, 2, rng)} == {(0,), (3,)}  # no repeats while there are enough
+    assert {o.target_ids for o in visible_objects(mask, 30, rng)} == {(0,), (3,)}
+    assert [o.target_ids for o in visible_objects(np.zeros((64, 64), np.uint8), 3, rng)] == [(0,)] * 3
+
+
+def test_resized_frames_are_averages() -> None:
+    frames = np.zeros((1, 4, 4, 3), np.uint8)
+    frames[0, :2, :2, 1] = [[10, 20], [30, 40]]
+    small = resize_frames(frames, 2)
+    assert small.shape == (1, 2, 2, 3)
+    assert small[0, :, :, 1].tolist() == [[25, 0], [0, 0]]
+
+
+def test_a_scene_that_is_too_short_is_named() -> None:
+    scene = FakeScene(0)
+    with pytest.raises(SceneError, match=r"24 frames.*few-image.*at least 70"):
+        source_of(STAGE, [scene], stride=23)[0]
