@@ -28,12 +28,12 @@ def check_fields(group: str, config: Any) -> None:
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
         name = f"{group}.{f.name}" if group else f.name
-        if f.type is not bool and isinstance(value, bool):
-            raise ValueError(f"{name} must be a {f.type.__name__}, got {value!r}")
-        if f.type is float and isinstance(value, int):
+        wanted = f.type
+        assert isinstance(wanted, type), f"{name}: parameters have plain types"
+        if wanted is float and type(value) is int:
             object.__setattr__(config, f.name, float(value))
-        elif not isinstance(value, f.type):
-            raise ValueError(f"{name} must be a {f.type.__name__}, got {value!r}")
+        elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         if low is not None and value < low:
@@ -65,7 +65,9 @@ class MemoryParameters:
     anchors_attended: int = parameter(3, "alpha: anchors nearest in time that one frame attends to", low=1, high=16)
     recent_frames: int = parameter(6, "P - 1: FIFO memory, frames", low=1, high=6)
     pointers: int = parameter(16, "object pointers kept per object", low=1, high=16)
-    min_write_iou: float = parameter(0.5, "a mask below this predicted IoU is not remembered", low=0.0, high=1.0, live=True)
+    min_write_iou: float = parameter(
+        0.5, "a mask below this predicted IoU is not remembered", low=0.0, high=1.0, live=True
+    )
     ring_steps: int = parameter(64, "frames whose features are cached for late answers", low=2, high=4096)
 
     def __post_init__(self) -> None:
@@ -79,10 +81,18 @@ class MemoryParameters:
 @dataclass(frozen=True)
 class TrackingParameters:
     max_objects: int = parameter(8, "goals at once; sizes the buffers", low=1, high=254)
-    lost_after_steps: int = parameter(3, "frames without the object before TRACKING becomes LOST", low=1, high=1000, live=True)
-    agree_iou: float = parameter(0.5, "IoU from which a refreshed anchor agrees with the running mask", low=0.0, high=1.0, live=True)
+    lost_after_steps: int = parameter(
+        3, "frames without the object before TRACKING becomes LOST", low=1, high=1000, live=True
+    )
+    agree_iou: float = parameter(
+        0.5, "IoU from which a refreshed anchor agrees with the running mask", low=0.0, high=1.0, live=True
+    )
     overrule_answers: int = parameter(
-        2, "answers in a row that must disagree with a confident track before they overrule it", low=1, high=100, live=True
+        2,
+        "answers in a row that must disagree with a confident track before they overrule it",
+        low=1,
+        high=100,
+        live=True,
     )
     replay_steps: int = parameter(
         3, "cached frames that are replayed per new frame after a late answer", low=2, high=4096, live=True
@@ -97,8 +107,12 @@ class ReasonerParameters:
     endpoint: str = parameter("ipc:///tmp/virst_reasoner", "ZeroMQ address of the reasoner process")
     curve_keys: str = parameter("", "folder of CURVE keys, needed for tcp:// (virst-reasoner --make-curve-keys)")
     period_s: float = parameter(1.0, "time between refreshes of a tracked goal", low=0.0, high=3600.0, live=True)
-    retry_s: float = parameter(0.3, "least time between requests of a goal that is not tracked", low=0.0, high=3600.0, live=True)
-    ttl_s: float = parameter(5.0, "a request without an answer for this long is given up and asked again", low=0.01, high=600.0, live=True)
+    retry_s: float = parameter(
+        0.3, "least time between requests of a goal that is not tracked", low=0.0, high=3600.0, live=True
+    )
+    ttl_s: float = parameter(
+        5.0, "a request without an answer for this long is given up and asked again", low=0.01, high=600.0, live=True
+    )
     clip_frames: int = parameter(8, "T_seg: frames of a clip", low=1, high=100)
     clip_spacing_s: float = parameter(0.3, "time between the frames of a clip", low=0.0, high=60.0)
 

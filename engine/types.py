@@ -68,7 +68,7 @@ class MemoryTensors:
     """A fixed-shape view of the memory banks of all objects, as the memory attention stage reads it."""
 
     spatial: Float[Tensor, "o s m h w"]
-    spatial_tpos: Int[Tensor, "o s"]  # row of maskmem_tpos_enc: P-1 for anchors (t_pos 0), k-1 for the frame k steps back
+    spatial_tpos: Int[Tensor, "o s"]  # row of maskmem_tpos_enc: P-1 for anchors, k-1 for the k-th newest frame
     spatial_valid: Bool[Tensor, "o s"]
     pointers: Float[Tensor, "o r c"]
     pointer_distance: Float[Tensor, "o r"]  # steps between now and the pointer's frame, >= 0
