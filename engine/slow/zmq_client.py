@@ -57,7 +57,8 @@ class ZmqReasonerClient:
         self._heartbeat_s, self._silent_after_s, self._busy_after_s = heartbeat_s, silent_after_s, busy_after_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._unsent: dict[str, list[wire.Buffer]] = {}  # by goal
+        self._unsent: dict[str, list[wire.Buffer]] = {}  # requests by goal
+        self._cancelled: dict[str, None] = {}  # goals whose cancelling has not been sent yet; a dict keeps their order
         self._asked: OrderedDict[int, _Asked] = OrderedDict()  # by request id
         self._answers: list[ReasonerAnswer] = []
         self._is_connected = False
@@ -111,7 +112,11 @@ class ZmqReasonerClient:
             self._unsent.pop(goal_id, None)
             if not self._is_closed:
                 self._exchange()
-                self._send(wire.encode(wire.Cancel(goal_id)))
+                if self._is_connected:  # nobody else has its requests
+                    self._cancelled[goal_id] = None
+                    if len(self._cancelled) > REMEMBERED_REQUESTS:  # a hung reasoner reads none of them
+                        del self._cancelled[next(iter(self._cancelled))]
+                    self._send_all()
 
     def poll(self) -> list[ReasonerAnswer]:
         """The answers that came since the last call. Only answers to requests of this client come through."""
@@ -163,9 +168,16 @@ class ZmqReasonerClient:
             if self._unheard_since_s is None:
                 self._unheard_since_s = self._clock()
             self._send(wire.encode(wire.Hello()))
+        self._send_all()
+
+    def _send_all(self) -> None:
+        for goal_id in list(self._cancelled):  # first: the goal may have been set again since
+            if not self._send(wire.encode(wire.Cancel(goal_id))):
+                return
+            del self._cancelled[goal_id]
         for goal_id in list(self._unsent):
             if not self._send(self._unsent[goal_id]):
-                break
+                return
             del self._unsent[goal_id]
 
     def _watch_connection(self) -> None:
@@ -173,6 +185,7 @@ class ZmqReasonerClient:
             event = parse_monitor_message(self._events.recv_multipart())["event"]
             was_connected, self._is_connected = self._is_connected, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._heartbeat = self._unheard_since_s = None
+            self._cancelled.clear()
             self._next_hello_s = self._clock()
             if self._is_connected or was_connected:
                 self._problem = ""

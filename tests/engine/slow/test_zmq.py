@@ -162,14 +162,14 @@ def test_only_the_newest_waiting_request_of_a_goal_is_computed(endpoint):
 def test_a_cancelled_request_is_not_computed(endpoint):
     reasoner = ObedientReasoner()
     with server_thread(endpoint, reasoner), connected(endpoint) as client:
-        client.submit(request_of("sleep 0.4", request_id=1, goal_id="slow"))
+        client.submit(request_of("sleep 1.0", request_id=1, goal_id="slow"))
         wait_until(lambda: client.poll() or reasoner.sentences)
         client.submit(request_of("never", request_id=2))
         client.cancel("goal")
         client.submit(request_of("last", request_id=3, goal_id="third"))
         answers = []
         wait_until(lambda: 3 in [answer.request_id for answer in answers.extend(client.poll()) or answers])
-    assert reasoner.sentences == ["sleep 0.4", "last"]
+    assert reasoner.sentences == ["sleep 1.0", "last"]
 
 
 def test_heartbeats_go_on_while_the_reasoner_computes(endpoint):
