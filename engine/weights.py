@@ -39,12 +39,21 @@ def weights_path(parameters: ModelParameters) -> Path:
 
 
 def save_model(model: Virst, path: Path, card: dict[str, object] | None = None) -> None:
-    """Write all weights of a model as float16, with its configuration and a few facts about their origin."""
+    """Write all weights of a model as float16, with its configuration and a few facts about their origin.
+
+    Raises WeightsError for weights that are not finite, or too large for float16.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for name, value in model.state_dict().items()
     }
+    broken = _not_finite(tensors)
+    if broken:
+        raise WeightsError(
+            f"{path} is not written: {len(broken)} tensors are not finite in float16, for example {broken[0]}; "
+            "go back to an earlier checkpoint of the training"
+        )
     metadata = {"format": FORMAT, "config": model.config.to_json(), "card": json.dumps(card or {})}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata)
@@ -53,7 +62,10 @@ def save_model(model: Virst, path: Path, card: dict[str, object] | None = None) 
 
 def read_card(path: Path) -> dict[str, object]:
     """The facts that `save_model` stored. Raises WeightsError for a file that is not ours."""
-    return dict(json.loads(_read_metadata(path)["card"]))
+    try:
+        return dict(json.loads(_read_metadata(path)["card"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} has no readable model card ({error!r}); {REMEDY}") from error
 
 
 def load_model(path: Path, *, device: str = "cpu") -> Virst:
@@ -61,8 +73,8 @@ def load_model(path: Path, *, device: str = "cpu") -> Virst:
     metadata = _read_metadata(path)
     try:
         model = Virst(VirstConfig.from_json(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} holds a configuration that we cannot build ({error}); {REMEDY}") from error
+    except Exception as error:  # whatever torch, sam2 or transformers say to sizes that make no sense
+        raise WeightsError(f"{path} holds a configuration that we cannot build ({error!r}); {REMEDY}") from error
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
@@ -74,6 +86,11 @@ def load_model(path: Path, *, device: str = "cpu") -> Virst:
     for kind, names in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes for", shapes)):
         if names:
             raise WeightsError(f"{path} {kind} {len(names)} tensors, for example {min(names)}; {REMEDY}")
+    broken = _not_finite(tensors)
+    if broken:
+        raise WeightsError(
+            f"{path} is damaged: {len(broken)} tensors are not finite, for example {broken[0]}; {REMEDY}"
+        )
     model.load_state_dict({name: value.to(expected[name].dtype) for name, value in tensors.items()})
     try:
         return model.eval().to(device)
@@ -87,9 +104,17 @@ def _read_metadata(path: Path) -> dict[str, str]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no readable safetensors file ({error}); {REMEDY}") from error
-    if metadata.get("format") != FORMAT or "config" not in metadata:
-        raise WeightsError(f"{path} is a safetensors file, but not one of `virst train` (format {FORMAT}); {REMEDY}")
+    found = metadata.get("format", "none")
+    if found != FORMAT or "config" not in metadata:
+        raise WeightsError(
+            f"{path} is a safetensors file, but not one that this version of `virst train` writes "
+            f"(format {found}, wanted {FORMAT}); {REMEDY}"
+        )
     return metadata
+
+
+def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
 def load_goal_check(parameters: ModelParameters) -> Callable[[str], None]:

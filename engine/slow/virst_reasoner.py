@@ -6,6 +6,7 @@ import time
 import numpy as np
 import torch
 
+from virst_engine.errors import WeightsError
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst import ClipEncoding, Virst
 from virst_engine.model.words import WordTokenizer, pad_rows
@@ -15,19 +16,27 @@ LONGEST_GOAL_WORDS = 40
 
 
 class VirstReasoner:
-    """`Reasoner` on a Virst in evaluation mode. `answer` raises BadGoal for a sentence the model cannot read."""
+    """`Reasoner` on a Virst in evaluation mode.
+
+    `answer` raises BadGoal for a sentence that the model cannot read, WeightsError for a clip of another model.
+    """
 
     def __init__(self, model: Virst, *, second_fusion: bool = True) -> None:
         self._model = model.eval()
         self._second_fusion = second_fusion
         self._tokenizer = WordTokenizer(model.config.words)
         self._newest: tuple[Clip, ClipEncoding] | None = None
+        fusion_side = model.config.sam2.grid * (4, 2, 1)[model.config.fusion.feature_level]
+        self._frame_shape = (model.config.video.image_size, model.config.video.image_size, 3)
+        self._fusion_shape = (model.config.sam2.channels, fusion_side, fusion_side)
+        self._longest_clip = min(model.config.video.max_frames, model.config.fusion.max_frames)
 
     @torch.inference_mode()
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
         start = time.perf_counter()
         tokens = self._tokenizer.encode_goal(request.sentence, LONGEST_GOAL_WORDS)
         model, clip = self._model, request.clip
+        self._check(clip)
         device = model.frame_embedding.device
         text, valid = pad_rows([tokens])
         encoded = self._encode(clip)
@@ -54,6 +63,19 @@ class VirstReasoner:
             maps = torch.from_numpy(np.array(clip.fusion)).to(device, torch.float32)
             self._newest = clip, self._model.encode_clip(frames[None], maps[None])
         return self._newest[1]
+
+    def _check(self, clip: Clip) -> None:
+        frame, fusion = clip.frames_rgb_u8.shape[1:], clip.fusion.shape[1:]
+        if (frame, fusion) != (self._frame_shape, self._fusion_shape):
+            raise WeightsError(
+                f"the clip was made by another model: its frames are {frame} and its features {fusion}, this reasoner "
+                f"reads {self._frame_shape} and {self._fusion_shape}; start both with the same weights"
+            )
+        if not 0 < len(clip.steps) <= self._longest_clip:
+            raise WeightsError(
+                f"this model reads clips of 1 to {self._longest_clip} frames, got {len(clip.steps)}; "
+                "change the parameter reasoner.clip_frames"
+            )
 
 
 def _is_same_view(one: Clip, other: Clip) -> bool:

@@ -1,82 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method `virst` on a small model: a prompt per frame, and clips that are encoded once."""
-
-from dataclasses import replace
+"""The method `virst` behind the reasoner's one call: requests in, prompts for their frames out."""
 
 import numpy as np
 import pytest
 import torch
 
-from tests.engine.model.small_models import SMALL, small_virst
-from virst_engine.errors import BadGoal
-from virst_engine.slow.virst_reasoner import VirstReasoner
+from tests.engine.model.small_models import SMALL, small_virst, with_fusion
+from virst_engine.errors import BadGoal, WeightsError
+from virst_engine.model.config import VirstConfig
+from virst_engine.model.pixels import normalise
+from virst_engine.model.virst import ClipEncoding, Virst
+from virst_engine.model.words import WordTokenizer
+from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
 from virst_engine.types import Clip, ReasonerRequest
-from virst_engine.weights import stages_of
+
+T, N, C = 3, SMALL.fusion.st_tokens, SMALL.sam2.channels
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> Virst:
     return small_virst()
 
 
-def request_for(model, seed, sentence="the red ball"):
-    rng = np.random.default_rng(seed)
-    frames = 4
-    with torch.inference_mode():
-        features = stages_of(model).image_encoder(torch.zeros(1, 3, 64, 64))
-    shape = (frames, *features.fusion.shape[1:])
+def request_of(sentence: str = "the red ball", *, frames: int = T, side: int = 64, grid: int = 16) -> ReasonerRequest:
+    rng = np.random.default_rng(0)
     clip = Clip(
-        steps=np.arange(frames, dtype=np.int64),
-        stamps_ns=np.arange(frames, dtype=np.int64) * 100_000_000,
-        frames_rgb_u8=rng.integers(0, 256, (frames, SMALL.video.image_size, SMALL.video.image_size, 3), dtype=np.uint8),
-        fusion=rng.normal(size=shape).astype(np.float16),
+        steps=np.arange(10, 10 + 5 * frames, 5),
+        stamps_ns=np.arange(frames) * 300_000_000,
+        frames_rgb_u8=rng.integers(0, 255, (frames, side, side, 3), np.uint8),
+        fusion=rng.normal(size=(frames, C, grid, grid)).astype(np.float16),
     )
-    return ReasonerRequest(1, 0, "goal", sentence, clip)
+    return ReasonerRequest(request_id=7, epoch=2, goal_id="g", sentence=sentence, clip=clip)
 
 
-def embeddings(answer):
-    return np.stack([prompt.embeddings for prompt in answer.prompts])
-
-
-def test_one_prompt_per_frame_of_the_clip(model):
-    request = request_for(model, 0)
+def test_every_frame_of_the_clip_gets_its_prompt_under_its_own_name(model: Virst) -> None:
+    request = request_of()
     answer = VirstReasoner(model).answer(request)
-    assert [prompt.step for prompt in answer.prompts] == request.clip.steps.tolist()
-    assert [prompt.stamp_ns for prompt in answer.prompts] == request.clip.stamps_ns.tolist()
-    assert {"encode_clip", "language", "total"} <= set(answer.timings_ms)
+    assert (answer.request_id, answer.epoch, answer.goal_id, answer.error) == (7, 2, "g", "")
+    assert [prompt.step for prompt in answer.prompts] == [10, 15, 20]
+    assert [prompt.stamp_ns for prompt in answer.prompts] == [0, 300_000_000, 600_000_000]
+    for prompt in answer.prompts:
+        assert prompt.embeddings.shape == (N, C)
+        assert prompt.embeddings.dtype == np.float32
+    assert answer.timings_ms["total"] == pytest.approx(answer.timings_ms["encode_clip"] + answer.timings_ms["language"])
 
 
-def test_goals_that_share_a_clip_have_it_encoded_once(model, monkeypatch):
-    encoded = []
-    encode = model.encode_clip
-    monkeypatch.setattr(model, "encode_clip", lambda *clip: encoded.append(1) or encode(*clip))
+def test_prompts_are_those_of_the_model(model: Virst) -> None:
+    request = request_of("The big blue box!")
+    answer = VirstReasoner(model).answer(request)
+    text = torch.tensor([WordTokenizer(SMALL.words).encode("the big blue box")])
+    with torch.no_grad():
+        frames = normalise(torch.from_numpy(request.clip.frames_rgb_u8))[None]
+        clip = model.encode_clip(frames, torch.from_numpy(request.clip.fusion).float()[None])
+        expected = model.prompts(clip, torch.tensor([0]), text, torch.ones_like(text).bool()).prompts[0]
+    for prompt, wanted in zip(answer.prompts, expected, strict=True):
+        assert np.allclose(prompt.embeddings, wanted.numpy(), atol=1e-5)
+
+
+def test_the_same_request_gets_the_same_answer(model: Virst) -> None:
+    reasoner = VirstReasoner(model.train())
+    one, other = reasoner.answer(request_of()), reasoner.answer(request_of())
+    assert not model.training
+    for a, b in zip(one.prompts, other.prompts, strict=True):
+        assert np.array_equal(a.embeddings, b.embeddings)
+
+
+def test_the_request_is_left_as_it_is(model: Virst) -> None:
+    request = request_of()
+    for array in (request.clip.frames_rgb_u8, request.clip.fusion):
+        array.flags.writeable = False  # as they come from the wire
+    VirstReasoner(model).answer(request)
+
+
+def test_goals_of_one_clip_share_its_encoding_and_another_clip_has_its_own(
+    model: Virst, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, encoded = model.encode_clip, []
+
+    def counted(frames: torch.Tensor, maps: torch.Tensor) -> ClipEncoding:
+        encoded.append(frames)
+        return encode(frames, maps)
+
+    monkeypatch.setattr(model, "encode_clip", counted)
     reasoner = VirstReasoner(model)
-    request = request_for(model, 0)
-    first = reasoner.answer(request)
-    same_clip_as_it_comes_over_the_wire = replace(
-        request.clip, frames_rgb_u8=request.clip.frames_rgb_u8.copy(), fusion=request.clip.fusion.copy()
-    )
-    again = reasoner.answer(replace(request, goal_id="other", clip=same_clip_as_it_comes_over_the_wire))
+    for sentence in ("the red ball", "the box"):
+        shared = reasoner.answer(request_of(sentence))  # an equal clip in new arrays, as it comes over the wire
+        assert np.array_equal(
+            shared.prompts[0].embeddings, VirstReasoner(model).answer(request_of(sentence)).prompts[0].embeddings
+        )
+    encoded.clear()
+    other = request_of()
+    other.clip.frames_rgb_u8[1, 2, 3] += 9
+    changed = reasoner.answer(other)
     assert len(encoded) == 1
-    assert np.array_equal(embeddings(first), embeddings(again))
+    assert not np.allclose(
+        changed.prompts[0].embeddings, reasoner.answer(request_of()).prompts[0].embeddings, atol=1e-4
+    )
+    assert len(encoded) == 2
+    reasoner.answer(request_of("the can"))
+    assert len(encoded) == 2
 
 
-def test_another_clip_is_encoded_anew(model):
-    reasoner = VirstReasoner(model)
-    reasoner.answer(request_for(model, 0))
-    after = reasoner.answer(request_for(model, 1))
-    alone = VirstReasoner(model).answer(request_for(model, 1))
-    assert np.array_equal(embeddings(after), embeddings(alone))
-    assert not np.array_equal(embeddings(after), embeddings(reasoner.answer(request_for(model, 0))))
+def test_without_second_fusion_all_frames_get_the_projected_tokens(model: Virst) -> None:
+    ablated = VirstReasoner(model, second_fusion=False).answer(request_of())
+    whole = VirstReasoner(model).answer(request_of())
+    first = ablated.prompts[0].embeddings
+    assert all(np.array_equal(prompt.embeddings, first) for prompt in ablated.prompts)
+    assert not np.allclose(first, whole.prompts[0].embeddings, atol=1e-2)
 
 
-def test_without_second_fusion_every_frame_has_the_same_prompt(model):
-    rows = embeddings(VirstReasoner(model, second_fusion=False).answer(request_for(model, 0)))
-    assert all(np.array_equal(row, rows[0]) for row in rows)
-    fused = embeddings(VirstReasoner(model).answer(request_for(model, 0)))
-    assert not np.array_equal(fused[0], fused[1])
-
-
-def test_a_sentence_without_a_known_word_is_refused(model):
+@pytest.mark.parametrize("sentence", ["", "der rote Ball", "red " * (LONGEST_GOAL_WORDS + 1)])
+def test_a_sentence_it_cannot_read_is_refused(model: Virst, sentence: str) -> None:
     with pytest.raises(BadGoal):
-        VirstReasoner(model).answer(request_for(model, 0, "xyzzy plugh"))
+        VirstReasoner(model).answer(request_of(sentence))
+
+
+@pytest.mark.parametrize("other", [{"side": 32}, {"grid": 8}])
+def test_a_clip_of_another_model_is_refused(model: Virst, other: dict[str, int]) -> None:
+    with pytest.raises(WeightsError, match=r"another model.*same weights"):
+        VirstReasoner(model).answer(request_of(**other))
+
+
+def test_a_clip_that_is_too_long_is_refused(model: Virst) -> None:
+    longest = SMALL.video.max_frames
+    reasoner = VirstReasoner(model)
+    assert len(reasoner.answer(request_of(frames=longest)).prompts) == longest
+    with pytest.raises(WeightsError, match=f"1 to {longest} frames, got {longest + 1}.*clip_frames"):
+        reasoner.answer(request_of(frames=longest + 1))
+
+
+@pytest.mark.parametrize(("level", "grid"), [(0, 16), (1, 8), (2, 4), (-1, 4), (-3, 16)])
+def test_the_level_that_fusion_reads_sets_the_size_of_the_features(level: int, grid: int) -> None:
+    config: VirstConfig = with_fusion(feature_level=level)
+    reasoner = VirstReasoner(small_virst(config))
+    assert len(reasoner.answer(request_of(grid=grid)).prompts) == T
+    features = small_virst(config).seg_model.encode_image(torch.zeros(1, 3, 64, 64), level)
+    assert features.fusion.shape[1:] == (C, grid, grid)
+    with pytest.raises(WeightsError):
+        reasoner.answer(request_of(grid=grid * 2))
+
+
+def test_one_frame_is_a_clip(model: Virst) -> None:
+    request = request_of(frames=1)
+    assert len(VirstReasoner(model).answer(request).prompts) == 1
