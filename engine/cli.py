@@ -282,6 +282,17 @@ def weights_info(
 
 
 @app.command()
+def words(
+    weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
+) -> None:
+    """List the words that the model knows; a goal may use no others."""
+    from virst_engine.config import ModelParameters
+    from virst_engine.weights import load_model, weights_path
+
+    typer.echo("\n".join(load_model(weights_path(ModelParameters(weights=weights))).config.words))
+
+
+@app.command()
 def version() -> None:
     """Print the version of this package and of the packages that it is built on."""
     from virst_engine.evaluate.provenance import versions

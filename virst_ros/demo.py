@@ -59,8 +59,10 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     """Start everything, set the goals, end everything; the figures. Raises VirstError when a part of it fails."""
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
+    from rclpy.signals import SignalHandlerOptions
 
     from virst_ros.demo_recorder import DemoRecorder
+    from virst_ros.spinning import spin_until_shutdown
 
     with ExitStack() as stack:
         domain = int(os.environ["ROS_DOMAIN_ID"]) if os.environ.get("ROS_DOMAIN_ID") else None
@@ -79,13 +81,14 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         for name, command in _commands(settings, recorded, endpoint).items():
             children.start(name, command, environment)
 
-        rclpy.init(domain_id=domain)
+        # Signals end the demo, which then shuts ROS down; rclpy's own handlers would do it under our feet.
+        rclpy.init(domain_id=domain, signal_handler_options=SignalHandlerOptions.NO)
         stack.callback(rclpy.try_shutdown)
         recorder = DemoRecorder()
         stack.callback(recorder.destroy_node)
         executor = SingleThreadedExecutor()
         executor.add_node(recorder)
-        spinning = threading.Thread(target=executor.spin, daemon=True)
+        spinning = threading.Thread(target=spin_until_shutdown, args=(executor,), daemon=True)
         spinning.start()
         stack.callback(spinning.join, 5.0)
         stack.callback(executor.shutdown)
@@ -202,15 +205,20 @@ def _set_goals(recorder: Any, children: ChildProcesses, settings: DemoSettings, 
     display: Display = LiveTable(console) if is_live else PlainLines(console)
     runs = []
     try:
-        for sentence, seconds in _goals(settings):
+        for sentence, left in _goals(settings):
+            targets = _meaning(recorder.window(spec), sentence)
             try:
-                run = _run_goal(recorder, children, spec, sentence, seconds, display, window)
+                run = recorder.set_goal(sentence)
             except VirstError as error:
+                children.check()
                 if not settings.interactive:
                     raise
                 console.print(f"[red]{error}[/red]")
                 continue
+            run.target_ids = targets
             runs.append(run)
+            console.print(f"[bold]{sentence}[/bold]", highlight=False)
+            _watch(recorder, children, run, left, display, window)
     except KeyboardInterrupt:
         console.print("stopped")
         if not runs:
@@ -248,49 +256,32 @@ def _typed_goals(settings: DemoSettings) -> Iterator[tuple[str, Callable[[float]
         yield sentence, lambda _: 0.0 if not typed.empty() else float("nan")
 
 
-def _run_goal(
-    recorder: Any,
-    children: ChildProcesses,
-    spec: Any,
-    sentence: str,
-    left: Callable[[float], float],
-    display: Any,
-    window: Any,
-) -> Any:
-    """One goal for as long as `left` says."""
+def _watch(
+    recorder: Any, children: ChildProcesses, run: Any, left: Callable[[float], float], display: Any, window: Any
+) -> None:
+    """Show one goal for as long as `left` says. Raises ChildFailed when a process ends meanwhile."""
     from virst_ros.demo_display import Shown
 
-    targets = _meaning(recorder.window(spec), sentence)
-    run = recorder.set_goal(sentence)
-    run.target_ids = targets
     begin_s = time.monotonic()
-    console.print(f"[bold]{sentence}[/bold]", highlight=False)
-    try:
-        while True:
-            elapsed_s = time.monotonic() - begin_s
-            left_s = left(elapsed_s)
-            if left_s <= 0:
-                return run
-            children.check()
-            moment = recorder.moment()
-            display.show(
-                Shown(
-                    sentence,
-                    left_s,
-                    moment.images,
-                    moment.masks,
-                    moment.age_ms,
-                    moment.state.name,
-                    moment.score,
-                    moment.reasoner_latency_s,
-                    moment.message,
-                )
+    while not (left_s := left(time.monotonic() - begin_s)) <= 0:
+        children.check()
+        moment = recorder.moment()
+        display.show(
+            Shown(
+                run.sentence,
+                left_s,
+                moment.images,
+                moment.masks,
+                moment.age_ms,
+                moment.state.name,
+                moment.score,
+                moment.reasoner_latency_s,
+                moment.message,
             )
-            if window is not None:
-                window.show(run, run.frames[-1] if run.frames else None)
-            time.sleep(0.1 if window is None else 0.04)
-    finally:
-        run.seconds = time.monotonic() - begin_s
+        )
+        if window is not None:
+            window.show(run, run.frames[-1] if run.frames else None)
+        time.sleep(0.1 if window is None else 0.04)
 
 
 def _meaning(window: Any, sentence: str) -> tuple[int, ...] | None:
@@ -343,7 +334,7 @@ def _ended_by_signals() -> Iterator[None]:
     def stop(number: int, _: Any) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -43,8 +43,14 @@ class GoalRun:
     sentence: str
     goal_id: str
     target_ids: tuple[int, ...] | None = None  # None: the grammar of the simulator does not know the sentence
-    seconds: float = 0.0
     frames: list[MaskedFrame] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame to the end of the last one, by their stamps; 0 with fewer than two frames."""
+        count = len(self.frames)
+        span_s = (self.frames[-1].stamp_ns - self.frames[0].stamp_ns) / 1e9 if count else 0.0
+        return span_s * count / (count - 1) if count > 1 else 0.0
 
     @property
     def frames_in(self) -> int:

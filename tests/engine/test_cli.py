@@ -20,6 +20,7 @@ COMMANDS = [
     ["scenes", "show"],
     ["weights"],
     ["weights", "info"],
+    ["words"],
     ["version"],
 ]
 
@@ -83,6 +84,19 @@ def test_errors_of_the_engine_are_one_line_and_exit_code_2(monkeypatch, capsys):
         cli.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "virst: WeightsError: no file; train them\n"
+
+
+def test_words_and_facts_of_a_weights_file(tmp_path):
+    from tests.engine.model.small_models import WORDS, small_virst
+    from virst_engine.weights import save_model
+
+    file = tmp_path / "small.safetensors"
+    save_model(small_virst(), file, {"trained": "never"})
+    assert run("words", "--weights", str(file)).output.split() == list(WORDS)
+    facts = run("weights", "info", str(file)).output
+    assert "small" in facts
+    assert "never" in facts
+    assert "sha256" in facts
 
 
 def test_missing_weights_are_named(monkeypatch, capsys, tmp_path):

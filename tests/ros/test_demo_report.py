@@ -45,7 +45,7 @@ def ball_run():
     searching = [frame(t, empty, rectangle(20, 3), ObjectState.SEARCHING, math.nan) for t in (0, 1)]
     right = frame(2, rectangle(20, 5), rectangle(20, 3), age_ms=50.0)
     half = frame(3, rectangle(30, 5), rectangle(20, 3), latency_s=0.3, age_ms=60.0)
-    return GoalRun("the red ball", "goal_1", (2,), seconds=0.5, frames=[*searching, right, half])
+    return GoalRun("the red ball", "goal_1", (2,), frames=[*searching, right, half])
 
 
 def test_figures_start_with_the_first_answer():
@@ -53,7 +53,7 @@ def test_figures_start_with_the_first_answer():
     assert figures["J"] == pytest.approx(100 * (1 + 1 / 3) / 2, abs=0.01)
     assert figures["JF"] == pytest.approx((figures["J"] + figures["F"]) / 2, abs=0.01)
     assert figures["frames_scored"] == 2
-    assert (figures["frames_in"], figures["frames_out"], figures["fps_out"]) == (5, 4, 8.0)
+    assert (figures["frames_in"], figures["frames_out"], figures["fps_out"]) == (5, 4, 10.0)
     assert figures["first_answer_s"] == 0.2
     assert figures["state"] == "TRACKING"
     assert figures["reasoner_latency_ms"]["p50"] == 250.0
@@ -62,20 +62,20 @@ def test_figures_start_with_the_first_answer():
 
 def test_an_absent_target_is_right_when_nothing_is_marked():
     empty = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    run = GoalRun("the egg", "goal_2", (), 0.1, [frame(0, empty, rectangle(20), ObjectState.NOT_FOUND)])
+    run = GoalRun("the egg", "goal_2", (), [frame(0, empty, rectangle(20), ObjectState.NOT_FOUND)])
     figures = demo_report.goal_figures(run)
     assert (figures["J"], figures["F"], figures["state"]) == (100.0, 100.0, "NOT_FOUND")
 
 
 def test_other_objects_in_the_mask_image_do_not_count():
     both = rectangle(20, 5) | rectangle(50, 9)
-    run = GoalRun("the red ball", "goal_1", (2,), 0.1, [frame(0, both, rectangle(20, 3))])
+    run = GoalRun("the red ball", "goal_1", (2,), [frame(0, both, rectangle(20, 3))])
     assert demo_report.goal_figures(run)["J"] == 100.0
 
 
 @pytest.mark.parametrize(("targets", "frames"), [(None, 1), ((2,), 0)])
 def test_without_truth_or_frames_there_is_no_score(targets, frames):
-    run = GoalRun("hm", "goal_1", targets, 1.0, [frame(0, rectangle(20, 5), rectangle(20, 3))] * frames)
+    run = GoalRun("hm", "goal_1", targets, [frame(0, rectangle(20, 5), rectangle(20, 3))] * frames)
     figures = demo_report.goal_figures(run)
     assert (figures["J"], figures["F"], figures["JF"]) == (None, None, None)
 
@@ -83,8 +83,8 @@ def test_without_truth_or_frames_there_is_no_score(targets, frames):
 def test_summary_is_json_and_a_table():
     result = demo_report.summary([ball_run(), GoalRun("nothing", "goal_2")])
     assert json.loads(json.dumps(result)) == result
-    assert result["fps_out"] == 8.0
-    assert result["fps_in"] == 10.0
+    assert result["fps_out"] == 10.0
+    assert result["fps_in"] == 12.5
     assert len(result["goals"]) == 2
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(demo_report.table(result))
@@ -99,7 +99,7 @@ def test_video_shows_every_frame_twice_as_large(tmp_path):
     video = cv2.VideoCapture(str(path))
     assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 4
     assert (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (2 * WIDTH, 2 * HEIGHT)
-    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(8.0, abs=0.1)
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10.0, abs=0.1)
 
 
 def test_video_without_ffmpeg(tmp_path, monkeypatch):
