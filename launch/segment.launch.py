@@ -7,8 +7,14 @@ ros2 launch virst_ros segment.launch.py --show-args
 """
 
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
+import yaml
+from ament_index_python.packages import PackageNotFoundError, get_package_prefix
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction, SetEnvironmentVariable
 from launch.substitutions import EnvironmentVariable, LaunchConfiguration
@@ -16,6 +22,7 @@ from launch_ros.actions import Node
 
 HERE = Path(__file__).parent  # the same tree in the source and in share/virst_ros
 BOOLEAN = ["true", "false"]
+AS_IN_FILE = ["", *BOOLEAN]
 # Fast DDS 3, from ROS 2 Kilted on, renamed the variable that names its profile.
 OLD_FAST_DDS = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
 PROFILE_VARIABLE = f"{'FASTRTPS' if OLD_FAST_DDS else 'FASTDDS'}_DEFAULT_PROFILES_FILE"
@@ -47,13 +54,26 @@ ARGUMENTS = [
         "goal", default_value="", description="a sentence that is set from the start; empty = as in params_file"
     ),
     DeclareLaunchArgument(
-        "device", default_value="", description="torch device, for example cuda:0; empty = as in params_file"
+        "device",
+        default_value="",
+        description="torch device of segmenter and reasoner, for example cuda:0; empty = as in params_file",
     ),
     DeclareLaunchArgument(
-        "autostart", default_value="true", choices=BOOLEAN, description="configure and activate the segmenter by itself"
+        "weights",
+        default_value="",
+        description="safetensors file for segmenter and reasoner; empty = as in params_file, else the shipped one",
     ),
     DeclareLaunchArgument(
-        "use_sim_time", default_value="false", choices=BOOLEAN, description="take the time from /clock"
+        "autostart",
+        default_value="",
+        choices=AS_IN_FILE,
+        description="configure and activate the segmenter by itself; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "use_sim_time",
+        default_value="",
+        choices=AS_IN_FILE,
+        description="take the time from /clock; empty = as in params_file, else false",
     ),
     DeclareLaunchArgument(
         "log_level",
@@ -69,37 +89,98 @@ ARGUMENTS = [
     ),
     DeclareLaunchArgument(
         "reasoner_endpoint",
-        default_value="ipc:///tmp/virst_reasoner",
-        description="ZeroMQ address at which segmenter and reasoner meet",
+        default_value="",
+        description="ZeroMQ address at which segmenter and reasoner meet; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "curve_keys",
+        default_value="",
+        description="folder of the CURVE keys of both, needed for a tcp:// address; empty = as in params_file",
     ),
     DeclareLaunchArgument(
         "sim", default_value="false", choices=BOOLEAN, description="start a simulated camera that publishes on /camera"
     ),
     DeclareLaunchArgument("sim_seed", default_value="1000000", description="number of the simulated scene"),
+    DeclareLaunchArgument(
+        "rviz", default_value="false", choices=BOOLEAN, description="start RViz with a view of images and masks"
+    ),
 ]
 
+# Launch argument -> parameter of the segmenter.
+TEXT_PARAMETERS = {
+    "camera_name": "camera_name",
+    "goal": "initial_goal",
+    "device": "model.device",
+    "weights": "model.weights",
+    "reasoner_endpoint": "reasoner.endpoint",
+    "curve_keys": "reasoner.curve_keys",
+}
+BOOLEAN_PARAMETERS = ("autostart", "use_sim_time")
+# Parameter of the segmenter -> option of virst-reasoner: where the two must agree, or usually do.
+REASONER_OPTIONS = {
+    "reasoner.endpoint": "--endpoint",
+    "reasoner.curve_keys": "--curve-keys",
+    "model.name": "--model",
+    "model.weights": "--weights",
+    "model.device": "--device",
+}
 # Python's logging and ROS 2 name two levels differently.
 REASONER_LOG_LEVELS = {"warn": "warning", "fatal": "error"}
+
+
+def parameters_in_file(path: Path, node: str) -> dict[str, Any]:
+    """What a parameter file sets for the node of that full name, flat (`model.weights`); later sections win."""
+    found: dict[str, Any] = {}
+
+    def flatten(prefix: str, tree: dict[str, Any]) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                flatten(f"{prefix}{name}.", value)
+            else:
+                found[prefix + name] = value
+
+    def visit(pattern: str, tree: Any) -> None:
+        for name, below in (tree or {}).items():
+            if name != "ros__parameters":
+                visit(f"{pattern}/{name.strip('/')}", below)
+            elif re.fullmatch(_expression(pattern), node):
+                flatten("", below or {})
+
+    visit("", yaml.safe_load(path.read_text(encoding="utf-8")))
+    return found
+
+
+def _expression(pattern: str) -> str:
+    """`*` stands for one part of a node's name, `**` for any number of them."""
+    parts = {"**": "(/[^/]+)*", "*": "/[^/]+"}
+    return "".join(parts.get(part, f"/{re.escape(part)}") for part in pattern.strip("/").split("/"))
+
+
+def reasoner_program() -> list[str]:
+    """The reasoner of the installation that the segmenter is taken from; else one on PATH, else this Python's."""
+    try:
+        prefix = Path(get_package_prefix("virst_ros"))
+    except PackageNotFoundError:
+        candidates = []
+    else:  # colcon installs programs in the first place, pip in the second
+        candidates = [prefix / "lib" / "virst_ros" / "virst-reasoner", prefix / "bin" / "virst-reasoner"]
+    for program in candidates:
+        if os.access(program, os.X_OK):
+            return [str(program)]
+    on_path = shutil.which("virst-reasoner")
+    return [on_path] if on_path else [sys.executable, "-m", "virst_engine.slow.zmq_server"]
 
 
 def start(context: LaunchContext) -> list:
     """The processes for the arguments as they were given; an empty argument leaves params_file as it is."""
     value = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
     ros_arguments = ["--log-level", value["log_level"]]
-    use_sim_time = value["use_sim_time"] == "true"
 
-    parameters = {
-        "autostart": value["autostart"] == "true",
-        "use_sim_time": use_sim_time,
-        "reasoner.endpoint": value["reasoner_endpoint"],
+    parameters: dict[str, Any] = {
+        parameter: value[argument] for argument, parameter in TEXT_PARAMETERS.items() if value[argument]
     }
-    for argument, parameter in {
-        "camera_name": "camera_name",
-        "goal": "initial_goal",
-        "device": "model.device",
-    }.items():
-        if value[argument]:
-            parameters[parameter] = value[argument]
+    parameters |= {name: value[name] == "true" for name in BOOLEAN_PARAMETERS if value[name]}
+    sim_time = {name: parameters[name] for name in ("use_sim_time",) if name in parameters}
     remappings = [("image", value["image_topic"]), ("camera_info", value["camera_info_topic"])]
     if value["depth_topic"]:
         parameters["use_depth"] = True
@@ -118,21 +199,36 @@ def start(context: LaunchContext) -> list:
         )
     ]
     if value["reasoner"] == "true":
-        # Not a ROS node: it speaks ZeroMQ only, and may run on another machine.
-        command = ["python3", "-m", "virst_engine.slow.zmq_server", "--endpoint", value["reasoner_endpoint"]]
-        command += ["--log-level", REASONER_LOG_LEVELS.get(value["log_level"], value["log_level"])]
-        if value["device"]:
-            command += ["--device", value["device"]]
-        processes.append(ExecuteProcess(name="reasoner", cmd=command, output="screen"))
+        namespace = value["namespace"].strip("/")
+        node = f"/{namespace}/segmenter" if namespace else "/segmenter"
+        agreed = parameters_in_file(Path(value["params_file"]), node) | parameters
+        # Not a ROS node: it speaks ZeroMQ only, and may run on another machine. launch_ros.Node would give it
+        # --ros-args, which it does not know.
+        command = [*reasoner_program(), "--log-level", REASONER_LOG_LEVELS.get(value["log_level"], value["log_level"])]
+        for parameter, option in REASONER_OPTIONS.items():
+            if agreed.get(parameter):
+                command += [option, str(agreed[parameter])]
+        processes.append(ExecuteProcess(name="reasoner", cmd=command, output="screen", respawn=True, respawn_delay=2.0))
     if value["sim"] == "true":
         processes.append(
             Node(
                 package="virst_ros",
                 executable="sim_camera",
                 name="camera",
-                parameters=[{"seed": int(value["sim_seed"]), "use_sim_time": use_sim_time}],
+                parameters=[{"seed": int(value["sim_seed"]), **sim_time}],
                 ros_arguments=ros_arguments,
                 output="screen",
+            )
+        )
+    if value["rviz"] == "true":
+        processes.append(
+            Node(
+                package="rviz2",
+                executable="rviz2",
+                name="rviz",
+                arguments=["-d", str(HERE / "rviz" / "virst.rviz")],
+                parameters=[sim_time],
+                output="log",
             )
         )
     return processes

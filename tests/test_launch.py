@@ -60,6 +60,8 @@ def load_launch_file(monkeypatch: pytest.MonkeyPatch) -> Any:
         },
         "launch_ros": {},
         "launch_ros.actions": {"Node": kind("Node")},
+        "ament_index_python": {},
+        "ament_index_python.packages": {"PackageNotFoundError": KeyError, "get_package_prefix": {}.__getitem__},
     }
     for name, contents in names.items():
         module = types.ModuleType(name)
@@ -101,7 +103,7 @@ def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None
     names = [argument.name for argument in launch_module.ARGUMENTS]
     assert {
         *("image_topic", "camera_info_topic", "depth_topic", "namespace", "camera_name", "params_file", "goal"),
-        *("log_level", "use_sim_time", "autostart", "sim", "reasoner"),
+        *("log_level", "use_sim_time", "autostart", "sim", "reasoner", "weights", "curve_keys", "rviz"),
     } <= set(names)
     assert len(names) == len(set(names))
     for argument in launch_module.ARGUMENTS:
@@ -125,21 +127,108 @@ def test_the_profile_is_named_as_older_releases_expect_it(monkeypatch: pytest.Mo
     assert load_launch_file(monkeypatch).PROFILE_VARIABLE == "FASTRTPS_DEFAULT_PROFILES_FILE"
 
 
-def test_without_arguments_segmenter_and_reasoner_meet_at_the_configured_address(launch_module: Any) -> None:
+def reasoner_options(started: dict[str, Recorded]) -> dict[str, str]:
+    command = started["reasoner"].named["cmd"]
+    first = next(i for i, word in enumerate(command) if word.startswith("--"))
+    return dict(zip(command[first::2], command[first + 1 :: 2], strict=True))
+
+
+def test_without_arguments_segmenter_and_reasoner_agree_on_the_defaults(launch_module: Any) -> None:
     started = processes(launch_module)
     assert started.keys() == {"segmenter", "reasoner"}
-    endpoint = EngineConfig().reasoner.endpoint
-    assert parameters(started["segmenter"])["reasoner.endpoint"] == endpoint
-    command = started["reasoner"].named["cmd"]
-    assert command[command.index("--endpoint") + 1] == endpoint
-    assert importlib.util.find_spec(command[2]) is not None
+    config = EngineConfig()
+    assert parameters(started["segmenter"])["reasoner.endpoint"] == config.reasoner.endpoint
+    options = reasoner_options(started)
+    assert (options["--endpoint"], options["--model"]) == (config.reasoner.endpoint, config.model.name)
+    assert "--weights" not in options
+
+
+def test_arguments_reach_segmenter_and_reasoner(launch_module: Any) -> None:
+    started = processes(
+        launch_module, weights="/w.safetensors", curve_keys="/keys", reasoner_endpoint="tcp://a:1", device="cuda:1"
+    )
+    options, got = reasoner_options(started), parameters(started["segmenter"])
+    for parameter, option, value in (
+        ("model.weights", "--weights", "/w.safetensors"),
+        ("reasoner.curve_keys", "--curve-keys", "/keys"),
+        ("reasoner.endpoint", "--endpoint", "tcp://a:1"),
+        ("model.device", "--device", "cuda:1"),
+    ):
+        assert got[parameter] == options[option] == value
+
+
+@pytest.mark.parametrize(
+    ("namespace", "section"),
+    [
+        ("", "/**"),
+        ("", "segmenter"),
+        ("", "/segmenter"),
+        ("", "/**/segmenter"),
+        ("robot", "/robot/segmenter"),
+        ("/robot", "/*/segmenter"),
+        ("robot", "/robot/**"),
+    ],
+)
+def test_the_reasoner_gets_what_the_parameter_file_says(
+    launch_module: Any, tmp_path: Path, namespace: str, section: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"{section}: {{ros__parameters: {{model.weights: /w.safetensors, autostart: false, use_sim_time: true, "
+        "reasoner: {endpoint: 'ipc:///elsewhere', curve_keys: /keys}}}\n"
+        "/someone_else: {ros__parameters: {model: {weights: /other.safetensors}}}\n"
+    )
+    started = processes(launch_module, params_file=str(file), namespace=namespace)
+    options = reasoner_options(started)
+    assert options["--weights"] == "/w.safetensors"
+    assert options["--endpoint"] == "ipc:///elsewhere"
+    assert options["--curve-keys"] == "/keys"
+    assert started["segmenter"].named["parameters"] == [str(file), {}], "nothing overrides the file"
+
+
+def test_sections_of_other_nodes_are_not_the_reasoners(launch_module: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("/robot/segmenter: {ros__parameters: {model: {weights: /w.safetensors}}}\n/empty:\n")
+    for namespace in ("", "other", "robot/head"):
+        assert "--weights" not in reasoner_options(processes(launch_module, params_file=str(file), namespace=namespace))
+
+
+def test_the_reasoner_is_started_again_when_it_ends(launch_module: Any) -> None:
+    reasoner = processes(launch_module)["reasoner"]
+    assert reasoner.named["respawn"] is True
+    assert reasoner.named["respawn_delay"] == 2.0
+
+
+@pytest.mark.parametrize("place", ["lib/virst_ros", "bin"])
+def test_the_reasoner_comes_from_the_installation_of_the_segmenter(
+    launch_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    monkeypatch.setattr(launch_module, "get_package_prefix", {"virst_ros": str(tmp_path)}.__getitem__)
+    program = tmp_path / place / "virst-reasoner"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert launch_module.reasoner_program() == [str(program)]
+
+
+def test_without_an_installation_the_reasoner_is_found_on_path_or_in_this_python(
+    launch_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    python, flag, module = launch_module.reasoner_program()
+    assert (python, flag) == (sys.executable, "-m")
+    assert importlib.util.find_spec(module) is not None
+    program = tmp_path / "virst-reasoner"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert launch_module.reasoner_program() == [str(program)]
 
 
 def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) -> None:
-    started = processes(launch_module, device="cuda:0", log_level="warn")
-    _, _, module, *options = started["reasoner"].named["cmd"]
+    started = processes(launch_module, device="cuda:0", log_level="warn", weights="/w", curve_keys="/k")
+    options = [word for pair in reasoner_options(started).items() for word in pair]
     app = typer.Typer()
-    app.command()(importlib.import_module(module)._command)
+    app.command()(importlib.import_module("virst_engine.slow.zmq_server")._command)
     result = CliRunner().invoke(app, [*options, "--help"])
     assert result.exit_code == 0, result.output
     assert "No such option" not in result.output
@@ -162,8 +251,8 @@ def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) ->
 def test_the_segmenter_knows_every_parameter_it_gets(launch_module: Any, given: dict[str, str]) -> None:
     known = {spec.name: spec for spec in [*engine_specs(), *node_specs()]}
     got = parameters(processes(launch_module, **given)["segmenter"])
-    use_sim_time = got.pop("use_sim_time")  # rclpy's own
-    assert use_sim_time is (given.get("use_sim_time") == "true")
+    assert got.pop("use_sim_time", False) is (given.get("use_sim_time") == "true")  # rclpy's own
+    assert got["autostart"] is (given.get("autostart") != "false")
     assert got.keys() <= known.keys()
     for name, value in got.items():
         assert type(value) is known[name].type, name
@@ -191,7 +280,17 @@ def test_reasoner_and_simulated_camera_can_be_chosen(launch_module: Any) -> None
     assert processes(launch_module, reasoner="false").keys() == {"segmenter"}
     with_camera = processes(launch_module, sim="true", sim_seed="7")
     assert with_camera.keys() == {"segmenter", "reasoner", "sim_camera"}
-    assert with_camera["sim_camera"].named["parameters"][0]["seed"] == 7
+    assert with_camera["sim_camera"].named["parameters"] == [{"seed": 7}]
+    in_sim_time = processes(launch_module, sim="true", use_sim_time="true")
+    assert in_sim_time["sim_camera"].named["parameters"][0]["use_sim_time"] is True
+
+
+def test_rviz_starts_when_it_is_chosen(launch_module: Any) -> None:
+    rviz = processes(launch_module, rviz="true")["rviz2"]
+    option, file = rviz.named["arguments"]
+    assert option == "-d"
+    assert Path(file).is_file()
+    assert rviz.named["package"] == "rviz2"
 
 
 def test_the_real_launch_packages_accept_the_file() -> None:
