@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.engine.data.fake_scenes import NOTHING, THE_BALL, FakeScene
 from tests.engine.model.small_models import SMALL, small_virst
 from virst_engine.data.clips import Batch, BatchSource
-from virst_engine.model.virst import Virst
+from virst_engine.model.virst import ClipEncoding, Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train import steps
 from virst_engine.train.config import LossWeights, StageConfig, TrainConfig
@@ -78,7 +78,9 @@ def test_image_step_decodes_the_anchors_with_their_own_prompts_and_features() ->
     batch = batch_of(IMAGE)
     _, newest = image_step(model, heads, batch, train_segmenter=True)
     encoded = steps.encode(model, batch, train_segmenter=True)
-    prompts = steps._prompts(model, encoded, batch).prompts
+    maps = encoded.features.fusion.unflatten(0, (-1, encoded.frames))
+    clip = model.encode_cells(encoded.video_cells, maps)
+    prompts = model.prompts(clip, batch.clip_of_row, batch.text, batch.text_valid).prompts
     frame = batch.anchors[-1]
     assert frame == batch.clip_frames - 1
     for row, clip in enumerate(batch.clip_of_row.tolist()):
@@ -145,7 +147,39 @@ def test_attribute_losses_teach_both_encoders() -> None:
     names = learning(model)
     assert any(name.startswith("seg_model.image_encoder.neck") for name in names)
     assert "video_encoder.stem.0.conv1.weight" in names
-    assert learning(heads) == {name for name, _ in heads.named_parameters()}
+    assert learning(heads) == {name for name, _ in heads.named_parameters() if name.startswith(("seg_", "video_"))}
+
+
+def test_token_attributes_teach_what_second_fusion_looks_at() -> None:
+    model, heads = parts()
+    batch = batch_of(IMAGE)
+    image_step(model, heads, batch, train_segmenter=True)[0]["token_attribute"].backward()
+    assert learning(heads) == {name for name, _ in heads.named_parameters() if name.startswith("token_")}
+    names = learning(model)
+    assert "seg_prompter.spatial_down.4.weight" in names
+    assert not [name for name in names if name.startswith(("language_model.", "seg_model.sam_", "video_encoder."))]
+
+
+def test_a_token_holds_the_colours_that_cover_enough_of_it() -> None:
+    _, heads = parts()
+    batch = batch_of(IMAGE, said=(THE_BALL,))
+    clips, t = batch.colour.shape[0], batch.clip_frames
+    colour = torch.zeros_like(batch.colour)  # 16 x 16, a token is 8 x 8 of it
+    colour[0, 0, :2, :2] = 2  # 4 of 64: held
+    colour[0, 1, 9, 9] = 1  # 1 of 64: too little
+    batch = replace(batch, colour=colour, shape=torch.zeros_like(colour))
+    held = torch.zeros(clips, t, 2, 2, 2)
+    held[0, 0, 0, 0, 1] = 1.0
+    clip = ClipEncoding(torch.zeros(clips, 1, 1), None, torch.randn(clips, t, C, 2, 2))
+    with torch.no_grad():
+        heads.token_shape.weight.zero_()
+        heads.token_shape.bias.fill_(-60.0)  # no shape: right, and worth nothing
+        for sign, right in ((1.0, True), (-1.0, False)):
+            logits = sign * (held * 2 - 1) * 60.0
+            heads.token_colour.forward = lambda tokens, logits=logits: logits
+            loss = float(steps.token_attribute_losses(heads, clip, batch)["token_attribute"])
+            assert (loss < 1e-6) == right
+            assert right or loss == pytest.approx(30.0)
 
 
 def test_a_cell_has_the_label_that_covers_most_of_it() -> None:
@@ -193,7 +227,6 @@ def test_propagation_reads_anchors_then_what_came_since(monkeypatch: pytest.Monk
     assert len(watched.reads) == 3
     k = len(batch.anchors)
     for number, read in enumerate(watched.reads):
-        assert read.spatial_tpos[0].tolist() == [P - 1] * k + list(range(number))
         now = 11 + number  # clip frames 0, 5, 10; then every step
         assert read.pointer_distance[0].tolist() == [now - 5 * a for a in batch.anchors] + [
             float(i + 1) for i in range(number)
@@ -201,6 +234,12 @@ def test_propagation_reads_anchors_then_what_came_since(monkeypatch: pytest.Monk
         # The truth decides what is remembered: nothing of a target that is not there.
         seen = batch.visible[:, [*batch.anchors, *(3 + i for i in reversed(range(number)))]]
         assert torch.equal(read.spatial_valid, seen)
+        for row, valid in enumerate(seen.tolist()):
+            assert read.spatial_tpos[row, :k].tolist() == [P - 1] * k
+            written = [
+                int(tpos) for tpos, is_valid in zip(read.spatial_tpos[row, k:], valid[k:], strict=True) if is_valid
+            ]
+            assert written == list(range(len(written)))
         assert torch.equal(read.pointer_valid, seen)
 
 
@@ -283,7 +322,9 @@ def test_training_memory_holds_p_minus_1_recent_frames_and_three_anchors() -> No
     assert read.spatial[0, :, 0, 0, 0].tolist() == kept
     assert read.pointers[1, :, 0].tolist() == kept
     assert read.pointer_distance[0].tolist() == [24.0 - step for step in kept]
-    assert read.spatial_tpos[1].tolist() == [P - 1] * 3 + list(range(P - 1))
+    # As in the memory bank of a stream, "k frames back" means k writes back; what is not valid has no meaning.
+    assert read.spatial_tpos[0].tolist() == [P - 1] * 3 + [0, 1, 2, 3]
+    assert read.spatial_tpos[1, [4, 6]].tolist() == [0, 1]  # steps 22 and 20
     assert read.spatial_valid[0].tolist() == [True] * (2 + P)
     assert read.spatial_valid[1].tolist() == [False] * 3 + [step % 2 == 0 for step in kept[3:]]
     assert memory.any_anchor.tolist() == [True, False]
