@@ -4,6 +4,7 @@
 Nothing here executes what a file contains. Weights are stored as float16 and run as float32.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -36,6 +37,21 @@ def weights_path(parameters: ModelParameters) -> Path:
     if not path.is_file():
         raise WeightsError(f"the weights of {parameters.name} are missing: no file {path}; {REMEDY}")
     return path
+
+
+def weights_identity(parameters: ModelParameters) -> str:
+    """What tells these weights from others: the model's name and the start of the file's SHA-256. Raises WeightsError.
+
+    The segmenter and the reasoner compare it: an answer means nothing to other weights than those that gave it.
+    """
+    path, digest = weights_path(parameters), hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error}); {REMEDY}") from error
+    return f"{parameters.name} {digest.hexdigest()[:12]}"
 
 
 def save_model(model: Virst, path: Path, card: dict[str, object] | None = None) -> None:

@@ -8,7 +8,7 @@ from virst_engine import EngineConfig
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
-from virst_engine.weights import load_goal_check, load_stages, weights_path
+from virst_engine.weights import load_goal_check, load_stages, weights_identity, weights_path
 from virst_ros.diagnostics import LoadedModel
 
 
@@ -31,7 +31,9 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     """
     path = weights_path(config.model)
     stages, check_goal = load_stages(config.model), load_goal_check(config.model)
-    reasoner = ZmqReasonerClient(config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys)
+    reasoner = ZmqReasonerClient(
+        config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys, model=weights_identity(config.model)
+    )
     session = Session(config, stages, reasoner)
     return LoadedEngine(
         session=session,

@@ -46,7 +46,7 @@ class Hello:
 class Heartbeat:
     """Reasoner to client, also while it computes."""
 
-    model: str  # name of the model that answers
+    model: str  # identity of the weights that answer, see `weights_identity`; empty = not told
     busy_s: float  # for how long the running request has been computed; 0 when idle
     dropped: int  # messages from anyone that broke the protocol, since the start
 

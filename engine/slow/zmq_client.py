@@ -44,16 +44,18 @@ class ZmqReasonerClient:
         endpoint: str,
         *,
         curve_keys: str = "",
+        model: str = "",
         heartbeat_s: float = 0.5,
         silent_after_s: float = 2.0,
         busy_after_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start connecting. `status` complains of silence after `silent_after_s` and of one endless request after
-        `busy_after_s`. Raises EndpointError for an address or keys that can never work.
+        `busy_after_s`; also of a reasoner with other weights than `model` (see `weights_identity`; empty = any).
+        Raises EndpointError for an address or keys that can never work.
         """
         check_endpoint(endpoint, curve_keys)
-        self._endpoint = endpoint
+        self._endpoint, self._model = endpoint, model
         self._heartbeat_s, self._silent_after_s, self._busy_after_s = heartbeat_s, silent_after_s, busy_after_s
         self._clock = clock
         self._lock = threading.Lock()
@@ -139,6 +141,11 @@ class ZmqReasonerClient:
             silent_s = 0.0 if self._unheard_since_s is None else self._clock() - self._unheard_since_s
             if self._heartbeat is None:
                 return f"the reasoner at {self._endpoint} is there but has not answered for {silent_s:.1f} s (loading?)"
+            if self._model and self._heartbeat.model != self._model:
+                return (
+                    f"the reasoner at {self._endpoint} runs other weights ({self._heartbeat.model or 'not named'}) "
+                    f"than the segmenter ({self._model}): restart it with --weights as in the segmenter's model.weights"
+                )
             if silent_s > self._silent_after_s:
                 return f"the reasoner at {self._endpoint} hangs, silent for {silent_s:.1f} s; restart virst-reasoner"
             if self._heartbeat.busy_s > self._busy_after_s:

@@ -67,9 +67,12 @@ class ReasonerServer:
     """
 
     def __init__(self, endpoint: str, *, model: str = "", curve_keys: str = "") -> None:
-        """Raises EndpointError when the address is malformed, taken or not permitted, or keys are missing."""
+        """`model` is told to clients (see `weights_identity`) and may be set until `run`.
+
+        Raises EndpointError when the address is malformed, taken or not permitted, or keys are missing.
+        """
         check_endpoint(endpoint, curve_keys)
-        self._model = model
+        self.model = model
         self._changed = threading.Condition()  # guards the five below
         self._waiting: dict[tuple[bytes, str], _Waiting] = {}
         self._waiting_bytes = 0
@@ -168,7 +171,7 @@ class ReasonerServer:
             case wire.Hello():
                 busy_since_s = self._busy_since_s
                 busy_s = 0.0 if busy_since_s is None else time.monotonic() - busy_since_s
-                self._send(client, wire.encode(wire.Heartbeat(self._model, busy_s, self._dropped)))
+                self._send(client, wire.encode(wire.Heartbeat(self.model, busy_s, self._dropped)))
             case ReasonerRequest():
                 self._enqueue(_Waiting(client, message, time.monotonic()))
             case wire.Cancel():
@@ -242,9 +245,14 @@ def _answer(reasoner: Reasoner, waiting: _Waiting) -> list[wire.Buffer]:
         return wire.encode(refusal(request, f"the reasoner failed ({type(error).__name__}: {error}); see its log"))
 
 
-def serve(load: Callable[[], Reasoner], endpoint: str, *, model: str = "", curve_keys: str = "") -> bool:
-    """Bind, load, answer until SIGTERM or SIGINT; for the main thread. False when a last computation did not end."""
-    server = ReasonerServer(endpoint, model=model, curve_keys=curve_keys)
+def serve(
+    load: Callable[[], Reasoner], endpoint: str, *, identify: Callable[[], str] = str, curve_keys: str = ""
+) -> bool:
+    """Bind, load, answer until SIGTERM or SIGINT; for the main thread. False when a last computation did not end.
+
+    `identify` names the weights that `load` has loaded, for the clients; the default names none.
+    """
+    server = ReasonerServer(endpoint, curve_keys=curve_keys)
 
     def stop(signal_number: int, _: FrameType | None) -> None:
         logger.info("stopping on %s", signal.Signals(signal_number).name)
@@ -254,8 +262,8 @@ def serve(load: Callable[[], Reasoner], endpoint: str, *, model: str = "", curve
     # A signal that arrives just before `run` waits, or in another thread, does not interrupt the waiting; this does.
     earlier_fd = signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)
     try:
-        reasoner = load()
-        logger.info("answering at %s", endpoint)
+        reasoner, server.model = load(), identify()
+        logger.info("answering at %s%s", endpoint, f" with {server.model}" if server.model else "")
         server.run(reasoner)
     finally:
         signal.set_wakeup_fd(earlier_fd)
@@ -301,7 +309,9 @@ def _command(
             make_curve_keys(Path(make_keys))
             return
         parameters = ModelParameters(model, weights, device, threads or _half_of_the_cores())
-        has_ended = serve(lambda: _load(parameters), endpoint, model=model, curve_keys=curve_keys)
+        has_ended = serve(
+            lambda: _load(parameters), endpoint, identify=lambda: _identify(parameters), curve_keys=curve_keys
+        )
     except (VirstError, ValueError) as error:
         typer.echo(f"virst-reasoner: {error}", err=True)
         raise typer.Exit(1) from error
@@ -314,6 +324,12 @@ def _load(parameters: ModelParameters) -> Reasoner:
     from virst_engine.weights import load_reasoner  # takes seconds; --help and a wrong endpoint should not
 
     return load_reasoner(parameters)
+
+
+def _identify(parameters: ModelParameters) -> str:
+    from virst_engine.weights import weights_identity
+
+    return weights_identity(parameters)
 
 
 def main() -> None:

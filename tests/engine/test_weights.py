@@ -26,6 +26,7 @@ from virst_engine.weights import (
     read_card,
     save_model,
     stages_of,
+    weights_identity,
     weights_path,
 )
 
@@ -251,3 +252,17 @@ def test_the_number_of_threads_is_the_parameters(path: Path) -> None:
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_identity_is_that_of_the_contents(model: Virst, path: Path, tmp_path: Path) -> None:
+    def identity(file: Path) -> str:
+        return weights_identity(ModelParameters(weights=str(file)))
+
+    copy, changed = tmp_path / "copy.safetensors", tmp_path / "changed.safetensors"
+    copy.write_bytes(path.read_bytes())
+    changed.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    assert identity(copy) == identity(path)
+    assert identity(changed) != identity(path)
+    assert identity(path).startswith("tabletop-tiny ")
+    with pytest.raises(WeightsError, match="no file"):
+        identity(tmp_path / "missing")

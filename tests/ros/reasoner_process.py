@@ -19,4 +19,4 @@ class LatinReasoner(FakeReasoner):
 
 if __name__ == "__main__":
     logging.basicConfig(level="WARNING")
-    serve(LatinReasoner, sys.argv[1], model="fake")
+    serve(LatinReasoner, sys.argv[1], identify=lambda: "fake")

@@ -54,4 +54,4 @@ class ObedientReasoner:
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO")
-    serve(ObedientReasoner, sys.argv[1], model="obedient")
+    serve(ObedientReasoner, sys.argv[1], identify=lambda: "obedient")

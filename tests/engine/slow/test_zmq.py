@@ -245,6 +245,25 @@ def test_nobody_listens_and_nobody_waits(endpoint):
         wait_until(lambda: "no reasoner answers" in client.status())
 
 
+def test_a_reasoner_with_other_weights_is_told_and_one_with_the_same_is_listened_to(endpoint):
+    with connected(endpoint, model="tabletop-tiny 0123") as client:
+        with server_thread(endpoint):
+            wait_until(
+                lambda: "runs other weights (obedient) than the segmenter (tabletop-tiny 0123)" in client.status()
+            )
+            assert "restart it with --weights" in client.status()
+        wait_until(lambda: "no reasoner answers" in client.status())
+        with server_thread(endpoint) as server:
+            server.model = "tabletop-tiny 0123"
+            wait_until(lambda: client.status() == "")
+
+
+def test_the_process_names_the_weights_that_it_loaded(endpoint):
+    with connected(endpoint, model="obedient") as client, reasoner_process(endpoint):
+        wait_until(lambda: client.status() == "", seconds=60)
+        assert client._heartbeat.model == "obedient"
+
+
 def test_a_request_beyond_the_bounds_is_an_error_of_the_caller(endpoint):
     with connected(endpoint) as client, pytest.raises(WireError, match="goal_id"):
         client.submit(request_of("the red ball", goal_id="g" * 5000))
