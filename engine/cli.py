@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from virst_engine.config import ModelParameters
 from virst_engine.errors import VirstError
 
 app = typer.Typer(
@@ -184,12 +185,13 @@ def bench(
     scene: Annotated[int, typer.Option(min=0, help="Seed of the simulated scene that is played.")] = 1_000_000,
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of the engine; 0 = torch's choice.")] = (
+        ModelParameters.threads
+    ),
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables here, as Markdown.")] = None,
 ) -> None:
     """Measure ms per stage, frames per second, age of masks and memory of the model on this machine."""
-    from virst_engine.config import ModelParameters
     from virst_engine.evaluate.bench import BenchSettings, default_case, markdown, run_bench
     from virst_engine.weights import load_reasoner, load_stages
 
@@ -265,7 +267,6 @@ def weights_info(
     """Tell what a weights file holds: size, checksum, parameters, and where it comes from."""
     import hashlib
 
-    from virst_engine.config import ModelParameters
     from virst_engine.weights import load_model, read_card, weights_path
 
     with _values_as_usage():
@@ -286,7 +287,6 @@ def words(
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
 ) -> None:
     """List the words that the model knows; a goal may use no others."""
-    from virst_engine.config import ModelParameters
     from virst_engine.weights import load_model, weights_path
 
     typer.echo("\n".join(load_model(weights_path(ModelParameters(weights=weights))).config.words))
