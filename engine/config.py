@@ -24,7 +24,7 @@ def parameter(
 
 
 def check_fields(group: str, config: Any) -> None:
-    """Raise ValueError, naming the field as `group.field`, unless every `parameter` of the dataclass allows its value."""
+    """Raise ValueError, naming the field as `group.field`, unless every `parameter` allows its value."""
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
         name = f"{group}.{f.name}" if group else f.name
@@ -74,7 +74,8 @@ class MemoryParameters:
         check_fields("memory", self)
         if self.anchors_attended > self.anchor_slots:
             raise ValueError(
-                f"memory.anchors_attended must be <= memory.anchor_slots ({self.anchor_slots}), got {self.anchors_attended}"
+                f"memory.anchors_attended must be <= memory.anchor_slots ({self.anchor_slots}), "
+                f"got {self.anchors_attended}"
             )
 
 
@@ -88,8 +89,8 @@ class TrackingParameters:
         0.5, "IoU from which a refreshed anchor agrees with the running mask", low=0.0, high=1.0, live=True
     )
     overrule_answers: int = parameter(
-        2,
-        "answers in a row that must disagree with a confident track before they overrule it",
+        4,
+        "answers in a row that must all point at the same other thing before a settled object is given up for it",
         low=1,
         high=100,
         live=True,
@@ -106,7 +107,9 @@ class TrackingParameters:
 class ReasonerParameters:
     endpoint: str = parameter("ipc:///tmp/virst_reasoner", "ZeroMQ address of the reasoner process")
     curve_keys: str = parameter("", "folder of CURVE keys, needed for tcp:// (virst-reasoner --make-curve-keys)")
-    period_s: float = parameter(1.0, "time between refreshes of a tracked goal", low=0.0, high=3600.0, live=True)
+    period_s: float = parameter(
+        1.0, "time between refreshes of a goal that is tracked, or hidden but settled", low=0.0, high=3600.0, live=True
+    )
     retry_s: float = parameter(
         0.3, "least time between requests of a goal that is not tracked", low=0.0, high=3600.0, live=True
     )

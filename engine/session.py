@@ -17,7 +17,17 @@ from virst_engine.fast.object_registry import ObjectRegistry
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import check_image, resize_image
 from virst_engine.fast.tracker import DecodedAnchors, Sighting, TrackedFrame, Tracker
-from virst_engine.slow.anchors import Action, AnchorEvidence, Decision, Dispute, Situation, decide, select_anchors
+from virst_engine.slow.anchors import (
+    Action,
+    AnchorEvidence,
+    Claim,
+    Decision,
+    Dispute,
+    Situation,
+    decide,
+    nearest_prompt,
+    select_anchors,
+)
 from virst_engine.slow.frame_window import FrameWindow
 from virst_engine.slow.goals import GoalBook, OpenRequest
 from virst_engine.slow.reasoner import ReasonerClient
@@ -40,6 +50,7 @@ class _Track:
     is_settled: bool = False  # by an answer that saw a full window
     is_weak: bool = False  # known only by an anchor whose frame was evicted
     dispute: Dispute = field(default_factory=Dispute)
+    claim: Claim | None = None  # what the newest answer of the dispute points at, unless that is absence
     newest_anchor_ns: int | None = None
     replay_anchor_ns: int | None = None  # becomes the newest anchor when the replay is through
     replay_is_settled: bool = False
@@ -108,7 +119,7 @@ class Session:
         if reasoner is None:
             from virst_engine.slow.zmq_client import ZmqReasonerClient
 
-            reasoner = ZmqReasonerClient(config.reasoner.endpoint)
+            reasoner = ZmqReasonerClient(config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys)
         return cls(config, stages, reasoner)
 
     def set_goal(
@@ -276,6 +287,8 @@ class Session:
         if sighting is None:
             return
         if sighting.is_present:
+            if track.state is ObjectState.LOST:  # its memory found it: what was said against it meanwhile is void
+                track.dispute, track.claim = Dispute(), None
             track.state, track.absent_steps = ObjectState.TRACKING, 0
             return
         track.absent_steps += 1
@@ -289,7 +302,7 @@ class Session:
         track.state = ObjectState.TRACKING if is_present else ObjectState.LOST
         track.absent_steps = 0 if is_present else self._config.tracking.lost_after_steps
         track.newest_anchor_ns, track.is_settled = track.replay_anchor_ns, track.replay_is_settled
-        track.is_weak, track.dispute = False, Dispute()
+        track.is_weak, track.dispute, track.claim = False, Dispute(), None
 
     def _ask(self, frame: Frame) -> None:
         """Hand the reasoner the newest clip for every goal that is due."""
@@ -325,8 +338,11 @@ class Session:
             return False
         if track.goal.camera not in ("", frame.camera) or self._tracker.is_replaying(track.slot):
             return False
-        is_tracked = track.state is ObjectState.TRACKING and self._is_confident(track)
-        return self._book.is_due(track.goal.goal_id, frame.stamp_ns, is_tracked=is_tracked)
+        # Hidden, but settled: memory finds it again, and clips that share most frames are not several witnesses.
+        is_safe = (track.state is ObjectState.TRACKING and self._is_confident(track)) or (
+            track.state is ObjectState.LOST and track.is_settled
+        )
+        return self._book.is_due(track.goal.goal_id, frame.stamp_ns, is_tracked=is_safe)
 
     def _is_same_goal(self, track: _Track) -> bool:
         pending = self._pending.get(track.goal.goal_id)
@@ -368,8 +384,9 @@ class Session:
         selected = select_anchors(prompts)
         embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in selected]).astype(np.float32))
         anchors = self._tracker.decode_anchors(track.slot, [prompt.step for prompt in selected], embeddings)
-        decision = self._decide(track, anchors)
+        decision = self._decide(track, anchors, repeats=self._repeats_claim(track, prompts))
         track.dispute = decision.dispute
+        self._note_claim(track, decision, anchors, prompts)
         logger.debug("goal %s: %s", track.goal.goal_id, decision.action.name)
 
         if decision.action is Action.ASK_AGAIN or anchors is None:
@@ -394,7 +411,30 @@ class Session:
             track.newest_anchor_ns, track.is_settled, track.is_weak = newest_ns, False, True
             self._ask_again(track)
 
-    def _decide(self, track: _Track, anchors: DecodedAnchors | None) -> Decision:
+    def _repeats_claim(self, track: _Track, prompts: tuple[Prompt, ...]) -> bool:
+        """Whether the answer points at what the dispute is about, judged in the frame nearest in time."""
+        if track.claim is None:
+            return False
+        prompt = nearest_prompt(prompts, track.claim.stamp_ns)
+        embeddings = torch.from_numpy(prompt.embeddings.astype(np.float32))[None]
+        decoded = self._tracker.decode_anchors(track.slot, [prompt.step], embeddings)
+        if decoded is None or not decoded.is_present[0]:
+            return False
+        mask = (decoded.prediction.mask_logits[0] > 0).cpu().numpy()
+        return track.claim.is_repeated_by(mask, prompt.stamp_ns, self._config.tracking.agree_iou)
+
+    @staticmethod
+    def _note_claim(
+        track: _Track, decision: Decision, anchors: DecodedAnchors | None, prompts: tuple[Prompt, ...]
+    ) -> None:
+        if decision.dispute.answers == 0 or decision.dispute.says_absent:
+            track.claim = None
+        elif decision.action is Action.HOLD and anchors is not None:
+            newest = max(i for i, is_present in enumerate(anchors.is_present) if is_present)
+            stamp_ns = next(prompt.stamp_ns for prompt in prompts if prompt.step == anchors.steps[newest])
+            track.claim = Claim(stamp_ns, (anchors.prediction.mask_logits[newest] > 0).cpu().numpy())
+
+    def _decide(self, track: _Track, anchors: DecodedAnchors | None, *, repeats: bool) -> Decision:
         evidence = (
             []
             if anchors is None
@@ -412,7 +452,13 @@ class Session:
             dispute=track.dispute,
         )
         tracking = self._config.tracking
-        return decide(evidence, situation, agree_iou=tracking.agree_iou, overrule_answers=tracking.overrule_answers)
+        return decide(
+            evidence,
+            situation,
+            agree_iou=tracking.agree_iou,
+            overrule_answers=tracking.overrule_answers,
+            repeats=repeats,
+        )
 
     def _ask_again(self, track: _Track) -> None:
         with self._lock:

@@ -2,8 +2,11 @@
 """What an answer of the reasoner means for an object that may be tracked already. Decisions only, no tensors.
 
 The target of a goal is what the sentence meant when it was said. A refreshed answer is computed on another window of
-frames, so it may point elsewhere by mistake or because the words fit something else by now; one such answer does not
-take a confident track away. An object that is not tracked has nothing to lose and takes every answer at once.
+frames, so it may point elsewhere by mistake, or because what the words tell ("the one that moved first") has left the
+window. So an object that an answer with a full window has settled is given up only for several answers in a row that
+all point at the same other thing, whether it is seen or hidden: a hidden object comes back by its memory. That there is
+no such object is believed of a settled one only while the segmenter doubts it too. An object that is not settled has
+nothing to lose and takes every answer at once.
 """
 
 from collections.abc import Sequence
@@ -11,14 +14,17 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 import numpy as np
+from jaxtyping import Bool
 
 from virst_engine.types import ObjectState, Prompt
+
+OWN_SIZES_PER_S = 2.0  # how fast an object may move, in its own sizes, for two masks to be of the same one
 
 
 class Action(Enum):
     INSERT = auto()  # agrees: remember the anchors, go on
     START_OVER = auto()  # new, or overruled: anchors only, replayed from their frame to now
-    HOLD = auto()  # disagrees with a confident track: count it
+    HOLD = auto()  # disagrees with a settled object: count it
     DECLARE_ABSENT = auto()  # no such object: forget what is remembered
     KEEP = auto()  # says what is known already
     JUMP = auto()  # the frame was evicted and nothing else is known: use the anchor as it is, ask again
@@ -36,13 +42,39 @@ class AnchorEvidence:
 
 @dataclass(frozen=True)
 class Dispute:
-    """Answers in a row that contradict the track and say the same: it is elsewhere, or there is no such object."""
+    """Answers in a row that contradict the track and say the same: it is that other thing, or it is nowhere."""
 
     answers: int = 0
     says_absent: bool = False
 
-    def with_one_more(self, says_absent: bool) -> "Dispute":
-        return Dispute(self.answers + 1 if says_absent == self.says_absent else 1, says_absent)
+    def with_one_more(self, says_absent: bool, repeats: bool) -> "Dispute":
+        """`repeats`: the new answer points at what the last one pointed at (needless where both say absent)."""
+        says_the_same = says_absent == self.says_absent and (says_absent or repeats)
+        return Dispute(self.answers + 1 if says_the_same else 1, says_absent)
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """Where an answer that contradicts the track sees the object."""
+
+    stamp_ns: int
+    mask: Bool[np.ndarray, "hm wm"]
+
+    def is_repeated_by(self, mask: Bool[np.ndarray, "hm wm"], stamp_ns: int, agree_iou: float) -> bool:
+        """Whether a later answer's mask, in this frame or one near in time, is of the same object.
+
+        It is when the masks overlap by `agree_iou`, or when they are as alike in area as that and their centres at most
+        as far apart as the object could have moved: half its size and OWN_SIZES_PER_S more, but never more than its
+        size, because there the neighbour begins.
+        """
+        area, other = int(self.mask.sum()), int(mask.sum())
+        if min(area, other) == 0:
+            return False
+        if int((self.mask & mask).sum()) >= agree_iou * int((self.mask | mask).sum()):
+            return True
+        apart_px = float(np.linalg.norm(np.argwhere(self.mask).mean(axis=0) - np.argwhere(mask).mean(axis=0)))
+        sizes = min(0.5 + OWN_SIZES_PER_S * abs(stamp_ns - self.stamp_ns) / 1e9, 1.0)
+        return min(area, other) >= agree_iou * max(area, other) and apart_px <= sizes * min(area, other) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -63,53 +95,75 @@ class Decision:
     dispute: Dispute = Dispute()  # from now on
 
 
+def anchor_count(clip_frames: int) -> int:
+    """K = max(1, T // 4) (Algorithm 2)."""
+    return max(1, clip_frames // 4)
+
+
+def anchor_steps(steps: Sequence[int]) -> list[int]:
+    """The K of the clip's frames that anchors are made of: evenly spread, ending in the newest; no frame twice."""
+    # From the newest: it is the only one if K = 1.
+    positions = np.linspace(len(steps) - 1, 0, anchor_count(len(steps))).round().astype(int).tolist()
+    return sorted({steps[position] for position in positions})
+
+
 def select_anchors(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """K = max(1, T // 4) of the clip's prompts, evenly spread, ending in the newest (Algorithm 2); no frame twice."""
-    last, count = len(prompts) - 1, max(1, len(prompts) // 4)
-    positions = np.linspace(last, 0, count).round().astype(int).tolist()  # from the newest: it is the only one if K = 1
-    by_step = {prompts[position].step: prompts[position] for position in positions}
-    return [by_step[step] for step in sorted(by_step)]
+    """The prompts of the `anchor_steps`, oldest first."""
+    by_step = {prompt.step: prompt for prompt in prompts}
+    return [by_step[step] for step in anchor_steps([prompt.step for prompt in prompts])]
+
+
+def nearest_prompt(prompts: Sequence[Prompt], stamp_ns: int) -> Prompt:
+    """The prompt whose frame is nearest in time; the newer of two equally near ones."""
+    return min(reversed(prompts), key=lambda prompt: abs(prompt.stamp_ns - stamp_ns))
 
 
 def decide(
-    evidence: Sequence[AnchorEvidence], situation: Situation, *, agree_iou: float, overrule_answers: int
+    evidence: Sequence[AnchorEvidence],
+    situation: Situation,
+    *,
+    agree_iou: float,
+    overrule_answers: int,
+    repeats: bool = False,
 ) -> Decision:
     """What to do with one answer.
 
     Args:
         evidence: the anchors whose features are still there, oldest first; empty when all of them are gone.
+        repeats: the answer points at what the last one pointed at that contradicted the track.
     """
-    is_tracking = situation.state is ObjectState.TRACKING
-    is_lost = situation.state is ObjectState.LOST
+    is_known = situation.state in (ObjectState.TRACKING, ObjectState.LOST)
     if not evidence:
         return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
 
     present = [i for i, e in enumerate(evidence) if e.is_present]
-    dispute = situation.dispute.with_one_more(says_absent=not present)
+    dispute = situation.dispute.with_one_more(not present, repeats)
     is_overruled = not situation.is_settled or dispute.answers >= overrule_answers
     if not present:
-        if (is_tracking or is_lost) and not situation.is_visible:
+        if is_known and not situation.is_visible:
             # Hidden is what we say already, and its memory is what finds it when it comes back.
             return Decision(Action.KEEP, dispute=situation.dispute)
-        if is_tracking and not is_overruled:
+        is_protected = situation.is_settled and situation.is_confident
+        if is_known and (is_protected or not is_overruled):
             return Decision(Action.HOLD, dispute=dispute)
         return Decision(Action.DECLARE_ABSENT)
 
     cached = [i for i in present if evidence[i].is_cached]
-    if not cached:
-        if is_tracking or is_lost:
+    if is_known:
+        known = [agreement for i in present if (agreement := evidence[i].agreement) is not None]
+        if known and known[-1] >= agree_iou:
+            newest = present[-1]
+            joining = [i for i in present if _may_join(evidence[i], i == newest, agree_iou)]
+            return Decision(Action.INSERT, chosen=tuple(joining))
+        if not cached:
             return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
-        return Decision(Action.JUMP, chosen=(present[-1],))
-
-    if is_tracking or is_lost:
-        known = [evidence[i].agreement for i in cached if evidence[i].agreement is not None]
-        agrees = bool(known) and known[-1] >= agree_iou  # type: ignore[operator]  # None is filtered out above
-        if agrees:
-            return Decision(Action.INSERT, chosen=tuple(i for i in cached if _may_join(evidence[i], agree_iou)))
-        if is_tracking and situation.is_confident and not is_overruled:
+        if not is_overruled:
             return Decision(Action.HOLD, dispute=dispute)
+    if not cached:
+        return Decision(Action.JUMP, chosen=(present[-1],))
     return Decision(Action.START_OVER, chosen=tuple(cached))
 
 
-def _may_join(evidence: AnchorEvidence, agree_iou: float) -> bool:
-    return evidence.agreement is None or evidence.agreement >= agree_iou
+def _may_join(evidence: AnchorEvidence, is_newest: bool, agree_iou: float) -> bool:
+    # Of a frame before the track began nothing is known: an older anchor there may show anything.
+    return is_newest if evidence.agreement is None else evidence.agreement >= agree_iou

@@ -11,6 +11,8 @@ from virst_engine.types import Clip
 
 ROWS_PER_SPACING = 8  # frames closer together than spacing / 8 are not all kept: bounds the store at any frame rate
 
+LONGEST = 2  # a clip that takes longer than this many times what it should shows something else than its frames say
+
 
 def choose_frames(stamps_ns: Sequence[int], count: int, spacing_ns: int) -> list[int]:
     """Positions in `stamps_ns` (ascending) of the clip's frames, oldest first; the newest frame is always the last.
@@ -41,6 +43,7 @@ class FrameWindow:
 
     def __init__(self, clip_frames: int, clip_spacing_s: float, camera: str = "camera") -> None:
         self._count, self._spacing_ns, self._camera = clip_frames, round(clip_spacing_s * 1e9), camera
+        self._longest_ns = LONGEST * (clip_frames - 1) * self._spacing_ns
         self._rows = (clip_frames - 1) * (ROWS_PER_SPACING if self._spacing_ns else 1) + 2
         self._order: list[int] = []  # rows in use, oldest first
         self._steps = np.zeros(self._rows, dtype=np.int64)
@@ -58,7 +61,12 @@ class FrameWindow:
         frame_rgb_u8: UInt8[np.ndarray, "hv wv 3"],
         fusion: Float[np.ndarray, "cf hf wf"],
     ) -> None:
-        """Copy the newest frame in. Stamps must not go back: `clear` the window when they do."""
+        """Copy the newest frame in. Stamps must not go back: `clear` the window when they do.
+
+        After a pause of more than LONGEST spans of the clip the window starts anew: what was before is another story.
+        """
+        if self._order and 0 < self._longest_ns < stamp_ns - self._stamps_ns[self._order[-1]]:
+            self._order.clear()
         if self._frames is None or self._fusion is None:
             self._frames = np.zeros((self._rows, *frame_rgb_u8.shape), dtype=np.uint8)
             self._fusion = np.zeros((self._rows, *fusion.shape), dtype=np.float16)
@@ -75,8 +83,15 @@ class FrameWindow:
         return Clip(self._steps[rows], self._stamps_ns[rows], self._frames[rows], self._fusion[rows], self._camera)
 
     def is_full(self, clip: Clip) -> bool:
-        """Whether the clip has no repeated frame: the whole window has been seen."""
-        return len(set(clip.steps.tolist())) == self._count
+        """Whether the whole window has been seen: no repeated frame, and the time it spans is that of a clip.
+
+        Half a spacing less is close enough, and LONGEST spans of a slow camera are; a window with a pause is longer.
+        """
+        if len(set(clip.steps.tolist())) < self._count:
+            return False
+        span_ns = int(clip.stamps_ns[-1] - clip.stamps_ns[0])
+        shortest_ns = (self._count - 1) * self._spacing_ns - self._spacing_ns // 2
+        return self._longest_ns == 0 or shortest_ns <= span_ns <= self._longest_ns
 
     def clear(self, camera: str | None = None) -> None:
         """No frame was ever seen; buffers stay."""

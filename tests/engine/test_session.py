@@ -24,6 +24,7 @@ from tests.fakes import (
     moving_square,
     small_config,
 )
+from virst_engine.config import EngineConfig, ReasonerParameters
 from virst_engine.errors import BadFrame, BadGoal, UnknownGoal, VirstError, WireError
 from virst_engine.session import Session
 from virst_engine.types import Frame, FrameResult, ObjectState, Prompt, ReasonerAnswer, ReasonerRequest
@@ -111,7 +112,7 @@ def test_a_hidden_object_is_lost_after_a_few_frames_and_found_again_by_memory() 
     assert "not visible" in results[25].objects[0].message
 
 
-def test_a_lost_object_is_asked_for_more_often_and_a_fresh_prompt_finds_it() -> None:
+def test_a_lost_object_that_is_not_settled_is_asked_for_more_often_and_a_fresh_prompt_finds_it() -> None:
     # The red square leaves; what the sentence means comes back in another colour, which memory does not know.
     leaves = Square(RED, lambda t: (2, 2) if t < 10 else None)
     comes = Square(BLUE, lambda t: (2, 6) if t >= 20 else None)
@@ -230,9 +231,12 @@ def test_an_evicted_answer_does_not_touch_a_good_track() -> None:
     assert all(np.array_equal(result.objects[0].mask, video.truth(result.step, 0)) for result in results)
 
 
-def shown_squares(meanings: Sequence[Colour], overrule_answers: int = 2, clip_frames: int = 2) -> str:
-    """Which square is shown in each frame, when the reasoner is asked every frame: r, b, or - for none."""
-    video = Video([moving_square(), moving_square(BLUE, row=9)])
+def shown_squares(
+    meanings: Sequence[Colour], overrule_answers: int = 2, clip_frames: int = 2, min_write_iou: float = 0.5
+) -> str:
+    """Which square is shown in each frame, when the reasoner is asked every frame: r, b, g, or - for none."""
+    still_green = Square(GREEN, lambda t: (12, 12), cells=3)
+    video = Video([moving_square(row=1), moving_square(BLUE, row=6), still_green])
     client = InstantClient(FakeReasoner(meaning_of(meanings)))
     session = session_of(
         client,
@@ -241,26 +245,54 @@ def shown_squares(meanings: Sequence[Colour], overrule_answers: int = 2, clip_fr
         overrule_answers=overrule_answers,
         clip_frames=clip_frames,
         clip_spacing_s=0.1,
+        min_write_iou=min_write_iou,
     )
     session.set_goal("it")
     letters = []
     for t, result in enumerate(run(session, video, range(len(meanings)))):
-        shown = [letter for n, letter in enumerate("rb") if np.array_equal(result.objects[0].mask, video.truth(t, n))]
+        shown = [letter for n, letter in enumerate("rbg") if np.array_equal(result.objects[0].mask, video.truth(t, n))]
         letters.append(shown[0] if shown else "-")
     return "".join(letters)
 
 
-def test_one_answer_does_not_take_a_confident_track_away_but_several_in_a_row_do() -> None:
-    r, b, none = RED, BLUE, GREEN
+def test_only_answers_in_a_row_that_point_at_the_same_thing_take_a_settled_track_away() -> None:
+    r, b, g = RED, BLUE, GREEN
     assert shown_squares([r, r, b, r, b, r, r]) == "rrrrrrr"
     assert shown_squares([r, r, b, b, b, b, b]) == "rrrbbbb"
     assert shown_squares([r, r, b, b, b, b, b], overrule_answers=3) == "rrrrbbb"
-    assert shown_squares([r, r, none, r, none, none, none]) == "rrrrr--"
+    assert shown_squares([r, r, r, b, g, r, r]) == "rrrrrrr"  # two answers, two wrong squares
+    assert shown_squares([r, r, b, g, b, g, b]) == "rrrrrrr"
+    assert shown_squares([r, r, b, g, g, g, g]) == "rrrrggg"
+
+
+def test_an_object_that_is_seen_well_is_not_given_up_because_it_is_said_to_be_absent() -> None:
+    r, none = RED, (-9.0, -9.0, -9.0)
+    assert shown_squares([r, r, none, none, none, none, none]) == "rrrrrrr"
+    assert shown_squares([r, r, none, r, none, none, none], min_write_iou=0.95) == "rrrrr--"  # 0.9 is predicted
+
+
+def test_a_lost_object_is_not_taken_by_wrong_answers_but_waits_until_it_comes_back() -> None:
+    hidden = Square(RED, lambda t: None if 30 <= t < 70 else (2, 1 + t % 10))
+    video = Video([hidden, moving_square(BLUE, row=9)])
+    client = InstantClient(FakeReasoner(lambda request: BLUE if request.clip.steps[-1] >= 30 else RED))
+    session = session_of(client, lost_after_steps=3, period_s=1.0, overrule_answers=6)
+    session.set_goal("it")
+    results = run(session, video, range(90))
+    assert len(client.reasoner.requests) >= 6
+    assert states(results)[35:70] == [LOST] * 35
+    assert all(np.array_equal(result.objects[0].mask, video.truth(result.step)) for result in results)
+
+    # As many answers as are asked for do take it: it may have changed beyond what memory knows.
+    client = InstantClient(FakeReasoner(lambda request: BLUE if request.clip.steps[-1] >= 30 else RED))
+    session = session_of(client, lost_after_steps=3, period_s=1.0, overrule_answers=3)
+    session.set_goal("it")
+    results = run(session, video, range(70))
+    assert np.array_equal(results[-1].objects[0].mask, video.truth(69, 1))
 
 
 def test_an_answer_from_a_window_that_was_not_full_is_overruled_at_once() -> None:
     assert shown_squares([RED, BLUE, RED, RED, RED, RED], clip_frames=3) == "rbrrrr"
-    assert shown_squares([RED, GREEN, RED, RED, BLUE, RED], clip_frames=3) == "r-rrrr"
+    assert shown_squares([RED, (-9.0, -9.0, -9.0), RED, RED, BLUE, RED], clip_frames=3) == "r-rrrr"
 
 
 def test_an_answer_of_an_old_epoch_changes_nothing() -> None:
@@ -516,6 +548,21 @@ def test_a_clock_that_goes_back_starts_the_session_over_and_keeps_the_goals() ->
     assert all(np.array_equal(r.objects[0].mask, video.truth(t)) for r, t in zip(results[30:], range(10), strict=True))
     assert client.reasoner.requests[-1].clip.steps.tolist() == [30] * 8
     assert results[39].objects[0].prompt_age_s == pytest.approx(0.9)
+
+
+def test_open_hands_the_reasoner_s_address_and_keys_to_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Client(InstantClient):
+        def __init__(self, endpoint: str, *, curve_keys: str = "") -> None:
+            super().__init__()
+            made.append((endpoint, curve_keys))
+
+    monkeypatch.setattr("virst_engine.slow.zmq_client.ZmqReasonerClient", Client)
+    monkeypatch.setattr("virst_engine.weights.load_stages", lambda model: FakeStages())
+    reasoner = ReasonerParameters(endpoint="tcp://robot:5555", curve_keys="/keys")
+    Session.open(EngineConfig(reasoner=reasoner)).close()
+    assert made == [("tcp://robot:5555", "/keys")]
 
 
 def test_live_parameters_change_with_the_next_frame_and_others_not_at_all() -> None:

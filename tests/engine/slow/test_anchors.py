@@ -4,12 +4,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from virst_engine.slow.anchors import Action, AnchorEvidence, Decision, Dispute, Situation, decide, select_anchors
+from virst_engine.slow.anchors import (
+    Action,
+    AnchorEvidence,
+    Claim,
+    Decision,
+    Dispute,
+    Situation,
+    decide,
+    nearest_prompt,
+    select_anchors,
+)
 from virst_engine.types import ObjectState, Prompt
 
 AGREES, DIFFERS = AnchorEvidence(True, True, 0.8), AnchorEvidence(True, True, 0.1)
 UNKNOWN, ABSENT = AnchorEvidence(True, True, None), AnchorEvidence(True, False, None)
-EVICTED = AnchorEvidence(False, True, None)
+EVICTED, EVICTED_AGREES = AnchorEvidence(False, True, None), AnchorEvidence(False, True, 0.8)
 CONFIDENT = Situation(ObjectState.TRACKING, is_visible=True, is_confident=True, is_settled=True)
 UNSURE = replace(CONFIDENT, is_confident=False)
 UNSETTLED = replace(CONFIDENT, is_settled=False)
@@ -17,12 +27,14 @@ CONTRADICTED = replace(CONFIDENT, dispute=Dispute(1))
 SAID_ABSENT = replace(CONFIDENT, dispute=Dispute(1, says_absent=True))
 HIDDEN = replace(CONTRADICTED, is_visible=False, is_confident=False)
 LOST = replace(HIDDEN, state=ObjectState.LOST, dispute=Dispute())
+LOST_UNSETTLED, LOST_DISPUTED = replace(LOST, is_settled=False), replace(LOST, dispute=Dispute(1))
+UNSURE_SAID_ABSENT = replace(UNSURE, dispute=Dispute(1, says_absent=True))
 SEARCHING = replace(LOST, state=ObjectState.SEARCHING, is_settled=False)
 NOT_FOUND = replace(SEARCHING, state=ObjectState.NOT_FOUND)
 
 
-def decided(evidence: list[AnchorEvidence], situation: Situation) -> Decision:
-    return decide(evidence, situation, agree_iou=0.5, overrule_answers=2)
+def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool = True) -> Decision:
+    return decide(evidence, situation, agree_iou=0.5, overrule_answers=2, repeats=repeats)
 
 
 @pytest.mark.parametrize(
@@ -31,14 +43,17 @@ def decided(evidence: list[AnchorEvidence], situation: Situation) -> Decision:
         ([AGREES, AGREES], CONFIDENT, Decision(Action.INSERT, (0, 1))),
         ([AGREES], CONTRADICTED, Decision(Action.INSERT, (0,))),  # and the count starts again
         ([DIFFERS, AGREES], CONFIDENT, Decision(Action.INSERT, (1,))),  # the newest decides, only it joins
-        ([UNKNOWN, AGREES], CONFIDENT, Decision(Action.INSERT, (0, 1))),
+        ([UNKNOWN, AGREES], CONFIDENT, Decision(Action.INSERT, (1,))),  # nobody knows what the older one shows
+        ([AGREES, UNKNOWN], CONFIDENT, Decision(Action.INSERT, (0, 1))),
+        ([EVICTED_AGREES], CONTRADICTED, Decision(Action.INSERT, (0,))),  # nothing to replay, so nothing is missing
         ([AGREES, ABSENT], CONFIDENT, Decision(Action.INSERT, (0,))),
         ([AGREES, DIFFERS], CONFIDENT, Decision(Action.HOLD, (), Dispute(1))),
         ([AGREES, DIFFERS], CONTRADICTED, Decision(Action.START_OVER, (0, 1))),
-        ([DIFFERS], UNSURE, Decision(Action.START_OVER, (0,))),
+        ([DIFFERS], UNSURE, Decision(Action.HOLD, (), Dispute(1))),
         ([DIFFERS], UNSETTLED, Decision(Action.START_OVER, (0,))),
         ([ABSENT, ABSENT], CONFIDENT, Decision(Action.HOLD, (), Dispute(1, True))),
-        ([ABSENT, ABSENT], SAID_ABSENT, Decision(Action.DECLARE_ABSENT)),
+        ([ABSENT, ABSENT], SAID_ABSENT, Decision(Action.HOLD, (), Dispute(2, True))),  # we see it well
+        ([ABSENT, ABSENT], UNSURE_SAID_ABSENT, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT, ABSENT], CONTRADICTED, Decision(Action.HOLD, (), Dispute(1, True))),  # they say different things
         ([DIFFERS], SAID_ABSENT, Decision(Action.HOLD, (), Dispute(1))),
         ([ABSENT], UNSETTLED, Decision(Action.DECLARE_ABSENT)),
@@ -47,7 +62,9 @@ def decided(evidence: list[AnchorEvidence], situation: Situation) -> Decision:
         ([ABSENT], HIDDEN, Decision(Action.KEEP, (), Dispute(1))),
         ([ABSENT], SEARCHING, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT], NOT_FOUND, Decision(Action.DECLARE_ABSENT)),
-        ([DIFFERS, DIFFERS], LOST, Decision(Action.START_OVER, (0, 1))),
+        ([DIFFERS, DIFFERS], LOST, Decision(Action.HOLD, (), Dispute(1))),
+        ([DIFFERS, DIFFERS], LOST_DISPUTED, Decision(Action.START_OVER, (0, 1))),
+        ([DIFFERS, DIFFERS], LOST_UNSETTLED, Decision(Action.START_OVER, (0, 1))),
         ([AGREES], LOST, Decision(Action.INSERT, (0,))),  # asked while it was still seen
         ([UNKNOWN, UNKNOWN], SEARCHING, Decision(Action.START_OVER, (0, 1))),
         ([UNKNOWN, ABSENT], SEARCHING, Decision(Action.START_OVER, (0,))),
@@ -68,10 +85,47 @@ def test_what_an_answer_means(evidence: list[AnchorEvidence], situation: Situati
 def test_as_many_answers_as_configured_must_disagree_in_a_row() -> None:
     dispute, actions = Dispute(), []
     for _ in range(3):
-        decision = decide([DIFFERS], replace(CONFIDENT, dispute=dispute), agree_iou=0.5, overrule_answers=3)
+        situation = replace(CONFIDENT, dispute=dispute)
+        decision = decide([DIFFERS], situation, agree_iou=0.5, overrule_answers=3, repeats=True)
         dispute = decision.dispute
         actions.append(decision.action)
     assert actions == [Action.HOLD, Action.HOLD, Action.START_OVER]
+
+
+@pytest.mark.parametrize("situation", [CONTRADICTED, UNSURE, LOST_DISPUTED, HIDDEN])
+def test_answers_that_point_at_different_things_do_not_add_up(situation: Situation) -> None:
+    assert decided([DIFFERS], situation, repeats=False) == Decision(Action.HOLD, (), Dispute(1))
+
+
+def square(y: int, x: int, side: int = 4) -> np.ndarray:
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[y : y + side, x : x + side] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "later_s", "is_same"),
+    [
+        (square(8, 8), 0.0, True),
+        (square(8, 8), 60.0, True),  # it stands still
+        (square(8, 10), 0.0, True),  # half its size away
+        (square(8, 11), 0.0, False),
+        (square(8, 11), 0.2, True),  # it moves
+        (square(8, 13), 0.2, False),
+        (square(8, 13), 60.0, False),  # beyond its own size there may be a neighbour
+        (square(20, 20), 0.0, False),
+        (square(7, 7, side=6), 0.0, False),  # more than twice as large: something that it is a part of
+        (square(0, 0, side=0), 0.0, False),
+    ],
+)
+def test_when_two_claims_mean_the_same_thing(mask: np.ndarray, later_s: float, is_same: bool) -> None:
+    claim = Claim(10**9, square(8, 8))
+    assert claim.is_repeated_by(mask, 10**9 + round(later_s * 1e9), agree_iou=0.5) is is_same
+
+
+def test_the_nearest_prompt_in_time_is_the_newest_of_its_kind() -> None:
+    prompts = [Prompt(step, 10 * step, np.zeros((1, 2), np.float32)) for step in (0, 3, 5)]
+    assert [nearest_prompt(prompts, stamp_ns).step for stamp_ns in (-5, 14, 40, 60)] == [0, 0, 5, 5]
 
 
 @pytest.mark.parametrize(

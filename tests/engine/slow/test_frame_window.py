@@ -35,6 +35,30 @@ def test_a_short_window_repeats_its_oldest_frame_at_the_front() -> None:
     assert full.is_full(full.clip())
 
 
+def test_a_pause_starts_the_window_anew() -> None:
+    before = [5.65 + 0.1 * i for i in range(4)]
+    window = window_of([*before, 601.0])
+    assert window.clip().steps.tolist() == [4, 4, 4, 4]
+    assert not window.is_full(window.clip())
+    window = window_of([*before, *(601.0 + 0.1 * i for i in range(10))])
+    assert window.clip().steps.tolist() == [4, 7, 10, 13]
+    assert window.is_full(window.clip())
+
+
+def test_a_window_with_a_short_pause_is_kept_but_not_full() -> None:
+    window = window_of([5.0, 5.15, 5.3, 7.0])  # 1.7 s is less than twice the 0.9 s of a clip
+    assert window.clip().steps.tolist() == [0, 1, 2, 3]
+    assert not window.is_full(window.clip())
+
+
+def test_a_window_that_is_nearly_long_enough_is_not_full() -> None:
+    assert not (window := window_of([0.0, 0.2, 0.4, 0.7])).is_full(window.clip())
+    assert (window := window_of([0.0, 0.25, 0.5, 0.8])).is_full(window.clip())
+    assert (window := window_of([0.0, 1.0, 50.0, 51.0], spacing_s=0.0)).is_full(
+        window.clip()
+    )  # without spacing, time says nothing
+
+
 def test_a_slow_camera_gives_different_frames() -> None:
     assert window_of([0.0, 1.0, 2.0, 3.0, 4.0]).clip().steps.tolist() == [1, 2, 3, 4]
 
