@@ -11,6 +11,7 @@ from virst_engine.errors import BadGoal
 
 PAD, UNKNOWN, ANSWER, END = range(4)  # special tokens; words follow
 SPECIAL_TOKENS = 4
+LONGEST_SHOWN = 40  # characters of an unknown word in a message
 
 
 class WordTokenizer:
@@ -34,7 +35,7 @@ class WordTokenizer:
         words = self.split(sentence)
         unknown = [word for word in words if word not in self._index]
         if unknown or not words:
-            named = ", ".join(repr(word) for word in unknown[:5]) or "no word at all"
+            named = ", ".join(repr(_shorten(word)) for word in unknown[:5]) or "no word at all"
             raise BadGoal(
                 f"this model does not know {named}; it speaks a small English of {len(self.words)} words about "
                 "tabletop objects, for example 'the red ball' (`virst words` lists them all)"
@@ -52,6 +53,11 @@ class WordTokenizer:
             if token >= SPECIAL_TOKENS:
                 out.append(self.words[token - SPECIAL_TOKENS])
         return " ".join(out)
+
+
+def _shorten(word: str) -> str:
+    """A word for a message: whoever sends a goal may send a word of any length."""
+    return word if len(word) <= LONGEST_SHOWN else f"{word[: LONGEST_SHOWN - 1]}…"
 
 
 def pad_rows(rows: list[list[int]], *, left: bool = False) -> tuple[Int[Tensor, "b length"], Bool[Tensor, "b length"]]:

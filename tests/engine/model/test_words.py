@@ -57,6 +57,12 @@ def test_thousands_of_unknown_words_make_a_short_message() -> None:
     assert len(str(caught.value)) < 400
 
 
+def test_an_endless_word_makes_a_short_message() -> None:
+    with pytest.raises(BadGoal, match="does not know 'aaaa") as caught:
+        TOKENIZER.encode_goal("a" * 200_000 + " " + "b" * 200_000, 10)
+    assert len(str(caught.value)) < 300
+
+
 def test_padding_on_either_side() -> None:
     tokens, valid = pad_rows([[4, 5, 6], [7]])
     assert tokens.tolist() == [[4, 5, 6], [7, PAD, PAD]]
