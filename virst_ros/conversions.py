@@ -89,8 +89,14 @@ def image_rgb(message: Image) -> np.ndarray:
 
 
 def frame(message: Image, camera: str) -> Frame:
-    """One camera image as the engine takes it. Raises BadFrame like `image_rgb`."""
-    return Frame(image_rgb(message), stamp_ns(message.header.stamp), camera)
+    """One camera image as the engine takes it. Raises BadFrame like `image_rgb`, and for an image without a time."""
+    time_ns = stamp_ns(message.header.stamp)
+    if time_ns <= 0:
+        raise BadFrame(
+            f"images carry no time stamp (header.stamp is {time_ns} ns): set it to the time of capture in the camera "
+            "driver; goals are followed in the images' own time"
+        )
+    return Frame(image_rgb(message), time_ns, camera)
 
 
 def depth_m(message: Image) -> np.ndarray:

@@ -55,6 +55,7 @@ class Surroundings:
     dropped: int
     no_image_after_s: float
     inference_traceback: str  # not empty: inference has stopped
+    reasoner_problem: str  # empty: a reasoner listens
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,6 @@ class Diagnostics:
             self._timings_ms: dict[str, float] = {}
             self._objects: tuple[ObjectResult, ...] = ()
             self._goals: tuple[Goal, ...] = ()
-            self._reasoner_problem = ""
             self._bad_goals, self._bad_goal, self._bad_goal_s = 0, "", -math.inf
 
     def image_received(self, size: str) -> str:
@@ -165,14 +165,13 @@ class Diagnostics:
         with self._lock:
             self._goals = tuple(goals)
 
-    def result_published(self, result: FrameResult, age_s: float, reasoner_problem: str) -> None:
+    def result_published(self, result: FrameResult, age_s: float) -> None:
         with self._lock:
             self._masks.add(self._now_s())
             self._published += 1
             self._ages_ms.add(age_s * 1e3)
             self._timings_ms = dict(result.timings_ms)
             self._objects = result.objects
-            self._reasoner_problem = reasoner_problem
 
     def statuses(self, seen: Surroundings) -> list[DiagnosticStatus]:
         """One status per subject, as of now."""
@@ -227,7 +226,8 @@ class Diagnostics:
         return (
             f"{nothing}: {happened} {seen.image_publishers} publisher(s). Check that the camera is sending. Images "
             "above half a megabyte are lost between processes with Fast DDS's defaults: set "
-            "FASTDDS_DEFAULT_PROFILES_FILE to virst_ros's fastdds_profile.xml for the camera AND for this node"
+            "FASTDDS_DEFAULT_PROFILES_FILE (up to Jazzy: FASTRTPS_DEFAULT_PROFILES_FILE) to virst_ros's "
+            "fastdds_profile.xml for the camera AND for this node"
         )
 
     def _output(self, seen: Surroundings) -> DiagnosticStatus:
@@ -255,8 +255,8 @@ class Diagnostics:
         }
         if seen.state != "active":
             level, message = STALE, f"not active ({seen.state}): nothing is asked"
-        elif self._reasoner_problem:
-            level, message = WARN, f"{self._reasoner_problem} (masks go on from memory)"
+        elif seen.reasoner_problem:
+            level, message = WARN, f"{seen.reasoner_problem} (masks go on from memory)"
         else:
             level, message = OK, "listening"
         return _status(f"{self._name}: reasoner", level, message, self.model.device, latencies)

@@ -17,7 +17,7 @@ class LoadedEngine:
     """What the node drives. The session owns the reasoner's connection and closes it."""
 
     session: Session
-    reasoner: ReasonerClient
+    reasoner: ReasonerClient  # its status is asked by several threads
     model: LoadedModel
     check_goal: Callable[[str], None]  # raises BadGoal for a sentence that the model cannot read
 

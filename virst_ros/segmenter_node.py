@@ -24,7 +24,7 @@ from virst_msgs.msg import SegmentedObjectArray
 from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
 from virst_engine import EngineConfig, Frame, FrameResult, Goal, ObjectState
-from virst_engine.errors import BadFrame, VirstError
+from virst_engine.errors import BadFrame, BadGoal, VirstError
 from virst_engine.visualize import draw_overlay
 from virst_ros import conversions, qos
 from virst_ros.diagnostics import Diagnostics, LoadedModel, Surroundings
@@ -50,6 +50,7 @@ except ImportError:  # Humble
     from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
 
 STOP_TIMEOUT_S = 10.0
+SAME_STAMPS = 5  # images in a row with one stamp that are taken; some drivers repeat an image now and then
 
 
 class SegmenterNode(LifecycleNode):
@@ -76,6 +77,8 @@ class SegmenterNode(LifecycleNode):
         self._camera_info: CameraInfo | None = None
         self._image_size = (0, 0)
         self._set_at_ns: dict[str, int] = {}
+        self._longest_goal = 0
+        self._stamp_ns, self._same_stamps = 0, 0
         self._rejected = 0
         self._initial_goal_is_set = False
 
@@ -112,8 +115,8 @@ class SegmenterNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         try:
             values = values_of(self, self._specs)
-            self._settings = node_parameters(values)
-            self._engine = self._load(engine_config(values))
+            self._settings, config = node_parameters(values), engine_config(values)
+            self._engine, self._longest_goal = self._load(config), config.goal.max_length
         except (VirstError, ValueError) as error:
             return self._configure_failed(str(error))
         except Exception as error:
@@ -127,8 +130,9 @@ class SegmenterNode(LifecycleNode):
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         assert self._engine is not None
+        self._engine.session.reset()  # frames from before a pause do not belong to what comes; goals stay
         self._diagnostics.reset()
-        self._rejected = 0
+        self._rejected, self._same_stamps = 0, 0
         self._inbox = FrameInbox()
         self._thread = InferenceThread(
             self._engine.session,
@@ -243,7 +247,7 @@ class SegmenterNode(LifecycleNode):
         if self._engine is not None:
             self._engine.session.close()
             self._engine = None
-        self._set_at_ns.clear()
+        self._set_at_ns = {}
         self._diagnostics.model = LoadedModel()
 
     # Images
@@ -254,11 +258,21 @@ class SegmenterNode(LifecycleNode):
             self.get_logger().warning(change, throttle_duration_sec=5.0)
         try:
             frame = conversions.frame(message, self._settings.camera_name)
+            self._check_stamp(frame.stamp_ns)
         except BadFrame as error:
             self._rejected += 1
             self._reject_frame(str(error))
             return
         self._inbox.put((message.header, frame))
+
+    def _check_stamp(self, stamp_ns: int) -> None:
+        self._same_stamps = self._same_stamps + 1 if stamp_ns == self._stamp_ns else 1
+        self._stamp_ns = stamp_ns
+        if self._same_stamps > SAME_STAMPS:
+            raise BadFrame(
+                f"the last {self._same_stamps} images carry the same time stamp ({stamp_ns} ns): set header.stamp to "
+                "the time of capture in the camera driver, or let the simulation run if it is paused"
+            )
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         self._camera_info = message
@@ -303,7 +317,7 @@ class SegmenterNode(LifecycleNode):
             drawn = draw_overlay(frame.image_rgb_u8, result, sentences)
             self._overlay_publisher.publish(conversions.image_message(header, drawn, "rgb8"))
         self._diagnostics.goals_changed(goals)
-        self._diagnostics.result_published(result, age_s, self._engine.reasoner.status())
+        self._diagnostics.result_published(result, age_s)
 
     def _reject_frame(self, reason: str) -> None:
         self._diagnostics.frame_rejected(reason)
@@ -325,12 +339,23 @@ class SegmenterNode(LifecycleNode):
 
     def _set_goal(self, sentence: str, object_id: str, camera: str, replace: bool) -> Goal:
         assert self._engine is not None
-        if sentence.strip():  # the session has a better word for an empty one
+        own = self._settings.camera_name
+        if camera not in ("", own):
+            raise BadGoal(
+                f"this segmenter sees camera {own!r}, the goal is for {camera[:40]!r}: leave camera empty, or ask the "
+                "segmenter of that camera"
+            )
+        if 0 < len(sentence.strip()) <= self._longest_goal:  # the session has a better word for others
             self._engine.check_goal(sentence)
         goal = self._engine.session.set_goal(sentence, object_id=object_id, camera=camera, replace=replace)
-        self._set_at_ns[goal.goal_id] = self.get_clock().now().nanoseconds
-        self._diagnostics.goals_changed(self._engine.session.goals())
+        self._goals_changed()
         return goal
+
+    def _goals_changed(self) -> None:
+        assert self._engine is not None
+        goals, now_ns = self._engine.session.goals(), self.get_clock().now().nanoseconds
+        self._set_at_ns = {goal.goal_id: self._set_at_ns.get(goal.goal_id, now_ns) for goal in goals}
+        self._diagnostics.goals_changed(goals)
 
     def _set_initial_goal(self) -> None:
         self._initial_goal_is_set = True
@@ -372,8 +397,7 @@ class SegmenterNode(LifecycleNode):
         goal_ids = [goal_id] if goal_id else [goal.goal_id for goal in session.goals()]
         for each in goal_ids:
             session.clear_goal(each)
-            self._set_at_ns.pop(each, None)
-        self._diagnostics.goals_changed(session.goals())
+        self._goals_changed()
         return len(goal_ids)
 
     def _on_list_goals(self, _: ListGoals.Request, response: ListGoals.Response) -> ListGoals.Response:
@@ -412,7 +436,7 @@ class SegmenterNode(LifecycleNode):
         self.get_logger().warning(reason)
 
     def _publish_diagnostics(self) -> None:
-        thread = self._thread
+        thread, engine = self._thread, self._engine
         topic = self._image_topic()
         seen = Surroundings(
             state=self.state,
@@ -422,6 +446,7 @@ class SegmenterNode(LifecycleNode):
             dropped=self._inbox.dropped + self._rejected,
             no_image_after_s=self._settings.no_image_after_s,
             inference_traceback=thread.failure_traceback if thread is not None else "",
+            reasoner_problem=engine.reasoner.status() if engine is not None else "",
         )
         message = DiagnosticArray(status=self._diagnostics.statuses(seen))
         message.header.stamp = self.get_clock().now().to_msg()
@@ -440,9 +465,9 @@ def missing_profile_warning(rmw: str, environment: "os._Environ[str] | dict[str,
     if not rmw.startswith("rmw_fastrtps") or any(environment.get(name) for name in names):
         return ""
     return (
-        "FASTDDS_DEFAULT_PROFILES_FILE is not set: with Fast DDS's defaults, images above half a megabyte (640x480 in "
-        "colour) do not arrive from other processes. Set it to launch/fastdds_profile.xml of virst_ros, here and for "
-        "the camera; segment.launch.py and scripts/demo do"
+        "FASTDDS_DEFAULT_PROFILES_FILE (up to Jazzy: FASTRTPS_DEFAULT_PROFILES_FILE) is not set: with Fast DDS's "
+        "defaults, images above half a megabyte (640x480 in colour) do not arrive from other processes. Set it to "
+        "launch/fastdds_profile.xml of virst_ros, here and for the camera; segment.launch.py and scripts/demo do"
     )
 
 

@@ -96,6 +96,7 @@ class FakeSession:
         self.failing_stamps: dict[int, Exception] = {}
         self.stepped_stamps: list[int] = []
         self.closed = False
+        self.resets = 0
         self.reconfigured: list[Any] = []
         self._goals: dict[str, Any] = {}
         self._states: dict[str, Any] = {}
@@ -149,6 +150,9 @@ class FakeSession:
 
     def reconfigure(self, config: Any) -> None:
         self.reconfigured.append(config)
+
+    def reset(self) -> None:
+        self.resets += 1
 
     def close(self) -> None:
         self.closed = True

@@ -116,6 +116,14 @@ def test_what_cannot_be_an_image_says_why(message, says):
         conversions.image_rgb(message)
 
 
+@pytest.mark.parametrize("sec", [0, -1])
+def test_an_image_without_a_time_is_refused_with_the_cause(sec):
+    message = image(np.zeros((4, 6, 3), np.uint8), "rgb8")
+    message.header.stamp.sec, message.header.stamp.nanosec = sec, 0
+    with pytest.raises(BadFrame, match=r"no time stamp \(header.stamp is .*camera driver"):
+        conversions.frame(message, "front")
+
+
 @pytest.mark.parametrize("big_endian", [0, 1])
 def test_depth_takes_its_unit_and_byte_order_from_the_message(big_endian):
     order = ">" if big_endian else "<"

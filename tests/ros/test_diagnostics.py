@@ -37,6 +37,7 @@ def seen(**changes):
         "dropped": 0,
         "no_image_after_s": 2.0,
         "inference_traceback": "",
+        "reasoner_problem": "",
     }
     return Surroundings(**values | changes)
 
@@ -61,7 +62,7 @@ def test_a_rate_is_events_per_second_of_the_last_five_seconds():
 
 def test_ages_are_given_as_percentiles_in_milliseconds(diagnostics):
     for age_ms in range(1, 101):
-        diagnostics.result_published(FrameResult(0, 0, "camera", (), {}), age_ms / 1e3, "")
+        diagnostics.result_published(FrameResult(0, 0, "camera", (), {}), age_ms / 1e3)
     told = values(subject(diagnostics, "output"))
     assert (told["age p50 (ms)"], told["age p95 (ms)"], told["age p99 (ms)"]) == ("50.5", "95.0", "99.0")
 

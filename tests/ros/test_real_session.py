@@ -251,8 +251,10 @@ class TestWords:
             ("der rote Ball", "does not know 'der', 'rote'"),
             ("🔴", "no word at all"),
             ("red " * 70, "at most 40 words, got 70"),
+            ("x" * 200_147, "300 characters, got 200147"),
+            ("x" * 290, "does not know 'xxxx"),
         ],
-        ids=["Japanese", "German", "emoji", "long"],
+        ids=["Japanese", "German", "emoji", "long", "endless", "long word"],
     )
     def test_unreadable_goals_are_refused_at_once(self, graph, tmp_path, goal, says):
         diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
@@ -266,6 +268,7 @@ class TestWords:
         answer = graph.call(SetGoal, "/segmenter/set_goal", SetGoal.Request(goal=goal))
         assert not answer.success
         assert says in answer.message
+        assert len(answer.message) < 300
         wait_until(lambda: [status for each in diagnostics for status in each.status if says in status.message])
         assert graph.call(SetGoal, "/segmenter/set_goal", SetGoal.Request(goal="The red ball!")).success
 

@@ -22,7 +22,7 @@ from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
 from tests.ros.ros_graph import wait_until
 from virst_engine.errors import BadFrame, WeightsError
-from virst_ros.segmenter_node import SegmenterNode, missing_profile_warning
+from virst_ros.segmenter_node import SAME_STAMPS, SegmenterNode, missing_profile_warning
 
 pytestmark = pytest.mark.ros
 WIDTH, HEIGHT = 32, 24
@@ -345,6 +345,12 @@ class TestLifecycle:
         assert setup.change(Transition.TRANSITION_ACTIVATE)
         assert [goal.goal_id for goal in setup.list_goals()] == [answer.goal_id]
 
+    def test_frames_from_before_a_pause_are_forgotten(self, setup):
+        before = setup.engine.session.resets
+        assert setup.change(Transition.TRANSITION_DEACTIVATE)
+        assert setup.change(Transition.TRANSITION_ACTIVATE)
+        assert setup.engine.session.resets == before + 1
+
     def test_configuring_can_be_tried_again(self, graph, engine):
         engine.failure = WeightsError("the weights are missing: no file x; train them with `virst train`")
         setup = Setup(graph, engine)
@@ -393,14 +399,14 @@ class TestLifecycle:
 
 class TestGoals:
     def test_set_list_clear(self, setup):
-        first, second = setup.set_goal("one"), setup.set_goal("two", camera="front")
+        first, second = setup.set_goal("one"), setup.set_goal("two", camera="camera")
         assert first.success
         assert second.success
         setup.send_until_mask()
         goals = wait_until(lambda: [g for g in [setup.list_goals()] if g[0].states[0] == SegmentedObject.TRACKING])[0]
         assert [(goal.goal_id, goal.goal, goal.camera) for goal in goals] == [
             (first.goal_id, "one", ""),
-            (second.goal_id, "two", "front"),
+            (second.goal_id, "two", "camera"),
         ]
         assert goals[0].set_at.sec > 0
         answer = setup.clear_goal(first.goal_id)
@@ -414,6 +420,22 @@ class TestGoals:
         setup.set_goal("one")
         assert setup.set_goal("two", replace=True).success
         assert [goal.goal for goal in setup.list_goals()] == ["two"]
+
+    def test_only_goals_that_are_set_are_remembered(self, setup):
+        for _ in range(3):
+            answer = setup.set_goal("another", replace=True)
+        assert setup.node._set_at_ns.keys() == {answer.goal_id}
+        set_at = setup.list_goals()[0].set_at
+        second = setup.set_goal("one more")
+        assert setup.node._set_at_ns.keys() == {answer.goal_id, second.goal_id}
+        assert setup.list_goals()[0].set_at == set_at, "it stays when other goals are set"
+
+    def test_a_goal_for_another_camera_is_refused(self, setup):
+        answer = setup.set_goal("the cup", camera="back" * 100)
+        assert not answer.success
+        assert "this segmenter sees camera 'camera', the goal is for 'backback" in answer.message
+        assert len(answer.message) < 250
+        assert not setup.list_goals()
 
     def test_each_goal_is_on_diagnostics(self, setup):
         answer = setup.set_goal("the cup")
@@ -473,6 +495,23 @@ class TestBadInput:
         wait_until(lambda: setup.values("input")["changes of size or encoding"] == "1")
         assert setup.values("input")["image"] == "64x48 rgb8"
         setup.wait_for_status("input", DiagnosticStatus.WARN, "changed from 32x24 rgb8 to 64x48 rgb8")
+
+    def test_images_without_a_time_are_told_with_the_cause(self, setup):
+        bad = setup.camera.image()
+        bad.header.stamp.sec = bad.header.stamp.nanosec = 0
+        setup.camera.send(bad)
+        setup.wait_for_status("input", DiagnosticStatus.WARN, "no time stamp (header.stamp is 0 ns)", "camera driver")
+        assert not setup.masks
+        setup.send_until_mask()
+
+    def test_images_whose_time_stands_still_are_told_with_the_cause(self, setup):
+        image = setup.camera.image()
+        for _ in range(SAME_STAMPS):
+            setup.send_until_mask(image)
+        setup.camera.send(image)
+        setup.wait_for_status("input", DiagnosticStatus.WARN, f"the last {SAME_STAMPS + 1} images carry the same time")
+        assert len(setup.masks) == SAME_STAMPS
+        setup.send_until_mask()
 
     def test_a_frame_that_the_session_rejects(self, setup):
         bad = setup.camera.image()
@@ -535,3 +574,16 @@ class TestBadInput:
         setup.engine.reasoner.problem = ""
         setup.send_until_mask()
         setup.wait_for_status("reasoner", DiagnosticStatus.OK)
+
+    def test_the_reasoners_trouble_is_shown_before_the_first_image(self, setup):
+        setup.engine.reasoner.problem = "no reasoner answers at ipc:///x; start virst-reasoner"
+        setup.wait_for_status("reasoner", DiagnosticStatus.WARN, "start virst-reasoner")
+        assert not setup.masks
+        setup.engine.reasoner.problem = ""
+        setup.wait_for_status("reasoner", DiagnosticStatus.OK, "listening")
+
+    def test_an_endless_goal_is_refused_before_its_words_are_read(self, graph, engine):
+        setup = Setup(graph, engine, goal__max_length=20).active()
+        assert "does not know" in setup.set_goal("the xyzzy").message
+        # The fake session takes any length; that the real one does not is tested with it.
+        assert setup.set_goal("the xyzzy" + " and so on" * 2).success

@@ -71,4 +71,4 @@ def test_a_missing_profile_is_warned_of(graph):
         wait_until(lambda: diagnostics)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
-    assert "FASTDDS_DEFAULT_PROFILES_FILE is not set" in told
+    assert "FASTDDS_DEFAULT_PROFILES_FILE (up to Jazzy: FASTRTPS_DEFAULT_PROFILES_FILE) is not set" in told
