@@ -50,6 +50,7 @@ def train(
 ) -> None:
     """Train `tabletop-tiny`: pre-training, then VIRST's alignment, few-image and propagation stages."""
     keep_freed_memory()
+    _check_device(device)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -84,13 +85,21 @@ def train(
 
 def keep_freed_memory() -> None:
     """Let malloc keep what training frees: handing it back and faulting it in again costs more than the arithmetic."""
-    if sys.platform != "linux":
+    if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL("libc.so.6")
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(top_pad, 2**28)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch's words for "not built in" and "not there"
+        cause = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{device!r} cannot be used: {cause}", param_hint="--device") from error
 
 
 def _start_model(init: Path | None, size: int) -> Virst:
@@ -100,6 +109,9 @@ def _start_model(init: Path | None, size: int) -> Virst:
         config = tabletop_tiny(VOCABULARY)
         return Virst(replace(config, sam2=_sized(config.sam2, size)))
     loaded = load_model(init)
+    unknown = set(VOCABULARY) - set(loaded.config.words)
+    if unknown:
+        log.warning("%s does not know %d words of the sentences, for example %r", init, len(unknown), min(unknown))
     model = Virst(replace(loaded.config, sam2=_sized(loaded.config.sam2, size)))
     model.load_state_dict(loaded.state_dict())
     return model

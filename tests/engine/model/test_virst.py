@@ -56,6 +56,27 @@ def test_every_frame_of_the_clip_gets_n_prompts(model: Virst, clips: ClipEncodin
     assert output.answer_logits is None
 
 
+def test_st_tokens_stand_after_sentence_and_video_and_are_read_at_their_own_places(
+    model: Virst, clips: ClipEncoding
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = model.language_model.register_forward_hook(
+        lambda _module, _args, given, out: seen.append((given["inputs_embeds"], out.last_hidden_state)),
+        with_kwargs=True,
+    )
+    output = ask(model, clips, SENTENCES[0])
+    hook.remove()
+    (embeddings, hidden), text = seen[0], model.language_model.embed_tokens(rows_of(SENTENCES[0])[0])
+    words, visual = text.shape[1], clips.visual_tokens.shape[1]
+    assert embeddings.shape[1] == words + visual + N
+    assert torch.equal(embeddings[:, :words], text)
+    assert torch.equal(embeddings[:, words:-N], clips.visual_tokens[:1])
+    assert clips.initial_tokens is not None
+    fused = model.initial_seg_fusion_module(model.st_embedding[None], clips.initial_tokens[:1])
+    assert torch.allclose(embeddings[:, -N:], fused, atol=1e-6)
+    assert torch.allclose(output.projected, model.seg_prompter.seg_proj(hidden[:, -N:]), atol=1e-6)
+
+
 def test_the_answer_teaches_but_does_not_change_the_prompts(model: Virst, clips: ClipEncoding) -> None:
     text, valid = rows_of(SENTENCES[0])
     row = torch.tensor([0])
