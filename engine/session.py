@@ -24,6 +24,8 @@ from virst_engine.slow.anchors import (
     Decision,
     Dispute,
     Situation,
+    anchor_count,
+    anchor_steps,
     decide,
     nearest_prompt,
     select_anchors,
@@ -36,6 +38,10 @@ from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectSta
 
 logger = logging.getLogger(__name__)
 
+TOO_LATE = (
+    "the reasoner answered too late: what came after its frames is gone, so the answer was not used; raise "
+    "memory.ring_steps"
+)
 WEAK_ANCHOR_SCORE = 0.5  # factor on the score of an object known only by an anchor that could not be replayed
 
 
@@ -87,7 +93,13 @@ class Session:
         self._config, self._reasoner = config, reasoner
         self._device = torch.device(config.model.device if device is None else device)
         self._sizes = stages.sizes
-        self._tracker = Tracker(stages, config.memory, config.tracking, device=self._device)
+        self._tracker = Tracker(
+            stages,
+            config.memory,
+            config.tracking,
+            device=self._device,
+            anchors_per_answer=anchor_count(config.reasoner.clip_frames),
+        )
         self._window = FrameWindow(config.reasoner.clip_frames, config.reasoner.clip_spacing_s)
         self._tracks: dict[str, _Track] = {}  # by goal id; the step thread's own
         self._camera: str | None = None
@@ -326,7 +338,7 @@ class Session:
                     (track, self._book.open_request(track.goal.goal_id, clip, is_full_window=is_full)) for track in due
                 ]
         for track, request in requests:
-            self._tracker.pin(track.slot, int(request.clip.steps[-1]))
+            self._tracker.pin(track.slot, anchor_steps(request.clip.steps.tolist()))
             try:
                 self._reasoner.submit(request)
             except VirstError as error:  # the stream goes on; the request is given up when its time is over
@@ -390,7 +402,7 @@ class Session:
         logger.debug("goal %s: %s", track.goal.goal_id, decision.action.name)
 
         if decision.action is Action.ASK_AGAIN or anchors is None:
-            track.problem = "the reasoner answers too late: the frames are gone; raise memory.ring_steps"
+            track.problem = TOO_LATE
             self._ask_again(track)
             return
         stamps_ns = {prompt.step: prompt.stamp_ns for prompt in selected}
@@ -490,9 +502,7 @@ class Session:
         return score * WEAK_ANCHOR_SCORE if track.is_weak else score
 
     def _message(self, track: _Track) -> str:
-        if track.state is ObjectState.TRACKING:
-            return ""
-        if track.problem:
+        if track.problem or track.state is ObjectState.TRACKING:
             return track.problem
         if self._trouble:
             return self._trouble

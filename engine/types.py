@@ -139,7 +139,7 @@ class ObjectResult:
     score: float  # 0..1: predicted IoU x probability of presence; 0 unless TRACKING
     prompt_age_s: float  # since the capture of the newest anchor's frame; inf when there is none
     reasoner_latency_s: float  # of the newest answer; nan when there is none
-    message: str = ""  # why it is not tracking, for people: the reasoner's error, its absence, ...
+    message: str = ""  # for people: why it is not tracking, or what was wrong with the newest answer while it is
 
 
 @dataclass(frozen=True)

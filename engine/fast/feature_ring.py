@@ -6,7 +6,6 @@ and, where they differ, the frames since then are replayed from here.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 import torch
@@ -16,55 +15,80 @@ from torch import Tensor
 from virst_engine.types import ImageFeatures
 
 NO_STEP = -1
+CACHED = ("top", "high_res_s0", "high_res_s1")  # `fusion` is most of the bytes, and the segmenter never reads it
 
 
 class FeatureRing:
-    """The last `capacity` steps, plus one pinned frame per owner. Buffers are allocated at the first frame.
+    """The last `capacity` steps, plus a few pinned frames per owner. Buffers are allocated at the first frame.
 
-    A pin is a copy that outlives the ring: the frame that an owner's open request will be answered for.
+    Pins are copies that outlive the ring: the frames that an owner's open request will be answered for. `fusion` is not
+    cached: the features that come back have none of its channels.
     """
 
     def __init__(
-        self, capacity: int, slots: int, owners: int, mask_side: int, device: torch.device | str = "cpu"
+        self,
+        capacity: int,
+        slots: int,
+        owners: int,
+        mask_side: int,
+        device: torch.device | str = "cpu",
+        *,
+        pins: int = 1,
     ) -> None:
-        """`slots`: rows of beliefs per frame (shadows included); `owners`: how many may pin one frame each."""
-        self._capacity = capacity
-        self._features: ImageFeatures | None = None  # b = capacity + owners
-        self._steps = [NO_STEP] * capacity
+        """`slots`: rows of beliefs per frame (shadows included); `owners`: how many may pin `pins` frames each."""
+        self._capacity, self._pins = capacity, pins
+        rows = capacity + owners * pins  # the ring, then the pins of each owner
+        self._buffers: dict[str, Tensor] = {}
+        self._no_fusion = torch.zeros((rows, 0, 1, 1), device=device)
+        self._steps = [NO_STEP] * rows
         self._stamps_ns = [0] * capacity
-        self._pinned_steps = [NO_STEP] * owners
-        self._masks = torch.zeros((capacity, slots, mask_side, mask_side), dtype=torch.bool, device=device)
-        self._is_known = np.zeros((capacity, slots), dtype=np.bool_)
+        self._masks = torch.zeros((rows, slots, mask_side, mask_side), dtype=torch.bool, device=device)
+        self._is_known = np.zeros((rows, slots), dtype=np.bool_)
 
     def push(self, step: int, stamp_ns: int, features: ImageFeatures) -> ImageFeatures:
         """Copy the features of the newest frame (b = 1) in and view them; the frame `capacity` steps ago is gone."""
         row = step % self._capacity
-        if self._features is None:
-            self._features = self._allocate(features)
-        for f in fields(ImageFeatures):
-            getattr(self._features, f.name)[row].copy_(getattr(features, f.name)[0])
+        for name in CACHED:
+            new = getattr(features, name)
+            if name not in self._buffers:
+                shape = (len(self._steps), *new.shape[1:])
+                self._buffers[name] = torch.zeros(shape, dtype=new.dtype, device=new.device)
+            self._buffers[name][row].copy_(new[0])
         self._steps[row], self._stamps_ns[row] = step, stamp_ns
         self._is_known[row] = False
         return self._view(row)
 
-    def pin(self, owner: int, step: int) -> None:
-        """Keep this step's features for `owner` until it pins another; it must be in the ring."""
-        if self._features is None or not self.has(step):
-            raise KeyError(step)
-        for f in fields(ImageFeatures):
-            buffer = getattr(self._features, f.name)
-            buffer[self._capacity + owner].copy_(buffer[step % self._capacity])
-        self._pinned_steps[owner] = step
+    def pin(self, owner: int, steps: Sequence[int]) -> None:
+        """Keep these steps, with all beliefs of them, for `owner` until it pins others; those gone already are not.
+
+        Of more than `pins` steps the last ones are kept.
+        """
+        kept = [step for step in steps if self._row(step, owner) is not None][-self._pins :]
+        first = self._first_pin(owner)
+        free = [row for row in range(first, first + self._pins) if self._steps[row] not in kept]
+        for row in free:
+            self._steps[row] = NO_STEP
+        for step in kept:
+            if self.has_pinned(owner, step):
+                continue  # in its place already, where beliefs are kept up to date too
+            row, source = free.pop(), step % self._capacity
+            for buffer in self._buffers.values():
+                buffer[row].copy_(buffer[source])
+            self._masks[row].copy_(self._masks[source])
+            self._is_known[row] = self._is_known[source]
+            self._steps[row] = step
 
     def has(self, step: int) -> bool:
+        """Whether the step is among the last `capacity` ones."""
         return step >= 0 and self._steps[step % self._capacity] == step
 
     def has_pinned(self, owner: int, step: int) -> bool:
-        return step >= 0 and self._pinned_steps[owner] == step
+        first = self._first_pin(owner)
+        return step >= 0 and step in self._steps[first : first + self._pins]
 
     def oldest_step(self) -> int:
-        """The oldest step that is still here; NO_STEP when nothing is."""
-        return min((step for step in self._steps if step != NO_STEP), default=NO_STEP)
+        """The oldest step that is still in the ring; NO_STEP when nothing is."""
+        return min((step for step in self._steps[: self._capacity] if step != NO_STEP), default=NO_STEP)
 
     def stamp_ns(self, step: int) -> int | None:
         return self._stamps_ns[step % self._capacity] if self.has(step) else None
@@ -74,38 +98,39 @@ class FeatureRing:
         return self._view(step % self._capacity) if self.has(step) else None
 
     def gather(self, steps: Sequence[int], owner: int) -> ImageFeatures:
-        """A copy of several frames' features, b = len(steps), from the ring or else from the owner's pin."""
-        if self._features is None:
-            raise KeyError(steps)
+        """A copy of several frames' features, b = len(steps), from the ring or else from the owner's pins."""
         rows = []
         for step in steps:
-            if self.has(step):
-                rows.append(step % self._capacity)
-            elif self.has_pinned(owner, step):
-                rows.append(self._capacity + owner)
-            else:
+            row = self._row(step, owner)
+            if row is None:
                 raise KeyError(step)
-        row = torch.tensor(rows, device=self._masks.device)
-        return ImageFeatures(*(getattr(self._features, f.name).index_select(0, row) for f in fields(ImageFeatures)))
+            rows.append(row)
+        index = torch.tensor(rows, device=self._masks.device)
+        return self._features([self._buffers[name].index_select(0, index) for name in CACHED], len(rows))
 
     def believe(self, step: int, slot: int, mask: Bool[Tensor, "hm wm"]) -> None:
         """Note where the slot's object is in that frame (all False: not visible); nothing when the step is gone."""
-        if self.has(step):
-            row = step % self._capacity
+        for row in self._rows(step):
             self._masks[row, slot].copy_(mask)
             self._is_known[row, slot] = True
 
     def belief(self, step: int, slot: int) -> Bool[Tensor, "hm wm"] | None:
-        """A view of the mask believed in that frame; None when the step is gone or the object was not looked for."""
-        row = step % self._capacity
-        return self._masks[row, slot] if self.has(step) and bool(self._is_known[row, slot]) else None
+        """A view of the mask believed in that frame, cached or pinned by anyone.
+
+        None when the step is gone or the object was not looked for.
+        """
+        for row in self._rows(step):
+            if bool(self._is_known[row, slot]):
+                return self._masks[row, slot]
+        return None
 
     def forget(self, slot: int) -> None:
         """Nothing is believed of this slot any more."""
         self._is_known[:, slot] = False
 
-    def release_pin(self, owner: int) -> None:
-        self._pinned_steps[owner] = NO_STEP
+    def release_pins(self, owner: int) -> None:
+        first = self._first_pin(owner)
+        self._steps[first : first + self._pins] = [NO_STEP] * self._pins
 
     def copy_slot(self, source: int, target: int) -> None:
         """Believe of `target` what is believed of `source`, in all frames."""
@@ -115,13 +140,26 @@ class FeatureRing:
     def clear(self) -> None:
         """No frame is here any more; buffers stay."""
         self._steps = [NO_STEP] * len(self._steps)
-        self._pinned_steps = [NO_STEP] * len(self._pinned_steps)
         self._is_known[:] = False
 
-    def _view(self, row: int) -> ImageFeatures:
-        return ImageFeatures(*(getattr(self._features, f.name)[row : row + 1] for f in fields(ImageFeatures)))
+    def _first_pin(self, owner: int) -> int:
+        return self._capacity + owner * self._pins
 
-    def _allocate(self, features: ImageFeatures) -> ImageFeatures:
-        rows = self._capacity + len(self._pinned_steps)
-        like = [getattr(features, f.name) for f in fields(ImageFeatures)]
-        return ImageFeatures(*(torch.zeros((rows, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in like))
+    def _rows(self, step: int) -> list[int]:
+        """Where this step is: in the ring, in pins, or nowhere."""
+        if step < 0:
+            return []
+        pinned = [row for row in range(self._capacity, len(self._steps)) if self._steps[row] == step]
+        return [step % self._capacity, *pinned] if self.has(step) else pinned
+
+    def _row(self, step: int, owner: int) -> int | None:
+        if self.has(step):
+            return step % self._capacity
+        first = self._first_pin(owner)
+        return next((row for row in range(first, first + self._pins) if step >= 0 and self._steps[row] == step), None)
+
+    def _view(self, row: int) -> ImageFeatures:
+        return self._features([self._buffers[name][row : row + 1] for name in CACHED], 1)
+
+    def _features(self, cached: Sequence[Tensor], count: int) -> ImageFeatures:
+        return ImageFeatures(*cached, fusion=self._no_fusion[:count])

@@ -7,9 +7,10 @@ are replayed from the cache on a shadow row of the memory bank, a few per new fr
 the shadow has caught up, it replaces the object's row at once.
 """
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from virst_engine.fast.memory_bank import MemoryBank
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
 from virst_engine.timing import StageTimer
 from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class TrackedFrame:
-    """One processed frame. `features` is a view into the ring: copy what has to outlive it."""
+    """One processed frame. `features` but for `fusion` are views into the ring: copy what has to outlive it."""
 
     step: int
     stamp_ns: int
@@ -73,13 +76,22 @@ class Tracker:
         tracking: TrackingParameters,
         *,
         device: torch.device | str = "cpu",
+        anchors_per_answer: int = 1,
     ) -> None:
+        """`anchors_per_answer`: how many frames `pin` keeps for each object."""
         self._stages, self._device = stages, torch.device(device)
         self.reconfigure(memory, tracking)
         self._slots = tracking.max_objects
         self._preprocess = Preprocess(stages.sizes.image_size, self._device)
         self._memory = MemoryBank(stages.sizes, memory, 2 * self._slots, device=self._device)
-        self._ring = FeatureRing(memory.ring_steps, 2 * self._slots, self._slots, stages.sizes.mask, self._device)
+        self._ring = FeatureRing(
+            memory.ring_steps,
+            2 * self._slots,
+            self._slots,
+            stages.sizes.mask,
+            self._device,
+            pins=anchors_per_answer,
+        )
         self._sightings: dict[int, Sighting] = {}  # row -> the newest one
         self._replays: dict[int, int] = {}  # slot -> last step that its shadow has seen
         self._step = -1
@@ -116,7 +128,7 @@ class Tracker:
         slots = [slot for slot in range(self._slots) if not self._memory.is_empty(slot)]
         if slots:
             self._propagate(self._step, features, slots, timer)
-        return TrackedFrame(self._step, frame.stamp_ns, square_rgb_u8, features)
+        return TrackedFrame(self._step, frame.stamp_ns, square_rgb_u8, replace(features, fusion=encoded.fusion))
 
     def sighting(self, slot: int) -> Sighting | None:
         """The object in the newest frame; None while nothing is remembered of it."""
@@ -204,9 +216,12 @@ class Tracker:
         return done
 
     @torch.inference_mode()
-    def pin(self, slot: int, step: int) -> None:
-        """Keep the features of this frame for a late answer about the object, however late."""
-        self._ring.pin(slot, step)
+    def pin(self, slot: int, steps: Sequence[int]) -> None:
+        """Keep the features of these frames, and what is believed there, for a late answer about the object.
+
+        They replace those pinned before, and are kept until then, however late the answer. Frames gone already are not.
+        """
+        self._ring.pin(slot, steps)
 
     def forget(self, slot: int) -> None:
         """The object and its shadow were never there."""
@@ -214,7 +229,7 @@ class Tracker:
             self._memory.clear(row)
             self._ring.forget(row)
             self._sightings.pop(row, None)
-        self._ring.release_pin(slot)
+        self._ring.release_pins(slot)
         self._replays.pop(slot, None)
 
     def restart(self) -> None:
@@ -237,6 +252,13 @@ class Tracker:
                 for i, (row, sighting) in enumerate(zip(rows, sightings, strict=True)):
                     if sighting.is_remembered:  # a hidden object must not overwrite what we remember of it
                         self._memory.remember_recent(row, step, entry, i)
+        if logger.isEnabledFor(logging.DEBUG):
+            for row, sighting in zip(rows, sightings, strict=True):
+                if sighting.is_present and not sighting.is_remembered:
+                    logger.debug(
+                        "slot %d, step %d: predicted IoU %.2f is below memory.min_write_iou %.2f, not remembered",
+                        row % self._slots, step, sighting.iou, self._min_write_iou,
+                    )  # fmt: skip
         for row, sighting in zip(rows, sightings, strict=True):
             self._sightings[row] = sighting
             self._believe(step, row, sighting)

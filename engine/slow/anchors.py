@@ -148,20 +148,20 @@ def decide(
             return Decision(Action.HOLD, dispute=dispute)
         return Decision(Action.DECLARE_ABSENT)
 
-    cached = [i for i in present if evidence[i].is_cached]
+    newest = present[-1]
+    can_replay = evidence[newest].is_cached  # an older anchor joins whether it is cached or pinned
     if is_known:
         known = [agreement for i in present if (agreement := evidence[i].agreement) is not None]
         if known and known[-1] >= agree_iou:
-            newest = present[-1]
             joining = [i for i in present if _may_join(evidence[i], i == newest, agree_iou)]
             return Decision(Action.INSERT, chosen=tuple(joining))
-        if not cached:
+        if not can_replay:
             return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
         if not is_overruled:
             return Decision(Action.HOLD, dispute=dispute)
-    if not cached:
-        return Decision(Action.JUMP, chosen=(present[-1],))
-    return Decision(Action.START_OVER, chosen=tuple(cached))
+    if not can_replay:
+        return Decision(Action.JUMP, chosen=(newest,))
+    return Decision(Action.START_OVER, chosen=tuple(present))
 
 
 def _may_join(evidence: AnchorEvidence, is_newest: bool, agree_iou: float) -> bool:

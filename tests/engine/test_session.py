@@ -229,6 +229,33 @@ def test_an_evicted_answer_does_not_touch_a_good_track() -> None:
     results = run(session, video, range(5, 30), client)
     assert len(client.reasoner.requests) >= 2
     assert all(np.array_equal(result.objects[0].mask, video.truth(result.step, 0)) for result in results)
+    assert (results[-1].objects[0].state, results[0].objects[0].message) == (TRACKING, "")
+    assert "too late" in results[-1].objects[0].message  # also while it is tracked: somebody may wonder
+
+
+def test_all_anchors_of_a_late_answer_are_used_though_the_ring_has_lost_the_oldest() -> None:
+    video = Video([moving_square(), moving_square(BLUE, row=9)])
+    client = DelayedClient(delay_steps=10)
+    session = session_of(client, ring_steps=24)
+    run(session, video, range(30), client)
+    session.set_goal("the red square")
+    results = run(session, video, range(30, 50), client)
+    assert client.reasoner.requests[0].clip.steps[[0, -1]].tolist() == [9, 30]
+    assert session._tracker.memory.anchor_steps(0) == [9, 30]
+    assert np.array_equal(results[-1].objects[0].mask, video.truth(49))
+
+
+def test_a_late_answer_that_agrees_joins_a_track_though_its_frames_left_the_ring() -> None:
+    client = DelayedClient(FakeReasoner(meaning_of([RED])), delay_steps=1)
+    session, video = session_of(client, ring_steps=8, period_s=1.0), Video([moving_square()])
+    session.set_goal("it")
+    run(session, video, range(5), client)
+    client.delay_steps = 12
+    results = run(session, video, range(5, 30), client)
+    asked = [int(request.clip.steps[-1]) for request in client.reasoner.requests]
+    assert asked[1] == 10
+    assert 10 in session._tracker.memory.anchor_steps(0)
+    assert results[-1].objects[0].message == ""
 
 
 def shown_squares(

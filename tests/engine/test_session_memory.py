@@ -5,7 +5,6 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import psutil
@@ -44,7 +43,7 @@ def main() -> None:
         small_config,
     )
     from virst_engine.session import Session
-    from virst_engine.types import Frame, ImageFeatures
+    from virst_engine.types import Frame
 
     hidden = Square(RED, lambda t: None if t % 100 < 30 else (2, 1 + t % 10))
     video = Video([hidden, moving_square(BLUE, row=9)])
@@ -60,7 +59,7 @@ def main() -> None:
         gc.collect()
         memory, ring = tracker.memory, tracker.ring
         tensors = [memory._spatial, memory._pointer, ring._masks]
-        tensors += [getattr(ring._features, f.name) for f in fields(ImageFeatures)]
+        tensors += ring._buffers.values()
         arrays = [memory._anchor_steps, memory._recent_steps, memory._pointer_steps, memory._writes, ring._is_known]
         return {
             "takeovers": takeovers,

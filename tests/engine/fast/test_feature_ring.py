@@ -13,7 +13,7 @@ def features(value: float) -> ImageFeatures:
 @pytest.fixture
 def ring() -> FeatureRing:
     """Holds steps 2..5 of 0..5."""
-    ring = FeatureRing(capacity=4, slots=2, owners=2, mask_side=3)
+    ring = FeatureRing(capacity=4, slots=2, owners=2, mask_side=3, pins=2)
     for step in range(6):
         ring.push(step, 100 * step, features(float(step)))
     return ring
@@ -27,7 +27,8 @@ def test_the_newest_frames_are_there_and_older_ones_are_not(ring: FeatureRing) -
     assert ring.features(1) is None
     kept = ring.features(5)
     assert kept is not None
-    assert float(kept.fusion.mean()) == 5.0
+    assert float(kept.high_res_s1.mean()) == 5.0
+    assert kept.fusion.numel() == 0  # most of the bytes, and nobody reads it from here
     assert not ring.has(NO_STEP)
 
 
@@ -39,19 +40,54 @@ def test_several_frames_are_gathered_in_order_as_a_copy(ring: FeatureRing) -> No
         ring.gather([2], owner=0)
 
 
-def test_a_pinned_frame_outlives_the_ring_for_its_owner(ring: FeatureRing) -> None:
-    ring.pin(0, 3)
-    for step in range(6, 20):
+def push_more(ring: FeatureRing, first: int, last: int) -> None:
+    for step in range(first, last):
         ring.push(step, 100 * step, features(float(step)))
+
+
+def test_pinned_frames_outlive_the_ring_for_their_owner(ring: FeatureRing) -> None:
+    ring.pin(0, [2, 3])
+    push_more(ring, 6, 20)
+    assert ring.has_pinned(0, 2)
     assert ring.has_pinned(0, 3)
     assert not ring.has_pinned(1, 3)
-    assert ring.gather([3, 19], owner=0).top[:, 0, 0, 0].tolist() == [3.0, 19.0]
+    assert not ring.has(3)
+    assert ring.oldest_step() == 16
+    assert ring.gather([2, 3, 19], owner=0).top[:, 0, 0, 0].tolist() == [2.0, 3.0, 19.0]
     with pytest.raises(KeyError):
         ring.gather([3], owner=1)
-    ring.release_pin(0)
+    ring.release_pins(0)
     assert not ring.has_pinned(0, 3)
-    with pytest.raises(KeyError):
-        ring.pin(0, 3)
+
+
+def test_new_pins_replace_old_ones_but_may_repeat_them(ring: FeatureRing) -> None:
+    ring.pin(0, [2, 3])
+    push_more(ring, 6, 12)
+    ring.pin(0, [3, 9])
+    ring.pin(0, [3, 9])
+    push_more(ring, 12, 20)
+    assert [ring.has_pinned(0, step) for step in (2, 3, 9)] == [False, True, True]
+    assert ring.gather([3, 9], owner=0).top[:, 0, 0, 0].tolist() == [3.0, 9.0]
+    ring.pin(0, [0, 17, 18, 19])  # 0 is gone, and three are one too many
+    assert [ring.has_pinned(0, step) for step in (0, 9, 17, 18, 19)] == [False, False, False, True, True]
+    ring.pin(0, [1])
+    assert not any(ring.has_pinned(0, step) for step in range(20))
+
+
+def test_what_is_believed_of_a_pinned_frame_outlives_the_ring_and_may_change(ring: FeatureRing) -> None:
+    mask, other = torch.eye(3, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool)
+    ring.believe(3, 0, mask)
+    ring.pin(1, [3])
+    ring.believe(3, 1, other)  # a shadow passes there after it was pinned
+    push_more(ring, 6, 20)
+    assert torch.equal(ring.belief(3, 0), mask)  # type: ignore[arg-type]
+    assert torch.equal(ring.belief(3, 1), other)  # type: ignore[arg-type]
+    ring.copy_slot(1, 0)
+    assert torch.equal(ring.belief(3, 0), other)  # type: ignore[arg-type]
+    ring.forget(0)
+    assert ring.belief(3, 0) is None
+    ring.release_pins(1)
+    assert ring.belief(3, 1) is None
 
 
 def test_beliefs_are_per_frame_and_slot(ring: FeatureRing) -> None:
@@ -74,7 +110,7 @@ def test_beliefs_are_per_frame_and_slot(ring: FeatureRing) -> None:
 
 
 def test_a_cleared_ring_holds_nothing(ring: FeatureRing) -> None:
-    ring.pin(1, 4)
+    ring.pin(1, [4])
     ring.clear()
     assert ring.oldest_step() == NO_STEP
     assert not ring.has(5)

@@ -272,7 +272,7 @@ def test_a_prompt_whose_frame_is_gone_is_not_used() -> None:
     tracker = tracker_of(ring_steps=4)
     tracker.step(video.frame(0))
     old = prompt(tracker.step(video.frame(1)).features, RED)
-    tracker.pin(0, 1)
+    tracker.pin(0, [1])
     for t in range(2, 10):
         newest = prompt(tracker.step(video.frame(t)).features, RED)
     anchors = tracker.decode_anchors(0, [0, 1, 9], torch.cat((old, old, newest)))
@@ -283,11 +283,40 @@ def test_a_prompt_whose_frame_is_gone_is_not_used() -> None:
     assert tracker.decode_anchors(1, [0, 1], torch.cat((old, old))) is None  # pinned for slot 0 only
 
 
+def test_an_anchor_on_a_pinned_frame_is_compared_with_what_was_believed_there() -> None:
+    video = Video([moving_square(), moving_square(BLUE, row=9)])
+    tracker = tracker_of(ring_steps=4)
+    tracker.step(video.frame(0))
+    begin(tracker, 0, 0)
+    tracker.step(video.frame(1))
+    prompts = {colour: prompt(tracker.ring.gather([1], 0), colour) for colour in (RED, BLUE)}
+    tracker.pin(0, [1])
+    for t in range(2, 10):
+        tracker.step(video.frame(t))
+    for colour, agreement in ((RED, 1.0), (BLUE, 0.0)):
+        anchors = tracker.decode_anchors(0, [1], prompts[colour])
+        assert anchors is not None
+        assert (anchors.is_cached, anchors.agreement) == ((False,), (agreement,))
+
+
+def test_a_mask_that_is_not_remembered_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    stages, video = FakeStages(), Video([moving_square()])
+    tracker = tracker_of(stages)
+    tracker.step(video.frame(0))
+    begin(tracker, 0, 0)
+    with caplog.at_level("DEBUG"):
+        tracker.step(video.frame(1))
+        assert caplog.messages == []
+        stages.iou = 0.4
+        tracker.step(video.frame(2))
+    assert caplog.messages == ["slot 0, step 2: predicted IoU 0.40 is below memory.min_write_iou 0.50, not remembered"]
+
+
 def test_an_object_known_by_a_pinned_anchor_only_is_found_without_replay() -> None:
     video = Video([moving_square()])
     tracker = tracker_of(ring_steps=4)
     old = prompt(tracker.step(video.frame(0)).features, RED)
-    tracker.pin(0, 0)
+    tracker.pin(0, [0])
     for t in range(1, 9):
         tracker.step(video.frame(t))
     anchors = tracker.decode_anchors(0, [0], old)

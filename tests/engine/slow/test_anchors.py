@@ -69,7 +69,7 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         ([UNKNOWN, UNKNOWN], SEARCHING, Decision(Action.START_OVER, (0, 1))),
         ([UNKNOWN, ABSENT], SEARCHING, Decision(Action.START_OVER, (0,))),
         ([UNKNOWN], NOT_FOUND, Decision(Action.START_OVER, (0,))),
-        ([EVICTED, UNKNOWN], SEARCHING, Decision(Action.START_OVER, (1,))),
+        ([EVICTED, UNKNOWN], SEARCHING, Decision(Action.START_OVER, (0, 1))),
         ([EVICTED], SEARCHING, Decision(Action.JUMP, (0,))),
         ([EVICTED], NOT_FOUND, Decision(Action.JUMP, (0,))),
         ([EVICTED], CONTRADICTED, Decision(Action.ASK_AGAIN, (), Dispute(1))),
