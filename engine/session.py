@@ -57,6 +57,7 @@ class _Track:
     is_weak: bool = False  # known only by an anchor whose frame was evicted
     dispute: Dispute = field(default_factory=Dispute)
     claim: Claim | None = None  # what the newest answer of the dispute points at, unless that is absence
+    pinned_steps: list[int] = field(default_factory=list)  # of the newest request
     newest_anchor_ns: int | None = None
     replay_anchor_ns: int | None = None  # becomes the newest anchor when the replay is through
     replay_is_settled: bool = False
@@ -98,7 +99,7 @@ class Session:
             config.memory,
             config.tracking,
             device=self._device,
-            anchors_per_answer=anchor_count(config.reasoner.clip_frames),
+            pins=2 * anchor_count(config.reasoner.clip_frames),
         )
         self._window = FrameWindow(config.reasoner.clip_frames, config.reasoner.clip_spacing_s)
         self._tracks: dict[str, _Track] = {}  # by goal id; the step thread's own
@@ -338,7 +339,9 @@ class Session:
                     (track, self._book.open_request(track.goal.goal_id, clip, is_full_window=is_full)) for track in due
                 ]
         for track, request in requests:
-            self._tracker.pin(track.slot, anchor_steps(request.clip.steps.tolist()))
+            # With those of the request before: one that was given up may still be answered.
+            before, track.pinned_steps = track.pinned_steps, anchor_steps(request.clip.steps.tolist())
+            self._tracker.pin(track.slot, sorted({*before, *track.pinned_steps}))
             try:
                 self._reasoner.submit(request)
             except VirstError as error:  # the stream goes on; the request is given up when its time is over

@@ -106,7 +106,7 @@ class FeatureRing:
                 raise KeyError(step)
             rows.append(row)
         index = torch.tensor(rows, device=self._masks.device)
-        return self._features([self._buffers[name].index_select(0, index) for name in CACHED], len(rows))
+        return self._features({name: self._buffers[name].index_select(0, index) for name in CACHED}, len(rows))
 
     def believe(self, step: int, slot: int, mask: Bool[Tensor, "hm wm"]) -> None:
         """Note where the slot's object is in that frame (all False: not visible); nothing when the step is gone."""
@@ -159,7 +159,7 @@ class FeatureRing:
         return next((row for row in range(first, first + self._pins) if step >= 0 and self._steps[row] == step), None)
 
     def _view(self, row: int) -> ImageFeatures:
-        return self._features([self._buffers[name][row : row + 1] for name in CACHED], 1)
+        return self._features({name: self._buffers[name][row : row + 1] for name in CACHED}, 1)
 
-    def _features(self, cached: Sequence[Tensor], count: int) -> ImageFeatures:
-        return ImageFeatures(*cached, fusion=self._no_fusion[:count])
+    def _features(self, cached: dict[str, Tensor], count: int) -> ImageFeatures:
+        return ImageFeatures(**cached, fusion=self._no_fusion[:count])

@@ -76,9 +76,9 @@ class Tracker:
         tracking: TrackingParameters,
         *,
         device: torch.device | str = "cpu",
-        anchors_per_answer: int = 1,
+        pins: int = 1,
     ) -> None:
-        """`anchors_per_answer`: how many frames `pin` keeps for each object."""
+        """`pins`: how many frames `pin` keeps for each object."""
         self._stages, self._device = stages, torch.device(device)
         self.reconfigure(memory, tracking)
         self._slots = tracking.max_objects
@@ -90,7 +90,7 @@ class Tracker:
             self._slots,
             stages.sizes.mask,
             self._device,
-            pins=anchors_per_answer,
+            pins=pins,
         )
         self._sightings: dict[int, Sighting] = {}  # row -> the newest one
         self._replays: dict[int, int] = {}  # slot -> last step that its shadow has seen

@@ -2,18 +2,20 @@
 """The goals that are set, and when to ask the reasoner about each. Not thread-safe: the session holds a lock.
 
 Time is the stamps of the frames, so a recording gives the same requests at any speed. A goal has at most one request in
-flight. Setting a goal and `new_epoch` give it a new epoch; an answer is taken only when request id, epoch and goal
-are those of the request in flight.
+flight. One without an answer is given up, and another is asked, for the reasoner may have lost it; but a reasoner that
+is only slow does answer, so the answer to a request that was given up is taken until a newer one is answered. Setting a
+goal and `new_epoch` give it a new epoch, and answers of older ones are worth nothing.
 """
 
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from virst_engine.config import GoalParameters, ReasonerParameters
 from virst_engine.errors import BadGoal, UnknownGoal
 from virst_engine.types import Clip, Goal, ReasonerAnswer, ReasonerRequest
 
 MAX_ID_LENGTH = 128
+MAX_OPEN_REQUESTS = 8  # per goal, the one in flight and those given up; answers to older ones are dropped
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class _Entry:
     goal: Goal
     epoch: int
     in_flight: OpenRequest | None = None
+    unanswered: list[OpenRequest] = field(default_factory=list)  # oldest first, the one in flight is the last
     asked_ns: int | None = None
     must_ask: bool = True
 
@@ -109,9 +112,10 @@ class GoalBook:
         self._epoch += 1
         for entry in self._entries.values():
             entry.epoch, entry.in_flight, entry.asked_ns, entry.must_ask = self._epoch, None, None, True
+            entry.unanswered.clear()
 
     def give_up(self, now_ns: int, *, everything: bool = False) -> list[Goal]:
-        """Goals whose request went without an answer for `reasoner.ttl_s`, or all open ones. They are due again."""
+        """Goals whose request went without an answer for `reasoner.ttl_s`, or all in flight. They are due again."""
         given_up = []
         ttl_ns = 0 if everything else round(self._reasoner.ttl_s * 1e9)
         for entry in self._entries.values():
@@ -136,18 +140,24 @@ class GoalBook:
         self._request_id += 1
         now_ns = int(clip.stamps_ns[-1])
         entry.in_flight = OpenRequest(self._request_id, now_ns, is_full_window, int(clip.steps[-1]))
+        entry.unanswered = [*entry.unanswered, entry.in_flight][-MAX_OPEN_REQUESTS:]
         entry.asked_ns, entry.must_ask = now_ns, False
         return ReasonerRequest(self._request_id, entry.epoch, goal_id, entry.goal.sentence, clip)
 
     def take_answer(self, answer: ReasonerAnswer) -> OpenRequest | None:
-        """The request that it answers, which is then closed; None for an answer that nobody waits for any more."""
+        """The request that it answers; None for an answer that nobody waits for any more.
+
+        That request is closed then, and so are older ones. A newer one stays in flight.
+        """
         entry = self._entries.get(answer.goal_id)
-        if entry is None or entry.epoch != answer.epoch or entry.in_flight is None:
+        if entry is None or entry.epoch != answer.epoch:
             return None
-        request = entry.in_flight
-        if request.request_id != answer.request_id:
+        request = next((r for r in entry.unanswered if r.request_id == answer.request_id), None)
+        if request is None:
             return None
-        entry.in_flight = None
+        entry.unanswered = [r for r in entry.unanswered if r.request_id > request.request_id]
+        if entry.in_flight == request:
+            entry.in_flight = None
         return request
 
     def ask_again(self, goal_id: str) -> None:

@@ -381,11 +381,28 @@ def test_a_request_that_cannot_be_sent_is_explained() -> None:
         assert result.objects[0].message == "the clip is too large; take a smaller reasoner.clip_frames"
 
 
-def test_an_answer_after_its_time_to_live_is_dropped() -> None:
+def test_a_reasoner_that_is_slower_than_the_time_to_live_is_of_use_all_the_same() -> None:
     video, client = Video([moving_square()]), DelayedClient(delay_steps=15)
-    session = session_of(client, ttl_s=1.0)
+    session = session_of(client, ttl_s=1.0, ring_steps=8)  # known by the frames that were pinned for it
     session.set_goal("the red square")
-    assert set(states(run(session, video, range(29), client))) == {SEARCHING}
+    results = run(session, video, range(29), client)
+    assert [int(request.clip.steps[-1]) for request in client.reasoner.requests[:2]] == [0, 10]
+    assert states(results)[:15] == [SEARCHING] * 15
+    assert states(results)[16:] == [TRACKING] * 13
+    assert results[15].objects[0].reasoner_latency_s == pytest.approx(1.5)
+
+
+def test_a_reasoner_that_seemed_to_hang_may_still_answer() -> None:
+    video, client = Video([moving_square()]), DelayedClient(delay_steps=6)
+    session = session_of(client)
+    session.set_goal("the red square")
+    run(session, video, range(3), client)
+    client.trouble, client.delay_steps = "it hangs", 1000
+    run(session, video, range(3, 5), client)
+    client.trouble = ""
+    results = run(session, video, range(5, 12), client)
+    assert len(client.reasoner.requests) == 2  # asked again when it came back, for it might have been killed
+    assert states(results)[-3:] == [TRACKING] * 3
 
 
 def test_masks_go_on_while_the_reasoner_is_gone_and_it_is_asked_when_it_is_back() -> None:

@@ -123,6 +123,34 @@ def test_a_request_without_an_answer_is_given_up_and_asked_again(book: GoalBook)
     assert book.give_up(5 * SECOND - 1) == []
     assert [goal.goal_id for goal in book.give_up(5 * SECOND)] == ["g"]
     assert book.is_due("g", 5 * SECOND, is_tracked=True)
+    assert book.take_answer(answer_to(lost)) is not None  # it was only slow
     assert book.take_answer(answer_to(lost)) is None
     book.open_request("g", clip_at(5 * SECOND), is_full_window=True)
     assert [goal.goal_id for goal in book.give_up(5 * SECOND, everything=True)] == ["g"]
+
+
+def test_a_late_answer_counts_until_a_newer_one_came(book: GoalBook) -> None:
+    requests = []
+    for _ in range(3):
+        requests.append(book.open_request("g", clip_at(0), is_full_window=True))
+        book.give_up(0, everything=True)
+    requests.append(book.open_request("g", clip_at(0), is_full_window=True))
+    late = book.take_answer(answer_to(requests[1]))
+    assert late is not None
+    assert late.request_id == requests[1].request_id
+    assert not book.is_due("g", 0, is_tracked=False)  # the newest stays in flight
+    assert book.take_answer(answer_to(requests[0])) is None
+    assert book.take_answer(answer_to(requests[3])) is not None
+    assert book.take_answer(answer_to(requests[2])) is None
+    requests.append(book.open_request("g", clip_at(0), is_full_window=True))
+    book.new_epoch()
+    assert book.take_answer(answer_to(requests[4])) is None
+
+
+def test_requests_without_an_answer_do_not_pile_up(book: GoalBook) -> None:
+    requests = []
+    for _ in range(20):
+        requests.append(book.open_request("g", clip_at(0), is_full_window=True))
+        book.give_up(0, everything=True)
+    assert book.take_answer(answer_to(requests[11])) is None
+    assert book.take_answer(answer_to(requests[12])) is not None
