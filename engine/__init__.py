@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from virst_engine.config import EngineConfig
+    from virst_engine.fast.postprocess import instance_map
     from virst_engine.session import Session
     from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState
 
-__all__ = ["EngineConfig", "Frame", "FrameResult", "Goal", "ObjectResult", "ObjectState", "Session"]
+__all__ = ["EngineConfig", "Frame", "FrameResult", "Goal", "ObjectResult", "ObjectState", "Session", "instance_map"]
 
-_HOMES = {"EngineConfig": "config", "Session": "session"}  # of the others: types
+_HOMES = {"EngineConfig": "config", "Session": "session", "instance_map": "fast.postprocess"}  # of the others: types
 
 
 def __getattr__(name: str) -> Any:

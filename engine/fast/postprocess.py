@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from virst_engine.types import ObjectResult
+from virst_engine.types import ObjectResult, ObjectState
 
 
 def mask_at_size(logits: Float[np.ndarray, "hm wm"], height: int, width: int) -> Bool[np.ndarray, "height width"]:
@@ -22,10 +22,11 @@ def empty_mask(height: int, width: int) -> Bool[np.ndarray, "height width"]:
 def instance_map(objects: Sequence[ObjectResult], height: int, width: int) -> UInt8[np.ndarray, "height width"]:
     """One image of instance ids, 0 where there is nothing. Where masks overlap, the object of the highest score wins.
 
-    Of equal scores the one that comes first in `objects` wins. Two goals may mean the same thing, so the masks
-    themselves stay as they are.
+    Of equal scores the one that comes first in `objects` wins. Only what is TRACKING is shown. Two goals may mean the
+    same thing, so the masks themselves stay as they are. Raises IndexError for a mask of another size.
     """
     ids = np.zeros((height, width), dtype=np.uint8)
     for obj in sorted(objects, key=lambda o: o.score, reverse=True)[::-1]:  # painted last = on top
-        ids[obj.mask] = obj.instance_id
+        if obj.state is ObjectState.TRACKING:
+            ids[obj.mask] = obj.instance_id
     return ids

@@ -7,8 +7,8 @@ from virst_engine.fast.postprocess import empty_mask, instance_map, mask_at_size
 from virst_engine.types import ObjectResult, ObjectState
 
 
-def found(instance_id: int, mask: np.ndarray, score: float) -> ObjectResult:
-    return ObjectResult("o", "g", instance_id, ObjectState.TRACKING, mask, score, 0.0, 0.0)
+def found(instance_id: int, mask: np.ndarray, score: float, state: ObjectState = ObjectState.TRACKING) -> ObjectResult:
+    return ObjectResult("o", "g", instance_id, state, mask, score, 0.0, 0.0)
 
 
 def test_masks_are_enlarged_as_torch_does() -> None:
@@ -24,6 +24,9 @@ def test_overlapping_pixels_go_to_the_higher_score_and_to_the_first_of_equals() 
     assert instance_map([found(7, left, 0.4), found(9, right, 0.8)], 2, 4)[0].tolist() == [7, 9, 9, 9]
     assert instance_map([found(7, left, 0.8), found(9, right, 0.4)], 2, 4)[0].tolist() == [7, 7, 7, 9]
     assert instance_map([found(7, left, 0.5), found(9, right, 0.5)], 2, 4)[0].tolist() == [7, 7, 7, 9]
+    assert instance_map([found(9, right, 0.5), found(7, left, 0.5)], 2, 4)[0].tolist() == [7, 9, 9, 9]
+    lost = found(7, left, 0.8, ObjectState.LOST)
+    assert instance_map([lost, found(9, right, 0.4)], 2, 4)[0].tolist() == [0, 9, 9, 9]
 
 
 def test_no_object_is_background() -> None:
