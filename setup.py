@@ -54,6 +54,7 @@ setup(
         "console_scripts": [
             "virst = virst_engine.cli:main",
             "virst-reasoner = virst_engine.slow.zmq_server:main",
+            "virst-goal = virst_ros.goal:main",
             "segmenter = virst_ros.segmenter_node:main",
             "sim_camera = virst_ros.sim_camera_node:main",
         ]
