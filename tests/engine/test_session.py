@@ -258,6 +258,19 @@ def test_a_late_answer_that_agrees_joins_a_track_though_its_frames_left_the_ring
     assert results[-1].objects[0].message == ""
 
 
+def test_an_anchor_from_before_a_takeover_does_not_join_unchecked() -> None:
+    video = Video([moving_square(), Square(BLUE, lambda t: (9, 3))])
+    reasoner = FakeReasoner(lambda request: RED if request.clip.steps[-1] < 30 else BLUE)
+    session = session_of(InstantClient(reasoner), period_s=0.5, overrule_answers=2, clip_frames=8)
+    run(session, video, range(25))
+    session.set_goal("it")
+    results = run(session, video, range(25, 60))
+    assert [int(request.clip.steps[-1]) for request in reasoner.requests[:7]] == [25, 30, 35, 40, 45, 50, 55]
+    assert np.array_equal(results[-1].objects[0].mask, video.truth(59, 1))
+    # 35 overruled, with both of its anchors. Nothing is believed of this object in 19, 24, 29 and 34.
+    assert session._tracker.memory.anchor_steps(0) == [14, 35, 40, 45, 50, 55]
+
+
 def shown_squares(
     meanings: Sequence[Colour], overrule_answers: int = 2, clip_frames: int = 2, min_write_iou: float = 0.5
 ) -> str:
