@@ -28,8 +28,9 @@ def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
 
     `overall` and `by_kind` are means over expressions whose target exists (each the mean over its scored frames), with
     a 95 % bootstrap interval of J&F over scenes; a kind is never weighted. `absent` tells of the others: `right` is the
-    share of goals whose mask is empty in the last scored frame (the settled answer), `right_every_frame` of those where
-    it is empty in all of them, `right_frames` the share of frames. `R` is ReVOS's robustness in both conventions.
+    share of goals whose mask is empty in every scored frame, `right_at_end` of those where it is empty in the last one
+    (the settled answer), `right_frames` the share of frames. `R` is ReVOS's robustness with masks as 0/1; `R_0_255` is
+    the same as VISA, VRS-HQ and VIRST compute it.
     """
     present = [s for s in scores if not s.absent]
     absent = [s for s in scores if s.absent]
@@ -38,16 +39,13 @@ def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
         "overall": _means(present),
         "by_kind": {kind: _means([s for s in present if s.kind == kind]) for kind in sorted({s.kind for s in present})},
         "absent": {
-            "right": _percent([s.empty_at_end for s in absent]),
-            "right_every_frame": _percent([s.empty_frames == s.score.frames for s in absent]),
+            "right": _percent([s.empty_frames == s.score.frames for s in absent]),
+            "right_at_end": _percent([s.empty_at_end for s in absent]),
             "right_frames": _round(100 * sum(s.empty_frames for s in absent) / frames_absent) if absent else None,
             "n": len(absent),
         },
-        "R": {
-            "masks_0_1": _percent([s.score.r_01 for s in present]),
-            "masks_0_255": _percent([s.score.r_0255 for s in present]),
-            "n": len(present),
-        },
+        "R": _percent([s.score.r_01 for s in present]),
+        "R_0_255": _percent([s.score.r_0255 for s in present]),
     }
 
 
@@ -71,13 +69,13 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {kind} | {_cell(row['J'])} | {_cell(row['F'])} | {_cell(row['JF'])} | {interval} | {row['n']} |"
         )
-    absent, robustness = result["absent"], result["R"]
+    absent = result["absent"]
     lines += [
         "",
-        f"Targets that do not exist (n = {absent['n']}): mask empty in the last frame {_cell(absent['right'])} %,"
-        f" in every frame {_cell(absent['right_every_frame'])} %; {_cell(absent['right_frames'])} % of frames.",
+        f"Targets that do not exist (n = {absent['n']}): mask empty in every frame {_cell(absent['right'])} %,"
+        f" in the last one {_cell(absent['right_at_end'])} %; {_cell(absent['right_frames'])} % of frames.",
         "",
-        f"Robustness R: {_cell(robustness['masks_0_1'])} with masks as 0/1, {_cell(robustness['masks_0_255'])} with"
+        f"Robustness R: {_cell(result['R'])} with masks as 0/1, {_cell(result['R_0_255'])} with"
         " masks as 0/255; compare within one convention only.",
         "",
         "J, F: DAVIS 2017, every frame from the goal's to the last; mean over frames, then over expressions. Intervals:"
