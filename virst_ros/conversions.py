@@ -7,7 +7,7 @@ No cv_bridge: its builds break with NumPy 2, and an image is a header and a buff
 import copy
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -134,15 +134,6 @@ def image_message(header: Header, pixels: np.ndarray, encoding: str) -> Image:
         step=tight.strides[0],
         data=data,
     )
-
-
-def instance_mask(objects: Sequence[ObjectResult], height: int, width: int) -> np.ndarray:
-    """Instance ids, uint8 (height, width): 0 background, 1..254 objects. Where masks overlap the better score wins."""
-    ids = np.zeros((height, width), np.uint8)
-    for found in sorted(objects, key=lambda found: found.score):
-        if found.state is ObjectState.TRACKING:
-            ids[found.mask] = found.instance_id
-    return ids
 
 
 def camera_info_message(header: Header, info: CameraInfo) -> CameraInfo:

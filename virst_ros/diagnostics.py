@@ -277,10 +277,15 @@ class Diagnostics:
             level, message = WARN, f"rejected: {self._bad_goal}"
         else:
             # Answered, and still nothing to track: the reasoner has refused the sentence, or its answer was unusable.
+            # A tracked object has a message only when the newest answer was of no use.
             refused = [
                 found
                 for found in self._objects
-                if found.state is ObjectState.SEARCHING and math.isfinite(found.reasoner_latency_s) and found.message
+                if found.message
+                and (
+                    found.state is ObjectState.TRACKING
+                    or (found.state is ObjectState.SEARCHING and math.isfinite(found.reasoner_latency_s))
+                )
             ]
             if refused:
                 level, message = WARN, f"{refused[0].goal_id}: {refused[0].message}"

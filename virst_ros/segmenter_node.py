@@ -23,7 +23,7 @@ from std_msgs.msg import Header
 from virst_msgs.msg import SegmentedObjectArray
 from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
-from virst_engine import EngineConfig, Frame, FrameResult, Goal, ObjectState
+from virst_engine import EngineConfig, Frame, FrameResult, Goal, ObjectState, instance_map
 from virst_engine.errors import BadFrame, BadGoal, VirstError
 from virst_engine.visualize import draw_overlay
 from virst_ros import conversions, qos
@@ -299,7 +299,7 @@ class SegmenterNode(LifecycleNode):
         assert self._engine is not None
         height, width = frame.image_rgb_u8.shape[:2]
         self._image_size = (height, width)
-        ids = conversions.instance_mask(result.objects, height, width)
+        ids = instance_map(result.objects, height, width)
         self._mask_publisher.publish(conversions.image_message(header, ids, "mono8"))
         age_s = (self.get_clock().now().nanoseconds - frame.stamp_ns) * 1e-9
 

@@ -161,19 +161,6 @@ def rectangle(y, x, height=4, width=6):
     return mask
 
 
-def test_masks_become_instance_ids_and_the_better_score_wins():
-    left, right = rectangle(slice(0, 2), slice(0, 4)), rectangle(slice(1, 3), slice(2, 6))
-    objects = [found(254, left, score=0.9), found(3, right, score=0.4), found(7, left, ObjectState.LOST)]
-    expected = np.zeros((4, 6), np.uint8)
-    expected[right] = 3
-    expected[left] = 254
-    np.testing.assert_array_equal(conversions.instance_mask(objects, 4, 6), expected)
-
-
-def test_no_goals_give_an_empty_mask():
-    assert not conversions.instance_mask([], 4, 6).any()
-
-
 @pytest.mark.parametrize(
     ("pixels", "encoding", "step"),
     [

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is told of events at known times; how it reaches /diagnostics is tested with the node."""
 
+import math
+
+import numpy as np
 import pytest
 
 pytest.importorskip("diagnostic_msgs.msg")
 
 from diagnostic_msgs.msg import DiagnosticStatus
 
-from virst_engine import FrameResult
+from virst_engine import FrameResult, ObjectResult, ObjectState
 from virst_ros.diagnostics import Diagnostics, RateWindow, Surroundings, resident_mib
 
 
@@ -104,6 +107,24 @@ def test_stopped_inference_is_an_error_with_its_last_line(diagnostics):
     status = subject(diagnostics, "output", inference_traceback="Traceback ...\n  File x\nRuntimeError: boom\n")
     assert status.level == DiagnosticStatus.ERROR
     assert "RuntimeError: boom" in status.message
+
+
+@pytest.mark.parametrize(
+    ("state", "latency_s", "message", "level"),
+    [
+        (ObjectState.TRACKING, 0.3, "", DiagnosticStatus.OK),
+        (ObjectState.TRACKING, 0.3, "answered too late", DiagnosticStatus.WARN),
+        (ObjectState.SEARCHING, 0.3, "not understood", DiagnosticStatus.WARN),
+        (ObjectState.SEARCHING, math.nan, "waiting for the first answer", DiagnosticStatus.OK),
+        (ObjectState.LOST, 0.3, "not visible at the moment", DiagnosticStatus.OK),
+    ],
+)
+def test_an_answer_of_no_use_is_a_warning(diagnostics, state, latency_s, message, level):
+    found = ObjectResult("cup", "goal_1", 1, state, np.zeros((2, 2), bool), 0.5, 1.0, latency_s, message)
+    diagnostics.result_published(FrameResult(0, 0, "camera", (found,), {}), 0.1)
+    status = subject(diagnostics, "goals")
+    assert status.level == level
+    assert status.message == (f"goal_1: {message}" if level == DiagnosticStatus.WARN else "0 goal(s)")
 
 
 def test_activation_starts_anew(diagnostics):
