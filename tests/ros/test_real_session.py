@@ -312,3 +312,21 @@ class TestWeights:
         node.trigger_configure()
         node.trigger_activate()
         assert node.state == "active"
+
+    def test_a_reasoner_of_other_weights_is_told_and_one_of_the_same_is_not(self, graph, tmp_path, good_bytes):
+        mine, other = tmp_path / "mine.safetensors", tmp_path / "other.safetensors"
+        mine.write_bytes(good_bytes)
+        other.write_bytes(good_bytes[:-1] + bytes([good_bytes[-1] ^ 1]))  # the lowest bits of one number
+        endpoint = f"ipc://{tmp_path}/reasoner"
+        diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
+        graph.add(SegmenterNode, model__weights=str(mine), reasoner__endpoint=endpoint, diagnostics_period_s=0.1)
+
+        def reasoner_status():
+            return next(status for status in diagnostics[-1].status if status.name == "segmenter: reasoner")
+
+        for weights, says in ((other, "runs other weights (tabletop-tiny "), (mine, "listening")):
+            command = [sys.executable, "-m", "virst_engine.slow.zmq_server", "--endpoint", endpoint]
+            with subprocess.Popen([*command, "--weights", str(weights), "--threads", "1", "--nice", "0"]) as process:
+                wait_until(lambda says=says: diagnostics and says in reasoner_status().message, timeout_s=60.0)
+                process.terminate()
+            del diagnostics[:]
