@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from virst_engine.errors import SceneError
-from virst_engine.model.words import ANSWER, END, WordTokenizer, pad_rows
+from virst_engine.model.words import END, WordTokenizer, pad_rows
 from virst_engine.train.config import StageConfig, TrainConfig
 
 MIN_VISIBLE_SHARE = 0.0004  # of the image: about 7 pixels at 128 x 128
@@ -73,6 +73,8 @@ class Batch:
     visible: Bool[Tensor, "rows f"]
     colour: Int[Tensor, "clips f quarter quarter"]  # attribute labels of the pixels under a stride-4 grid, 0 background
     shape: Int[Tensor, "clips f quarter quarter"]
+    target_colour: Int[Tensor, "rows targets"]  # labels of the target's objects, 0 where there are fewer
+    target_shape: Int[Tensor, "rows targets"]
     kinds: tuple[str, ...]
     anchors: tuple[int, ...]  # frames of the clip that are decoded from their prompts (Algorithm 1)
 
@@ -121,6 +123,8 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
         stage, t = self.stage, self.stage.clip_frames
         extra = stage.propagation_frames if stage.kind == "propagation" else 0
         frames, masks, colours, shapes, sentences, rows, targets = [], [], [], [], [], [], []
+        target_colours: list[list[int]] = []
+        target_shapes: list[list[int]] = []
         for clip in range(stage.clips):
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
             count = len(scene.frames_rgb_u8)
@@ -150,12 +154,14 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             shapes.append(_labels(small, scene.shapes))
             for s in said:
                 rows.append(clip)
+                target_colours.append([scene.colours[i] for i in s.target_ids] or [0])
+                target_shapes.append([scene.shapes[i] for i in s.target_ids] or [0])
                 sentences.append(s)
                 targets.append(np.isin(mask, np.array([i + 1 for i in s.target_ids], np.uint8)))
         target = torch.from_numpy(np.stack(targets)).float()
         visible = target.mean((2, 3)) > MIN_VISIBLE_SHARE
         text, text_valid = pad_rows([self.tokenizer.encode(s.text) for s in sentences], left=True)
-        answer, answer_valid = pad_rows([[ANSWER, *self.tokenizer.encode(s.answer), END] for s in sentences])
+        answer, answer_valid = pad_rows([[*self.tokenizer.encode(s.answer), END] for s in sentences])
         anchors = sorted({t - 1, *rng.choice(t, size=min(stage.anchors, t), replace=False).tolist()})
         return Batch(
             frames_rgb_u8=torch.from_numpy(np.stack(frames)),
@@ -170,6 +176,8 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             visible=visible,
             colour=torch.from_numpy(np.stack(colours)),
             shape=torch.from_numpy(np.stack(shapes)),
+            target_colour=pad_rows(target_colours)[0],
+            target_shape=pad_rows(target_shapes)[0],
             kinds=tuple(s.kind for s in sentences),
             anchors=tuple(anchors[-stage.anchors :]),
         )

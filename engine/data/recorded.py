@@ -11,6 +11,7 @@ from virst_engine.sim.dataset import ClipShard, open_clips
 from virst_engine.sim.expressions import Expression, sample_expressions
 from virst_engine.sim.spec import COLOURS, SHAPES, Family
 
+FIRST_EVALUATION_SEED = 1_000_000
 COLOUR_LABEL = {name: i + 1 for i, name in enumerate(COLOURS)}
 SHAPE_LABEL = {name: i + 1 for i, name in enumerate(SHAPES)}
 
@@ -44,8 +45,15 @@ class ShardScene:
 
 
 def open_scenes(folder: Path, family: Family | None = None) -> list[ShardScene]:
-    """All scenes below a folder. Raises SceneError when there are none."""
-    scenes = [ShardScene(shard, i) for shard in open_clips(folder, family) for i in range(len(shard))]
+    """All scenes below a folder. Raises SceneError when there are none, or when they are kept for evaluation."""
+    shards = open_clips(folder, family)
+    kept = [seed for shard in shards for seed in shard.seeds if seed >= FIRST_EVALUATION_SEED]
+    if kept:
+        raise SceneError(
+            f"{folder} holds {len(kept)} scenes kept for evaluation (seeds from {FIRST_EVALUATION_SEED}); "
+            "train on others: virst scenes write --scenes 0:3000"
+        )
+    scenes = [ShardScene(shard, i) for shard in shards for i in range(len(shard))]
     if not scenes:
         raise SceneError(f"no recorded scenes in {folder}; write some with `virst scenes write`")
     return scenes

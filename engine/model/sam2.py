@@ -13,21 +13,28 @@ sam2/modeling/sam2_base.py:
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from sam2.modeling.backbones.hieradet import Hiera
-from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
-from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
-from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
-from sam2.modeling.position_encoding import PositionEmbeddingSine
-from sam2.modeling.sam.mask_decoder import MaskDecoder
-from sam2.modeling.sam.prompt_encoder import PromptEncoder
-from sam2.modeling.sam.transformer import Attention, TwoWayTransformer
-from sam2.modeling.sam2_utils import MLP, get_1d_sine_pe
 from torch import Tensor, nn
 
 from virst_engine.backends.base import StageSizes
+from virst_engine.errors import VirstError
 from virst_engine.model.config import Sam2Config
 from virst_engine.model.rope import axial_angles, rotate
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
+
+try:
+    from sam2.modeling.backbones.hieradet import Hiera
+    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+    from sam2.modeling.sam.mask_decoder import MaskDecoder
+    from sam2.modeling.sam.prompt_encoder import PromptEncoder
+    from sam2.modeling.sam.transformer import Attention, TwoWayTransformer
+    from sam2.modeling.sam2_utils import MLP, get_1d_sine_pe
+except ModuleNotFoundError as error:
+    raise VirstError(
+        f"the package {error.name} is missing; run ./scripts/setup, or: pip install --no-deps sam2==1.1.0"
+    ) from error
 
 NO_OBJECT_LOGIT = -1024.0  # NO_OBJ_SCORE: the mask of an object that is not there
 MEMORY_MASK_SCALE, MEMORY_MASK_BIAS = 20.0, -10.0  # sigmoid_scale_for_mem_enc, sigmoid_bias_for_mem_enc

@@ -15,6 +15,8 @@ class LossWeights:
     occlusion: float = 1.0  # the paper's 0.05 never learnt absence at this scale
     iou: float = 0.05
     attention: float = 0.5  # second fusion's last attention map against the target's cells (not in VIRST)
+    token_attribute: float = 2.0  # colours and shapes held by Second ST-Fusion's tokens (not in VIRST)
+    query_attribute: float = 1.0  # colours and shapes that the [ST] tokens ask for (not in VIRST)
     attribute: float = 0.2  # colour and shape of every cell, from both encoders (not in VIRST)
 
 
@@ -50,35 +52,49 @@ class TrainConfig:
 
 
 def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
-    """Pre-training, then the paper's three stages (section 3.5); `scale` multiplies all steps."""
+    """Pre-training, then the paper's three stages (section 3.5); `scale` multiplies all steps.
+
+    The order is that of what has to break first: without it a part learns to answer for all objects at once, and the
+    part after it learns to ignore what it is told.
+    """
 
     def steps(n: int) -> int:
         return max(1, round(n * scale))
 
-    encoder = "seg_model.image_encoder."
+    encoders = ("seg_model.image_encoder.", "video_encoder.")
     static = ("attribute", "relation", "superlative", "reasoning")
     return TrainConfig(
         stages=(
+            # Both encoders learn what is where.
             StageConfig(
-                "pretraining", "pretraining", steps(400), 1e-3, clips=8, sentences=6, clip_frames=2,
+                "pretraining", "pretraining", steps(600), 1e-3, clips=8, sentences=6, clip_frames=2,
                 weights=LossWeights(bce=1.0, attribute=0.5),
             ),
-            # One frame, frozen encoders: until then the decoder marks every object, whatever the prompt says.
+            # The decoder learns to mark the one object that a prompt means, from single frames.
             StageConfig(
-                "objects", "pretraining", steps(450), 1e-3, frozen=(encoder, "video_encoder."), clips=20, sentences=4,
-                clip_frames=1, weights=LossWeights(bce=1.0), final_rate=0.3,
+                "objects", "pretraining", steps(450), 1e-3, frozen=encoders, clips=20, sentences=4, clip_frames=1,
+                weights=LossWeights(bce=1.0), final_rate=0.3,
             ),
             StageConfig(
-                "memory", "pretraining", steps(100), 5e-4, frozen=(encoder, "video_encoder."), clips=10, sentences=4,
-                clip_frames=2, weights=LossWeights(bce=1.0),
+                "memory", "pretraining", steps(200), 5e-4, frozen=encoders, clips=10, sentences=4, clip_frames=3,
+                weights=LossWeights(bce=1.0),
             ),
-            # Image-like, and cheap: two frames and sentences that one frame answers, until words mean something. SAM 2
-            # is frozen: prompts that say nothing yet would teach its decoder to ignore them.
+            # The paper's alignment: SAM 2 is frozen, since prompts that say nothing yet would teach its decoder to
+            # ignore them. First what a name means, in one frame; then every sentence that one frame answers.
             StageConfig(
-                "alignment", "image", steps(700), 8e-4, frozen=("seg_model.",), sentences=8,
-                clip_frames=2, anchors=2, kinds=static,
+                "alignment-names", "image", steps(600), 1.5e-3, frozen=("seg_model.",), clips=10, sentences=6,
+                clip_frames=1, anchors=1, kinds=("attribute",),
+                weights=LossWeights(attention=3.0, token=0.1, attribute=0.3),
             ),
-            StageConfig("few-image", "image", steps(450), 6e-4),
-            StageConfig("propagation", "propagation", steps(150), 3e-4, clips=6, sentences=3, warmup_steps=20),
+            StageConfig(
+                "alignment", "image", steps(600), 8e-4, frozen=("seg_model.",), sentences=8, clip_frames=2, anchors=2,
+                kinds=static, weights=LossWeights(attention=2.0),
+            ),
+            StageConfig("few-image", "image", steps(1500), 8e-4),
+            # Longer than n_prop = 5 of the paper: every row of the FIFO memory's temporal encoding has to be seen.
+            StageConfig(
+                "propagation", "propagation", steps(400), 3e-4, clips=5, sentences=3, anchors=2, propagation_frames=7,
+                warmup_steps=20,
+            ),
         )
     )  # fmt: skip

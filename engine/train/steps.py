@@ -16,6 +16,7 @@ from virst_engine.train.losses import attention_loss, attribute_loss, mask_losse
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
 
 Losses = dict[str, Float[Tensor, ""]]
+MIN_TOKEN_SHARE = 0.04  # of a token's pixels: from there it is expected to know the object
 
 
 class AttributeHeads(nn.Module):
@@ -29,6 +30,10 @@ class AttributeHeads(nn.Module):
         )
         self.video_colour = nn.Linear(video_channels, colours + 1)
         self.video_shape = nn.Linear(video_channels, shapes + 1)
+        self.token_colour = nn.Linear(seg_channels, colours)  # which colours a token of Second ST-Fusion holds
+        self.token_shape = nn.Linear(seg_channels, shapes)
+        self.query_colour = nn.Linear(seg_channels, colours)  # which the [ST] tokens ask for
+        self.query_shape = nn.Linear(seg_channels, shapes)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,29 @@ def attribute_losses(heads: AttributeHeads, encoded: Encoded, batch: Batch) -> L
     return {"attribute": (seg + video) / 4}
 
 
+def token_attribute_losses(heads: AttributeHeads, clip: ClipEncoding, batch: Batch) -> Losses:
+    """The tokens that Second ST-Fusion looks at have to tell objects apart, or it learns to look at all of them."""
+    tokens = clip.second_maps.movedim(2, -1)  # clips t hd wd c
+    total = torch.zeros((), device=tokens.device)
+    for head, labels in ((heads.token_colour, batch.colour), (heads.token_shape, batch.shape)):
+        share = F.one_hot(labels[:, : batch.clip_frames], head.out_features + 1).float()
+        share = share.flatten(0, 1).movedim(-1, 1).contiguous()
+        share = F.avg_pool2d(share, share.shape[-1] // tokens.shape[2])[:, 1:]
+        held = (share > MIN_TOKEN_SHARE).float().movedim(1, -1).unflatten(0, tokens.shape[:2])
+        total = total + F.binary_cross_entropy_with_logits(head(tokens).float(), held)
+    return {"token_attribute": total / 2}
+
+
+def query_attribute_losses(heads: AttributeHeads, output: PromptOutput, batch: Batch) -> Losses:
+    """What every [ST] token asks for after the language model: the colours and shapes of the target's objects."""
+    total = torch.zeros((), device=output.projected.device)
+    for head, labels in ((heads.query_colour, batch.target_colour), (heads.query_shape, batch.target_shape)):
+        wanted = F.one_hot(labels, head.out_features + 1).amax(dim=1)[:, 1:].float()
+        logits = head(output.projected).float()
+        total = total + F.binary_cross_entropy_with_logits(logits, wanted[:, None].expand_as(logits))
+    return {"query_attribute": total / 2}
+
+
 def _dominant(labels: Int[Tensor, "b h w"], classes: int, grid: int) -> Int[Tensor, "b grid grid"]:
     """The foreground label that covers most of a cell; -1 where it covers too little to tell, 0 where none does."""
     share = F.avg_pool2d(F.one_hot(labels, classes).movedim(-1, 1).float().contiguous(), labels.shape[-1] // grid)
@@ -94,8 +122,10 @@ def image_step(
 ) -> tuple[Losses, MaskPrediction]:
     """Stages 1 and 2 (equation 13): anchor frames decoded from their own prompts; returns the newest one's masks."""
     encoded = encode(model, batch, train_segmenter=train_segmenter)
-    output = _prompts(model, encoded, batch)
-    losses = attribute_losses(heads, encoded, batch) | _language_losses(output, batch)
+    clip = _encode_clip(model, encoded, batch)
+    output = _prompts(model, clip, batch)
+    losses = attribute_losses(heads, encoded, batch) | token_attribute_losses(heads, clip, batch)
+    losses |= query_attribute_losses(heads, output, batch) | _language_losses(output, batch)
     index = torch.tensor(batch.anchors, device=batch.clip_of_row.device)
     rows, k = batch.clip_of_row.shape[0], len(batch.anchors)
     flat = (batch.clip_of_row[:, None] * encoded.frames + index).flatten()
@@ -110,8 +140,10 @@ def image_step(
 def propagation_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
     """Stage 3 (equation 14): anchors from prompts, then the frames after the clip from memory alone, in order."""
     encoded = encode(model, batch, train_segmenter=True)
-    output = _prompts(model, encoded, batch)
-    losses = attribute_losses(heads, encoded, batch) | _language_losses(output, batch)
+    clip = _encode_clip(model, encoded, batch)
+    output = _prompts(model, clip, batch)
+    losses = attribute_losses(heads, encoded, batch) | token_attribute_losses(heads, clip, batch)
+    losses |= query_attribute_losses(heads, output, batch) | _language_losses(output, batch)
     memory = TrainingMemory(model)
     total: list[Losses] = []
     for frame in batch.anchors:
@@ -168,9 +200,12 @@ def _propagate(
     return {name: torch.stack([one[name] for one in total]).mean() for name in total[0]}, prediction
 
 
-def _prompts(model: Virst, encoded: Encoded, batch: Batch) -> PromptOutput:
+def _encode_clip(model: Virst, encoded: Encoded, batch: Batch) -> ClipEncoding:
     maps = encoded.features.fusion.unflatten(0, (-1, encoded.frames))[:, : batch.clip_frames]
-    clip: ClipEncoding = model.encode_cells(encoded.video_cells, maps)
+    return model.encode_cells(encoded.video_cells, maps)
+
+
+def _prompts(model: Virst, clip: ClipEncoding, batch: Batch) -> PromptOutput:
     return model.prompts(clip, batch.clip_of_row, batch.text, batch.text_valid, batch.answer, batch.answer_valid)
 
 
@@ -237,12 +272,14 @@ class TrainingMemory:
         anchors, recent = self._anchors[-3:], self._recent[::-1]
         entries = anchors + recent
         objects = entries[0][2].shape[0]
-        tpos = [self._config.memory_frames - 1] * len(anchors) + list(range(len(recent)))
         valid = torch.stack([v for _, _, v in entries], dim=1)
+        # Like the memory bank of the stream: the k-th newest frame that was written, however long ago.
+        rank = (valid[:, len(anchors) :].long().cumsum(dim=1) - 1).clamp(min=0)
+        tpos = torch.cat((rank.new_full((objects, len(anchors)), self._config.memory_frames - 1), rank), dim=1)
         distance = torch.tensor([float(step - s) for s, _, _ in entries], device=valid.device)
         return MemoryTensors(
             spatial=torch.stack([e.spatial for _, e, _ in entries], dim=1),
-            spatial_tpos=torch.tensor(tpos, device=valid.device).expand(objects, -1),
+            spatial_tpos=tpos,
             spatial_valid=valid,
             pointers=torch.stack([e.pointer for _, e, _ in entries], dim=1),
             pointer_distance=distance.expand(objects, -1),
