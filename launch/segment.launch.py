@@ -192,7 +192,7 @@ def start(context: LaunchContext) -> list:
             executable="segmenter",
             name="segmenter",
             namespace=value["namespace"],
-            parameters=[value["params_file"], parameters],
+            parameters=[value["params_file"], *([parameters] if parameters else [])],
             remappings=remappings,
             ros_arguments=ros_arguments,
             output="screen",
@@ -227,7 +227,7 @@ def start(context: LaunchContext) -> list:
                 executable="rviz2",
                 name="rviz",
                 arguments=["-d", str(HERE / "rviz" / "virst.rviz")],
-                parameters=[sim_time],
+                parameters=[sim_time] if sim_time else [],
                 output="log",
             )
         )

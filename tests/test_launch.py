@@ -84,7 +84,7 @@ def processes(launch_module: Any, **given: str) -> dict[str, Recorded]:
 
 
 def parameters(node: Recorded) -> dict[str, Any]:
-    file, arguments = node.named["parameters"]
+    file, *arguments = node.named["parameters"]
     text = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     flat: dict[str, Any] = {}
 
@@ -96,7 +96,7 @@ def parameters(node: Recorded) -> dict[str, Any]:
                 flat[prefix + name] = value
 
     flatten("", text["/**"]["ros__parameters"])
-    return {**flat, **arguments}
+    return flat | (arguments[0] if arguments else {})
 
 
 def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None:
@@ -183,7 +183,7 @@ def test_the_reasoner_gets_what_the_parameter_file_says(
     assert options["--weights"] == "/w.safetensors"
     assert options["--endpoint"] == "ipc:///elsewhere"
     assert options["--curve-keys"] == "/keys"
-    assert started["segmenter"].named["parameters"] == [str(file), {}], "nothing overrides the file"
+    assert started["segmenter"].named["parameters"] == [str(file)], "nothing overrides the file"
 
 
 def test_sections_of_other_nodes_are_not_the_reasoners(launch_module: Any, tmp_path: Path) -> None:
@@ -290,6 +290,7 @@ def test_rviz_starts_when_it_is_chosen(launch_module: Any) -> None:
     option, file = rviz.named["arguments"]
     assert option == "-d"
     assert Path(file).is_file()
+    assert rviz.named["parameters"] == []
     assert rviz.named["package"] == "rviz2"
 
 
