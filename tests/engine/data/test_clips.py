@@ -20,7 +20,7 @@ from virst_engine.data.clips import (
     visible_objects,
 )
 from virst_engine.errors import SceneError
-from virst_engine.model.words import ANSWER, END, WordTokenizer
+from virst_engine.model.words import END, WordTokenizer
 from virst_engine.train.config import StageConfig, TrainConfig
 
 STAGE = StageConfig("few-image", "image", 40, 1e-3, clips=2, sentences=3, clip_frames=4, anchors=3)
@@ -146,9 +146,19 @@ def test_sentences_are_padded_on_the_left_and_answers_end() -> None:
         text = tokenizer.encode(said[kind].text)
         assert batch.text[row, -len(text) :].tolist() == text
         assert batch.text_valid[row].tolist() == [False] * (batch.text.shape[1] - len(text)) + [True] * len(text)
-        answer = [ANSWER, *tokenizer.encode(said[kind].answer), END]
-        assert batch.answer[row, : len(answer)].tolist() == answer
-        assert int(batch.answer_valid[row].sum()) == len(answer)
+        answer = [*tokenizer.encode(said[kind].answer), END]
+        assert batch.answer[row, batch.answer_valid[row]].tolist()[-len(answer) :] == answer
+        assert not bool(batch.answer_valid[row].diff().sum() > 1)  # one run of words, then padding
+
+
+def test_labels_of_a_target_are_those_of_all_its_objects() -> None:
+    said = {one.kind: one for one in (THE_BOX, ALL, NOTHING)}
+    batch = source_of(replace(STAGE, clips=8), [FakeScene(0, list(said.values()))])[0]
+    assert set(batch.kinds) == set(said)
+    for row, kind in enumerate(batch.kinds):
+        for labels, of_object in ((batch.target_colour, (RED, BLUE)), (batch.target_shape, (BALL, BOX))):
+            wanted = [of_object[i] for i in said[kind].target_ids]
+            assert labels[row].tolist() == wanted + [0] * (labels.shape[1] - len(wanted))
 
 
 def test_anchors_are_distinct_frames_of_the_clip_with_the_newest_among_them() -> None:

@@ -107,6 +107,13 @@ def test_a_batch_of_recorded_scenes(folder: Path) -> None:
         assert bool(batch.visible[row].all()) == (kind != "absent")
 
 
+def test_scenes_kept_for_evaluation_are_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "plain-00000000-00000000", [0])
+    write_shard(tmp_path / "plain-01000000-01000000", [1_000_000])
+    with pytest.raises(SceneError, match=r"1 scenes kept for evaluation \(seeds from 1000000\)"):
+        open_scenes(tmp_path)
+
+
 def test_a_folder_without_scenes_says_how_to_make_some(tmp_path: Path) -> None:
     with pytest.raises(SceneError, match="virst scenes write"):
         open_scenes(tmp_path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.engine.data.fake_scenes import NOTHING, THE_BALL, FakeScene
 from tests.engine.model.small_models import SMALL, small_virst
 from virst_engine.data.clips import Batch, BatchSource
-from virst_engine.model.virst import ClipEncoding, Virst
+from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train import steps
 from virst_engine.train.config import LossWeights, StageConfig, TrainConfig
@@ -158,6 +158,32 @@ def test_token_attributes_teach_what_second_fusion_looks_at() -> None:
     names = learning(model)
     assert "seg_prompter.spatial_down.4.weight" in names
     assert not [name for name in names if name.startswith(("language_model.", "seg_model.sam_", "video_encoder."))]
+
+
+def test_query_attributes_teach_the_language_model_what_is_asked_for() -> None:
+    model, heads = parts()
+    image_step(model, heads, batch_of(IMAGE), train_segmenter=True)[0]["query_attribute"].backward()
+    assert learning(heads) == {name for name, _ in heads.named_parameters() if name.startswith("query_")}
+    names = learning(model)
+    assert "language_model.layers.0.self_attn.q_proj.weight" in names
+    assert not [name for name in names if name.startswith(("seg_prompter.decoder.", "seg_model.sam_"))]
+
+
+def test_query_attributes_by_hand() -> None:
+    """One [ST] token; the target is both objects, then none: what is wanted is colours {1, 2}, then no colour."""
+    _, heads = parts()
+    batch = replace(
+        batch_of(replace(IMAGE, sentences=1)),
+        target_colour=torch.tensor([[1, 2], [0, 0]]),
+        target_shape=torch.tensor([[0, 0], [0, 0]]),
+    )
+    logits = torch.tensor([[[40.0, 40.0]], [[-40.0, -40.0]]])
+    heads.query_colour.forward = lambda projected: logits
+    heads.query_shape.forward = lambda projected: torch.full_like(logits, -40.0)
+    output = PromptOutput(torch.zeros(2, 1, 1, C), torch.zeros(2, 1, C), None, None)
+    assert float(steps.query_attribute_losses(heads, output, batch)["query_attribute"]) < 1e-6
+    heads.query_colour.forward = lambda projected: -logits
+    assert float(steps.query_attribute_losses(heads, output, batch)["query_attribute"]) == pytest.approx(20.0)
 
 
 def test_a_token_holds_the_colours_that_cover_enough_of_it() -> None:
