@@ -125,14 +125,18 @@ class Session:
             EndpointError: the reasoner's address can never work. An absent reasoner is no error: it may come later.
         """
         # Imported here: a session with other stages or another client needs neither.
-        from virst_engine.weights import load_stages
+        from virst_engine.weights import load_stages, weights_identity
 
         config = EngineConfig() if config is None else config
         stages = load_stages(config.model)
         if reasoner is None:
             from virst_engine.slow.zmq_client import ZmqReasonerClient
 
-            reasoner = ZmqReasonerClient(config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys)
+            reasoner = ZmqReasonerClient(
+                config.reasoner.endpoint,
+                curve_keys=config.reasoner.curve_keys,
+                model=weights_identity(config.model),
+            )
         return cls(config, stages, reasoner)
 
     def set_goal(

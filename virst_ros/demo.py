@@ -129,7 +129,8 @@ def _environment(domain: int) -> dict[str, str]:
     """For the children; what the middleware reads is set for this process too."""
     profile = REPOSITORY / "launch" / "fastdds_profile.xml"
     if profile.is_file():
-        os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(profile))
+        for name in ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"):  # the latter up to Jazzy
+            os.environ.setdefault(name, str(profile))
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "PYTHONUNBUFFERED": "1"}
     environment.setdefault("LP_NUM_THREADS", "1")  # software OpenGL must not take the segmenter's core

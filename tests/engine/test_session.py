@@ -607,19 +607,20 @@ def test_a_clock_that_goes_back_starts_the_session_over_and_keeps_the_goals() ->
     assert results[39].objects[0].prompt_age_s == pytest.approx(0.9)
 
 
-def test_open_hands_the_reasoner_s_address_and_keys_to_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_hands_the_reasoner_s_address_keys_and_weights_to_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     class Client(InstantClient):
-        def __init__(self, endpoint: str, *, curve_keys: str = "") -> None:
+        def __init__(self, endpoint: str, *, curve_keys: str = "", model: str = "") -> None:
             super().__init__()
-            made.append((endpoint, curve_keys))
+            made.append((endpoint, curve_keys, model))
 
     monkeypatch.setattr("virst_engine.slow.zmq_client.ZmqReasonerClient", Client)
     monkeypatch.setattr("virst_engine.weights.load_stages", lambda model: FakeStages())
+    monkeypatch.setattr("virst_engine.weights.weights_identity", lambda model: f"{model.name} 0123456789ab")
     reasoner = ReasonerParameters(endpoint="tcp://robot:5555", curve_keys="/keys")
     Session.open(EngineConfig(reasoner=reasoner)).close()
-    assert made == [("tcp://robot:5555", "/keys")]
+    assert made == [("tcp://robot:5555", "/keys", "tabletop-tiny 0123456789ab")]
 
 
 def test_live_parameters_change_with_the_next_frame_and_others_not_at_all() -> None:
