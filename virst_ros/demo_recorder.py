@@ -18,7 +18,7 @@ from virst_msgs.msg import SegmentedObjectArray
 from virst_msgs.srv import SetGoal
 
 from virst_engine.errors import VirstError
-from virst_engine.sim.recording import Recording
+from virst_engine.sim.recording import TRUTH_ARRAYS, Recording
 from virst_engine.sim.spec import SceneSpec
 from virst_engine.types import ObjectState
 from virst_ros import conversions
@@ -27,15 +27,6 @@ from virst_ros.demo_report import GoalRun, MaskedFrame, encode_image, encode_mas
 PENDING = 200  # stamps that wait for their other parts
 KEPT_IMAGES = 2400  # two minutes: the video's part of a long run is its end
 WINDOW_FRAMES, WINDOW_HZ = 22, 10.0  # what decides the meaning of a sentence
-TRUTH_ARRAYS = (
-    "visible_fraction",
-    "in_view_fraction",
-    "area_fraction",
-    "position_m",
-    "quaternion_wxyz",
-    "velocity_m_s",
-    "centre_px",
-)
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,11 @@ import cv2
 import numpy as np
 
 from virst_engine.errors import SceneError
+from virst_engine.sim.recording import TRUTH_ARRAYS
 from virst_engine.sim.spec import SceneSpec
 
 RECORDING = Path(__file__).parent / "data" / "demo_recording.npz"
 RATE_HZ, SECONDS = 20.0, 20.0
-NUMBERS = (
-    "visible_fraction",
-    "in_view_fraction",
-    "area_fraction",
-    "position_m",
-    "quaternion_wxyz",
-    "velocity_m_s",
-    "centre_px",
-)
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def write_recording(path: Path, rate_hz: float = RATE_HZ, seconds: float = SECON
         video=encoded,
         masks=np.frombuffer(b"".join(masks), np.uint8),
         mask_bytes=np.array([len(mask) for mask in masks]),
-        **{name: np.stack([getattr(frame, name) for frame in frames]).astype(np.float32) for name in NUMBERS},
+        **{name: np.stack([getattr(frame, name) for frame in frames]).astype(np.float32) for name in TRUTH_ARRAYS},
     )
 
 
@@ -97,7 +89,7 @@ def load_recording(path: Path = RECORDING) -> RecordedRun:
                 for end, size in zip(ends, data["mask_bytes"], strict=True)
             ]
             images = _decode_video(data["video"].tobytes())
-            numbers = {name: data[name] for name in NUMBERS}
+            numbers = {name: data[name] for name in TRUTH_ARRAYS}
             spec = SceneSpec.from_json(header["spec"])
     except (OSError, KeyError, ValueError, cv2.error) as error:
         raise SceneError(

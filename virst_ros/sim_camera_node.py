@@ -34,7 +34,7 @@ from virst_engine.errors import VirstError
 from virst_engine.sim.expressions import WINDOW_FRAMES, expressions
 from virst_engine.sim.live import LiveTabletop, demo_scene
 from virst_engine.sim.mujoco_world import close_all
-from virst_engine.sim.recording import SimFrame
+from virst_engine.sim.recording import TRUTH_ARRAYS, SimFrame
 from virst_engine.sim.spec import FAMILIES
 from virst_ros import conversions, qos
 from virst_ros.log_bridge import LogBridge
@@ -42,15 +42,6 @@ from virst_ros.parameters import declare, node_parameters, node_specs, values_of
 from virst_ros.spinning import spin_until_shutdown
 
 SENTENCES_PERIOD_S = 1.0
-TRUTH_NUMBERS = (
-    "visible_fraction",
-    "in_view_fraction",
-    "area_fraction",
-    "position_m",
-    "quaternion_wxyz",
-    "velocity_m_s",
-    "centre_px",
-)
 
 
 @dataclass(frozen=True)
@@ -221,7 +212,7 @@ class SimCameraNode(Node):
         if self._mask_publisher.get_subscription_count() > 0:
             self._mask_publisher.publish(conversions.image_message(header, frame.instance_mask, "mono8"))
         if self._frame_publisher.get_subscription_count() > 0:
-            numbers = {name: np.round(getattr(frame, name), 5).tolist() for name in TRUTH_NUMBERS}
+            numbers = {name: np.round(getattr(frame, name), 5).tolist() for name in TRUTH_ARRAYS}
             truth = {"stamp_ns": stamp_ns, "seed": tabletop.spec.seed, "time_s": frame.time_s, **numbers}
             self._frame_publisher.publish(String(data=json.dumps(truth)))
 

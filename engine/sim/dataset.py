@@ -22,22 +22,13 @@ from jaxtyping import UInt8
 
 from virst_engine.errors import SceneError
 from virst_engine.sim.expressions import sample_expressions
-from virst_engine.sim.recording import Recording
+from virst_engine.sim.recording import TRUTH_ARRAYS, Recording
 from virst_engine.sim.scenes import generate_scene_and_motion
 from virst_engine.sim.spec import FAMILIES, MAX_OBJECTS, Family, SceneSpec
 
 logger = logging.getLogger(__name__)
 
 SHARD_SCENES = 50
-TRUTH = (
-    "visible_fraction",
-    "in_view_fraction",
-    "area_fraction",
-    "position_m",
-    "quaternion_wxyz",
-    "velocity_m_s",
-    "centre_px",
-)
 Progress = Callable[[int, int], None]
 
 
@@ -165,7 +156,7 @@ def _write_shard_steps(
         assert recording.image_rgb_u8 is not None
         assert recording.instance_mask is not None
         frames[row], masks[row] = recording.image_rgb_u8, recording.instance_mask
-        for name in TRUTH:
+        for name in TRUTH_ARRAYS:
             values = getattr(recording, name)
             if name not in truth:
                 truth[name] = np.zeros((len(seeds), frames_per_clip, MAX_OBJECTS, *values.shape[2:]), np.float32)
@@ -254,7 +245,7 @@ class ClipShard:
             time_s=self._truth["time_s"],
             image_rgb_u8=self.frames[scene] if images else None,
             instance_mask=self.masks[scene] if images else None,
-            **{name: self._truth[name][scene, :, :n] for name in TRUTH},
+            **{name: self._truth[name][scene, :, :n] for name in TRUTH_ARRAYS},
         )
 
 

@@ -13,6 +13,17 @@ from jaxtyping import Float, UInt8
 from virst_engine.errors import SceneError
 from virst_engine.sim.spec import Intrinsics, SceneSpec
 
+# The truth of a frame, by the names that SimFrame and Recording share; one row per object.
+TRUTH_ARRAYS = (
+    "visible_fraction",
+    "in_view_fraction",
+    "area_fraction",
+    "position_m",
+    "quaternion_wxyz",
+    "velocity_m_s",
+    "centre_px",
+)
+
 
 @dataclass(frozen=True)
 class SimFrame:

@@ -11,8 +11,8 @@ from virst_engine.data.clips import BatchSource
 from virst_engine.data.recorded import COLOUR_LABEL, SHAPE_LABEL, open_scenes
 from virst_engine.errors import SceneError
 from virst_engine.model.words import UNKNOWN, WordTokenizer
-from virst_engine.sim.dataset import TRUTH
 from virst_engine.sim.expressions import KINDS_PLAIN, VOCABULARY
+from virst_engine.sim.recording import TRUTH_ARRAYS
 from virst_engine.sim.scenes import generate_scene
 from virst_engine.sim.spec import COLOURS, MAX_OBJECTS, SHAPES
 from virst_engine.train.config import StageConfig, TrainConfig
@@ -27,7 +27,7 @@ def write_shard(folder: Path, seeds: list[int]) -> None:
     masks = np.zeros((len(seeds), FRAMES, SIDE, SIDE), np.uint8)
     truth = {
         name: np.zeros((len(seeds), FRAMES, MAX_OBJECTS, *shape), np.float32)
-        for name, shape in zip(TRUTH, ((), (), (), (3,), (4,), (3,), (2,)), strict=True)
+        for name, shape in zip(TRUTH_ARRAYS, ((), (), (), (3,), (4,), (3,), (2,)), strict=True)
     }
     for row, spec in enumerate(specs):
         for k in range(len(spec.objects)):
