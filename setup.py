@@ -15,9 +15,9 @@ setup(
     maintainer="virst_ros developers",
     maintainer_email="maintainers@virst-ros.org",
     python_requires=">=3.10",
-    packages=[PACKAGE, ENGINE, *(f"{ENGINE}.{name}" for name in find_packages("engine"))],
+    packages=[PACKAGE, f"{PACKAGE}.demo", ENGINE, *(f"{ENGINE}.{name}" for name in find_packages("engine"))],
     package_dir={ENGINE: "engine"},
-    package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"], PACKAGE: ["data/*"]},
+    package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"], f"{PACKAGE}.demo": ["*.npz"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),

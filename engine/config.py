@@ -96,6 +96,13 @@ class TrackingParameters:
         high=100,
         live=True,
     )
+    confirm_answers: int = parameter(
+        2,
+        "answers in a row that must point at the same object before a goal that was not found is tracked",
+        low=1,
+        high=100,
+        live=True,
+    )
     replay_steps: int = parameter(
         3, "cached frames that are replayed per new frame after a late answer", low=2, high=4096, live=True
     )

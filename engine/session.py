@@ -476,6 +476,7 @@ class Session:
             situation,
             agree_iou=tracking.agree_iou,
             overrule_answers=tracking.overrule_answers,
+            confirm_answers=tracking.confirm_answers,
             repeats=repeats,
         )
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long stages take, and percentiles of the newest figures."""
+"""What a run costs: how long stages take, percentiles, resident memory."""
 
+import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -41,6 +43,23 @@ class StageTimer:
         for name, begin, end in self._events:
             total[name] = total.get(name, 0.0) + begin.elapsed_time(end)
         return total
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    """p50, p95 and p99, rounded to three digits; None of no value."""
+    if not len(values):
+        return None
+    p50, p95, p99 = np.percentile(np.asarray(values, dtype=np.float64), (50, 95, 99))
+    return {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "p99": round(float(p99), 3)}
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM, MiB; NaN where there is no /proc."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        return math.nan
 
 
 class LatencyWindow:

@@ -32,6 +32,19 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class StageSizes:
+    """Shapes that are fixed when a model is built (SAM 2 names in brackets)."""
+
+    image_size: int  # side of the square model input, pixels
+    channels: int  # d_model of the neck (256 at full size)
+    memory_channels: int  # mem_dim (64)
+    grid: int  # side of the stride-16 grid
+    mask: int  # side of the low-resolution mask: 4 x grid
+    memory_frames: int  # num_maskmem: P = 7, rows of maskmem_tpos_enc
+    video_size: int = 128  # side of the square frames that the reasoner's video encoder reads, pixels
+
+
+@dataclass(frozen=True)
 class ImageFeatures:
     """What the image encoder makes of frames, once; shared by all objects, goals and the reasoner's fusion.
 

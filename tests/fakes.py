@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from virst_engine.backends.base import StageSizes
 from virst_engine.config import EngineConfig, MemoryParameters, ReasonerParameters, TrackingParameters
 from virst_engine.types import (
     Clip,
@@ -26,6 +25,7 @@ from virst_engine.types import (
     Prompt,
     ReasonerAnswer,
     ReasonerRequest,
+    StageSizes,
 )
 
 SIDE = 32  # pixels of the fake model's input; the fake video has this size too unless told otherwise

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENGINE = ROOT / "engine"
 
-# Part of the engine -> parts that it may import. A part is a file or a folder directly in engine/. Two more have rules
-# of their own: "backends.base", the interface of a stage; "train.config", what training asks of its data.
+# Part of the engine -> parts that it may import. A part is a file or a folder directly in engine/. One more has rules
+# of its own: "backends.base", the interface of a stage.
 # cli joins everything, and nothing else imports it.
 WORDS = {"types", "config", "errors", "timing"}
 STAGES = WORDS | {"model", "backends.base"}
@@ -34,9 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "session": WORDS | {"fast", "slow", "backends.base", "weights"},
     "export": STAGES | {"fast", "backends", "weights"},
     "sim": {"types", "errors", "config"},
-    "data": WORDS | {"sim", "model", "train.config"},
-    "train.config": WORDS,
-    "train": STAGES | {"train.config", "backends", "data", "sim", "weights", "evaluate"},
+    "data": WORDS | {"sim", "model"},
+    "train": STAGES | {"backends", "data", "sim", "weights", "evaluate"},
     "evaluate": STAGES | {"backends", "data", "sim", "weights", "session", "fast", "slow", "visualize"},
 }
 ALLOWED["cli"] = set(ALLOWED)
@@ -78,7 +77,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def part_of(module_path: str) -> str:
     """`slow.wire.encode` -> slow; `backends.base.StageSizes` -> backends.base."""
-    own = next((part for part in ("backends.base", "train.config") if f"{module_path}.".startswith(f"{part}.")), "")
+    own = "backends.base" if f"{module_path}.".startswith("backends.base.") else ""
     return own or module_path.split(".")[0]
 
 

@@ -5,7 +5,6 @@ diagnostic_updater is not to be had from the Python package index, so the messag
 """
 
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
 from virst_engine import FrameResult, Goal, ObjectResult, ObjectState
-from virst_engine.timing import LatencyWindow
+from virst_engine.timing import LatencyWindow, resident_mib
 
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK,
@@ -66,15 +65,6 @@ class LoadedModel:
     weights: str = ""
     backend: str = ""
     device: str = ""
-
-
-def resident_mib() -> float:
-    """Memory of this process that is in RAM, MiB; nan where there is no /proc."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except OSError:
-        return math.nan
 
 
 def _text(value: object) -> str:

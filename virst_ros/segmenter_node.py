@@ -14,8 +14,6 @@ from typing import Any
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
-from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import qos_policy_name_from_kind
 from sensor_msgs.msg import CameraInfo, Image
@@ -31,7 +29,6 @@ from virst_ros.diagnostics import Diagnostics, LoadedModel, Surroundings
 from virst_ros.frame_inbox import FrameInbox
 from virst_ros.inference_thread import InferenceThread
 from virst_ros.loading import LoadedEngine, load_engine
-from virst_ros.log_bridge import LogBridge
 from virst_ros.parameters import (
     NodeParameters,
     ParameterGate,
@@ -42,7 +39,7 @@ from virst_ros.parameters import (
     node_specs,
     values_of,
 )
-from virst_ros.spinning import spin_until_shutdown
+from virst_ros.spinning import run_node
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -97,6 +94,9 @@ class SegmenterNode(LifecycleNode):
             (ListGoals, "~/list_goals", self._on_list_goals),
         ):
             self.create_service(kind, name, callback, callback_group=self._service_group)
+        warning = missing_profile_warning(rclpy.get_rmw_implementation_identifier(), os.environ)
+        if warning:
+            self.get_logger().warning(warning)
         if self._settings.autostart:
             self._autostart_timer = self.create_timer(0.0, self._autostart)
 
@@ -104,6 +104,8 @@ class SegmenterNode(LifecycleNode):
     def state(self) -> str:
         """Label of the lifecycle state: unconfigured, inactive, active, finalized."""
         return self._state_machine.current_state[1]
+
+    failure = ""  # it never ends by itself: what goes wrong is in /diagnostics, and goals stay
 
     def close(self) -> None:
         """Give back threads and models, whatever the state; the node can then be destroyed."""
@@ -473,30 +475,7 @@ def missing_profile_warning(rmw: str, environment: "os._Environ[str] | dict[str,
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one segmenter until it is told to stop. The exit status is 1 when a parameter was not acceptable."""
-    rclpy.init(args=arguments)
-    node = None
-    try:
-        try:
-            node = SegmenterNode()
-        except (InvalidParameterValueException, InvalidParameterTypeException, ValueError) as error:
-            rclpy.logging.get_logger("segmenter").fatal(f"a parameter is not acceptable: {error}")
-            return 1
-        warning = missing_profile_warning(rclpy.get_rmw_implementation_identifier(), os.environ)
-        if warning:
-            node.get_logger().warning(warning)
-        # Every callback is short but configure, and inference has its own thread. rclpy's MultiThreadedExecutor wakes
-        # hundreds of times a second where this one wakes for each message, and takes the interpreter from inference.
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        with LogBridge(node.get_logger()), LogBridge(node.get_logger(), "virst_ros"):
-            spin_until_shutdown(executor)
-    finally:
-        if node is not None:
-            node.close()
-            node.destroy_node()
-        if rclpy.ok():
-            rclpy.shutdown()
-    return 0
+    return run_node(SegmenterNode, "segmenter", arguments)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, Image
@@ -37,9 +35,8 @@ from virst_engine.sim.mujoco_world import close_all
 from virst_engine.sim.recording import TRUTH_ARRAYS, SimFrame
 from virst_engine.sim.spec import FAMILIES
 from virst_ros import conversions, qos
-from virst_ros.log_bridge import LogBridge
 from virst_ros.parameters import declare, node_parameters, node_specs, values_of
-from virst_ros.spinning import spin_until_shutdown
+from virst_ros.spinning import run_node
 
 SENTENCES_PERIOD_S = 1.0
 
@@ -277,25 +274,7 @@ def camera_info(header: Header, camera: Any, settings: CameraParameters) -> Came
 
 def main(arguments: list[str] | None = None) -> int:
     """Film until told to stop. The exit status is 1 when a parameter was not acceptable or filming is impossible."""
-    rclpy.init(args=arguments)
-    node = None
-    try:
-        try:
-            node = SimCameraNode()
-        except (InvalidParameterValueException, InvalidParameterTypeException, ValueError) as error:
-            rclpy.logging.get_logger("camera").fatal(f"a parameter is not acceptable: {error}")
-            return 1
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        with LogBridge(node.get_logger()):
-            spin_until_shutdown(executor)
-    finally:
-        if node is not None:
-            node.close()
-            node.destroy_node()
-        if rclpy.ok():
-            rclpy.shutdown()
-    return 1 if node.failure else 0
+    return run_node(SimCameraNode, "camera", arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spin an executor until it is told to end."""
+"""Run a node, or spin an executor, until it is told to end."""
 
-from rclpy.executors import Executor, ExternalShutdownException, InvalidHandle, ShutdownException
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Protocol
+
+import rclpy
+import rclpy.logging
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.executors import (
+    Executor,
+    ExternalShutdownException,
+    InvalidHandle,
+    ShutdownException,
+    SingleThreadedExecutor,
+)
+from rclpy.impl.rcutils_logger import RcutilsLogger
+
+from virst_ros.log_bridge import LogBridge
+
+
+class OwnNode(Protocol):
+    """An rclpy node that has something to release."""
+
+    failure: str  # why it ended by itself; empty otherwise
+
+    def get_logger(self) -> RcutilsLogger: ...
+    def close(self) -> None: ...
+    def destroy_node(self) -> None: ...
+
+
+def run_node(make: Callable[[], OwnNode], name: str, arguments: list[str] | None) -> int:
+    """Run one node until it is told to stop. The exit status is 1 when it failed, or a parameter was not acceptable."""
+    rclpy.init(args=arguments)
+    node = None
+    try:
+        try:
+            node = make()
+        except (InvalidParameterValueException, InvalidParameterTypeException, ValueError) as error:
+            rclpy.logging.get_logger(name).fatal(f"a parameter is not acceptable: {error}")
+            return 1
+        # Every callback is short, and what is long has a thread of its own. rclpy's MultiThreadedExecutor wakes
+        # hundreds of times a second where this one wakes for each message, and takes the interpreter from inference.
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        with ExitStack() as bridges:
+            for source in ("virst_engine", "virst_ros"):
+                bridges.enter_context(LogBridge(node.get_logger(), source))
+            spin_until_shutdown(executor)
+    finally:
+        if node is not None:
+            node.close()
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return 1 if node.failure else 0
 
 
 def spin_until_shutdown(executor: Executor) -> None:

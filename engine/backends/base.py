@@ -1,26 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fast path needs of a model: four stages and the sizes of their tensors."""
+"""What the fast path needs of a model: four stages."""
 
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
-
-
-@dataclass(frozen=True)
-class StageSizes:
-    """Shapes that are fixed when a model is built (SAM 2 names in brackets)."""
-
-    image_size: int  # side of the square model input, pixels
-    channels: int  # d_model of the neck (256 at full size)
-    memory_channels: int  # mem_dim (64)
-    grid: int  # side of the stride-16 grid
-    mask: int  # side of the low-resolution mask: 4 x grid
-    memory_frames: int  # num_maskmem: P = 7, rows of maskmem_tpos_enc
-    video_size: int = 128  # side of the square frames that the reasoner's video encoder reads, pixels
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, StageSizes
 
 
 @runtime_checkable  # the type checker of the tests asks for it

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from virst_engine.backends.base import StageSizes
 from virst_engine.model.sam2 import Sam2
-from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, StageSizes
 
 
 class TorchStages:

@@ -14,10 +14,23 @@ from torch import Tensor
 
 from virst_engine.errors import SceneError
 from virst_engine.model.words import END, WordTokenizer, pad_rows
-from virst_engine.train.config import StageConfig, TrainConfig
 
 MIN_VISIBLE_SHARE = 0.0004  # of the image: about 7 pixels at 128 x 128
 STILL_KINDS = ("attribute", "relation", "superlative", "reasoning", "plural", "absent")  # one frame is enough evidence
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """What one batch is made of."""
+
+    clips: int  # scenes
+    sentences: int  # per scene
+    clip_frames: int  # T_seg
+    following_frames: int = 0  # after the clip, tracked from memory: n_prop of Algorithm 1
+    anchors: int = 3  # alpha of Algorithm 1
+    stride: int = 3  # recorded frames (10 Hz) between frames of a clip: 0.3 s
+    kinds: tuple[str, ...] = ()  # of sentences; empty: all that a scene allows
+    is_wordless: bool = False  # any objects of the first frame instead of sentences, for pre-training
 
 
 class Sentence(Protocol):
@@ -73,6 +86,7 @@ class Batch:
     visible: Bool[Tensor, "rows f"]
     colour: Int[Tensor, "clips f quarter quarter"]  # attribute labels of the pixels under a stride-4 grid, 0 background
     shape: Int[Tensor, "clips f quarter quarter"]
+    motion: Float[Tensor, "clips t quarter quarter 2"]  # x, y shift of the object there between clip frames, 1/16 side
     target_colour: Int[Tensor, "rows targets"]  # labels of the target's objects, 0 where there are fewer
     target_shape: Int[Tensor, "rows targets"]
     kinds: tuple[str, ...]
@@ -109,39 +123,38 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
         self,
         scenes: Sequence[RecordedScene],
         tokenizer: WordTokenizer,
-        config: TrainConfig,
-        stage: StageConfig,
-        seed: int,
+        plan: ClipPlan,
+        seed: Sequence[int],
+        steps: int,
     ) -> None:
-        self.scenes, self.tokenizer, self.config, self.stage, self.seed = scenes, tokenizer, config, stage, seed
+        self.scenes, self.tokenizer, self.plan, self.seed, self.steps = scenes, tokenizer, plan, tuple(seed), steps
 
     def __len__(self) -> int:
-        return self.stage.steps
+        return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng([self.seed, sum(map(ord, self.stage.name)), step])
-        stage, t = self.stage, self.stage.clip_frames
-        extra = stage.propagation_frames if stage.kind == "propagation" else 0
-        frames, masks, colours, shapes, sentences, rows, targets = [], [], [], [], [], [], []
+        rng = np.random.default_rng([*self.seed, step])
+        plan, t, extra = self.plan, self.plan.clip_frames, self.plan.following_frames
+        frames, masks, colours, shapes, motions, sentences, rows, targets = [], [], [], [], [], [], [], []
         target_colours: list[list[int]] = []
         target_shapes: list[list[int]] = []
-        for clip in range(stage.clips):
+        for clip in range(plan.clips):
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
             count = len(scene.frames_rgb_u8)
-            first_query = (t - 1) * self.config.clip_stride
+            first_query = (t - 1) * plan.stride
             needed = first_query + (3 if extra else 1)
             if count < needed:
                 raise SceneError(
-                    f"a scene has {count} frames, but stage {stage.name} needs at least {needed}; "
+                    f"a scene has {count} frames, but clips of {t} frames need at least {needed}; "
                     "record longer ones with `virst scenes write`"
                 )
             query = int(rng.integers(first_query, count - (2 if extra else 0)))
-            index = np.array([query - self.config.clip_stride * (t - 1 - i) for i in range(t)])
+            index = np.array([query - plan.stride * (t - 1 - i) for i in range(t)])
             said: Sequence[Sentence]
-            if stage.kind == "pretraining":
-                said = visible_objects(np.asarray(scene.instance_masks[index[0]]), stage.sentences, rng)
+            if plan.is_wordless:
+                said = visible_objects(np.asarray(scene.instance_masks[index[0]]), plan.sentences, rng)
             else:
-                said = scene.sentences(query, stage.sentences, rng, stage.kinds)
+                said = scene.sentences(query, plan.sentences, rng, plan.kinds)
             if rng.random() < 0.15 and all(s.kind in STILL_KINDS for s in said):
                 # The camera has just started: the oldest frame stands for those that were never seen.
                 index = np.maximum(index, query - int(rng.integers(0, first_query + 1)))
@@ -152,6 +165,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             small = mask[:, 2::4, 2::4]
             colours.append(_labels(small, scene.colours))
             shapes.append(_labels(small, scene.shapes))
+            motions.append(object_motion(small[:t]))
             for s in said:
                 rows.append(clip)
                 target_colours.append([scene.colours[i] for i in s.target_ids] or [0])
@@ -162,7 +176,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
         visible = target.mean((2, 3)) > MIN_VISIBLE_SHARE
         text, text_valid = pad_rows([self.tokenizer.encode(s.text) for s in sentences], left=True)
         answer, answer_valid = pad_rows([[*self.tokenizer.encode(s.answer), END] for s in sentences])
-        anchors = sorted({t - 1, *rng.choice(t, size=min(stage.anchors, t), replace=False).tolist()})
+        anchors = sorted({t - 1, *rng.choice(t, size=min(plan.anchors, t), replace=False).tolist()})
         return Batch(
             frames_rgb_u8=torch.from_numpy(np.stack(frames)),
             instance_masks=torch.from_numpy(np.stack(masks)),
@@ -176,11 +190,32 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             visible=visible,
             colour=torch.from_numpy(np.stack(colours)),
             shape=torch.from_numpy(np.stack(shapes)),
+            motion=torch.from_numpy(np.stack(motions)),
             target_colour=pad_rows(target_colours)[0],
             target_shape=pad_rows(target_shapes)[0],
             kinds=tuple(s.kind for s in sentences),
-            anchors=tuple(anchors[-stage.anchors :]),
+            anchors=tuple(anchors[-plan.anchors :]),
         )
+
+
+def object_motion(masks: UInt8[np.ndarray, "t h w"]) -> Float[np.ndarray, "t h w 2"]:
+    """How far the object under each pixel moves from a frame to the next (x, y; 1/16 of the side), from its centroids.
+
+    Halved differences of the neighbours inside, one-sided ones at the ends; 0 where an object is out of view.
+    """
+    t, height, width = masks.shape
+    out = np.zeros((t, height, width, 2), np.float32)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    for label in np.unique(masks):
+        if label in (0, 255) or t == 1:
+            continue
+        covered = masks == label
+        count = covered.sum((1, 2))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            centre = np.stack(((covered * x).sum((1, 2)) / count, (covered * y).sum((1, 2)) / count), axis=1)
+        shift = np.nan_to_num(np.gradient(centre, axis=0) * 16 / width)
+        out += covered[..., None] * shift[:, None, None].astype(np.float32)
+    return out
 
 
 def _labels(masks: UInt8[np.ndarray, "f h w"], of_object: tuple[int, ...]) -> Int[np.ndarray, "f h w"]:

@@ -2,12 +2,11 @@
 """How fast the shipped model is here: per stage, per number of objects, in a paced run, and over many frames."""
 
 import logging
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from virst_engine.evaluate.provenance import command_line, device_description, v
 from virst_engine.evaluate.settings import FIRST_EVALUATION_SEED, EvaluationSettings
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import InProcessClient, Reasoner
+from virst_engine.timing import percentiles, resident_mib
 from virst_engine.types import Frame, ObjectState
 
 logger = logging.getLogger(__name__)
@@ -238,17 +238,6 @@ def reasoner_process(model: ModelParameters) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    p50, p95, p99 = np.percentile(np.asarray(values, dtype=np.float64), (50, 95, 99))
-    return {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "p99": round(float(p99), 3)}
-
-
-def resident_mib() -> float:
-    """Resident memory of this process; Linux."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from virst_engine.backends.base import Stages, StageSizes
+from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig, MemoryParameters
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
@@ -27,6 +27,7 @@ from virst_engine.types import (
     MemoryEntry,
     MemoryTensors,
     ReasonerRequest,
+    StageSizes,
 )
 
 NearTime = dict[int, MemoryEntry]  # frame index -> memory of every object in that frame

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from virst_engine.backends.base import StageSizes
 from virst_engine.config import MemoryParameters
-from virst_engine.types import MemoryEntry, MemoryTensors
+from virst_engine.types import MemoryEntry, MemoryTensors, StageSizes
 
 EMPTY = -1  # in place of a step: nothing is remembered there
 

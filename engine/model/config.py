@@ -53,7 +53,7 @@ class VideoEncoderConfig:
     feedforward: int = 512
     clip_frames: int = 4  # frames that attend to each other, as in VideoChat-Flash
     max_frames: int = 64
-    pool: int = 2  # tokens are averaged over pool x pool cells before the language model
+    pool: int = 2  # pool x pool cells become one token of the language model
 
     @property
     def channels(self) -> int:
@@ -80,6 +80,7 @@ class LanguageModelConfig:
     vocabulary: int = 151647
     rope_theta: float = 1e6
     max_positions: int = 32768
+    position_per_frame: bool = False  # the visual tokens of a frame share one position: long clips stay near the words
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class FusionConfig:
     feedforward: int = 1024
     max_frames: int = 100
     feature_level: int = -1  # FPN level that is tokenized: -1 = stride 16 (64 x 64 at 1024 px), 0 = stride 4
+    tokenizer_strides: tuple[int, ...] = (2, 2, 2)  # 64 x 64 features -> 8 x 8 tokens
     position_in_values: bool = False  # add SAM's dense positional encoding to the second fusion's values (not in VIRST)
 
 
@@ -161,10 +163,11 @@ def tabletop_tiny(words: tuple[str, ...], special_tokens: int = 4) -> VirstConfi
         language=LanguageModelConfig(
             hidden=192, layers=4, heads=6, kv_heads=2, feedforward=512,
             vocabulary=len(words) + special_tokens, rope_theta=1e4, max_positions=512,
+            position_per_frame=True,
         ),
         fusion=FusionConfig(
             st_tokens=4, shared_st_embedding=False, initial_heads=6, heads=4, layers=2, feedforward=256,
-            feature_level=0, position_in_values=True,
+            feature_level=0, tokenizer_strides=(2, 2, 1), position_in_values=True,  # 32 x 32 -> 8 x 8 tokens, too
         ),
         words=words,
     )  # fmt: skip

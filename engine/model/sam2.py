@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from virst_engine.backends.base import StageSizes
 from virst_engine.errors import VirstError
 from virst_engine.model.config import Sam2Config
 from virst_engine.model.rope import axial_angles, rotate
-from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, StageSizes
 
 try:
     from sam2.modeling.backbones.hieradet import Hiera

@@ -7,18 +7,18 @@ full-size classes load it by name. The code is our own, written from the paper a
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from virst_engine.model.config import FusionConfig
 from virst_engine.model.rope import axis_angles, rotate
 
 
-def frame_aware_tokenizer(channels: int) -> nn.Sequential:
-    """Three stride-2 convolutions, each with ReLU: S_seg -> S_down, 1/8 of the side (equations 7 and 8)."""
+def frame_aware_tokenizer(channels: int, strides: tuple[int, ...]) -> nn.Sequential:
+    """Three convolutions of stride 2, each with ReLU: S_seg -> S_down, 8 x 8 tokens per frame (equations 7 and 8)."""
     layers: list[nn.Module] = []
-    for _ in range(3):
-        layers += [nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1), nn.ReLU()]
+    for stride in strides:
+        layers += [nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -30,14 +30,14 @@ def _tokenize(tokenizer: nn.Sequential, maps: Float[Tensor, "b t c h w"]) -> Flo
 class InitialStFusion(nn.Module):
     """F_Init = E_ST + gate * CrossAttn(E_ST, S_down), before the language model (equation 9)."""
 
-    def __init__(self, channels: int, hidden: int, heads: int) -> None:
+    def __init__(self, channels: int, hidden: int, config: FusionConfig) -> None:
         super().__init__()
-        self.spatial_down = frame_aware_tokenizer(channels)
+        self.spatial_down = frame_aware_tokenizer(channels, config.tokenizer_strides)
         self.spatial_norm = nn.LayerNorm(channels)
         self.vision_proj = nn.Linear(channels, hidden)
         self.norm_q = nn.LayerNorm(hidden)
         self.norm_kv = nn.LayerNorm(hidden)
-        self.cross_attn = nn.MultiheadAttention(hidden, heads, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(hidden, config.initial_heads, batch_first=True)
         self.gate = nn.Parameter(torch.tensor(0.1))
 
     def video_tokens(self, maps: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b tokens d"]:
@@ -60,6 +60,9 @@ class RotaryCrossAttention(nn.Module):
         self.k_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
         self.o_proj = nn.Linear(channels, channels)
+        # Training from nothing: attention starts as similarity, a query looks at what it resembles.
+        nn.init.orthogonal_(self.q_proj.weight)
+        self.k_proj.load_state_dict(self.q_proj.state_dict())
 
     def _split(self, x: Float[Tensor, "b tokens c"]) -> Float[Tensor, "b heads tokens d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -67,16 +70,20 @@ class RotaryCrossAttention(nn.Module):
     def forward(
         self,
         queries: Float[Tensor, "b q c"],
-        keys: Float[Tensor, "b k c"],
-        values: Float[Tensor, "b k c"],
+        keys: Float[Tensor, "clips k c"],
+        values: Float[Tensor, "clips k c"],
+        clip_of_row: Int[Tensor, " b"],
         query_angles: Float[Tensor, "q pairs_t"],
         key_angles: Float[Tensor, "k pairs"],
     ) -> tuple[Float[Tensor, "b q c"], Float[Tensor, "b heads q k"]]:
-        """Returns the attended values and the attention logits (before the softmax)."""
+        """Returns the attended values and the attention logits (before the softmax).
+
+        Keys and values are projected once per clip, however many rows ask about it.
+        """
         q = rotate(self._split(self.q_proj(queries)), query_angles.cos(), query_angles.sin())
-        k = rotate(self._split(self.k_proj(keys)), key_angles.cos(), key_angles.sin())
+        k = rotate(self._split(self.k_proj(keys)), key_angles.cos(), key_angles.sin())[clip_of_row]
         logits = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-        out = logits.softmax(-1) @ self._split(self.v_proj(values))
+        out = logits.softmax(-1) @ self._split(self.v_proj(values))[clip_of_row]
         return self.o_proj(out.transpose(1, 2).flatten(2)), logits
 
 
@@ -95,13 +102,14 @@ class SecondFusionLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b q c"],
-        memory: Float[Tensor, "b k c"],
-        values: Float[Tensor, "b k c"],
+        memory: Float[Tensor, "clips k c"],
+        values: Float[Tensor, "clips k c"],
+        clip_of_row: Int[Tensor, " b"],
         query_angles: Float[Tensor, "q pairs_t"],
         key_angles: Float[Tensor, "k pairs"],
     ) -> tuple[Float[Tensor, "b q c"], Float[Tensor, "b heads q k"]]:
         x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
-        attended, logits = self.cross_attn(x, memory, values, query_angles, key_angles)
+        attended, logits = self.cross_attn(x, memory, values, clip_of_row, query_angles, key_angles)
         x = self.norm2(x + attended)
         return self.norm3(x + self.ff(x)), logits
 
@@ -112,7 +120,7 @@ class SecondStFusion(nn.Module):
     def __init__(self, channels: int, hidden: int, config: FusionConfig) -> None:
         super().__init__()
         self.config = config
-        self.spatial_down = frame_aware_tokenizer(channels)
+        self.spatial_down = frame_aware_tokenizer(channels, config.tokenizer_strides)
         self.memory_norm = nn.LayerNorm(channels)
         self.seg_proj = nn.Linear(hidden, channels)
         self.decoder = nn.ModuleList(
@@ -126,13 +134,15 @@ class SecondStFusion(nn.Module):
     def forward(
         self,
         st: Float[Tensor, "b n d"],
-        down: Float[Tensor, "b t c hd wd"],
+        down: Float[Tensor, "clips t c hd wd"],
+        clip_of_row: Int[Tensor, " b"],
         position: Float[Tensor, "c hd wd"] | None = None,
     ) -> tuple[Float[Tensor, "b t n c"], Float[Tensor, "b heads n t t hd wd"] | None]:
-        """`position`: the mask decoder's dense positional encoding, added to the values when configured.
+        """Row i asks about clip `clip_of_row[i]`.
 
-        Returns the prompts and the last layer's attention logits (None without second fusion). Raises ValueError for
-        a clip longer than `max_frames`.
+        `position`: the mask decoder's dense positional encoding, added to the values when configured. Returns the
+        prompts and the last layer's attention logits (None without second fusion). Raises ValueError for a clip longer
+        than `max_frames`.
         """
         frames, height, width = down.shape[1], *down.shape[3:]
         if frames > self.config.max_frames:
@@ -160,7 +170,7 @@ class SecondStFusion(nn.Module):
 
         out, logits = expanded.flatten(1, 2), None
         for layer in self.decoder:
-            out, logits = layer(out, memory, values, query_angles, key_angles)
+            out, logits = layer(out, memory, values, clip_of_row, query_angles, key_angles)
         prompts = out.unflatten(1, (tokens, frames)).transpose(1, 2)
         assert logits is not None
         return prompts, logits.unflatten(3, (frames, height, width)).unflatten(2, (tokens, frames))

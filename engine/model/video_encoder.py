@@ -2,7 +2,7 @@
 """The small video encoder of `tabletop-tiny`: a convolutional stem and a few space-time transformer layers.
 
 It stands where VideoChat-Flash's UMT-L stands at full size: frames of a short clip attend to each other, then tokens
-are merged (here by averaging) to a few per frame. A BatchNorm residual stem learns shapes, a strided patch stem did
+are merged (here by concatenation) to a few per frame. A BatchNorm residual stem learns shapes, a strided patch stem did
 not.
 """
 
@@ -66,12 +66,12 @@ class VideoEncoder(nn.Module):
         x = self.norm(x).unflatten(1, (clip, -1)).unflatten(0, (batch, -1)).flatten(1, 2)
         return x[:, :count]
 
-    def merge(self, cells: Float[Tensor, "b t cells d"]) -> Float[Tensor, "b t tokens d"]:
-        """Average pool x pool cells into one token."""
+    def merge(self, cells: Float[Tensor, "b t cells d"]) -> Float[Tensor, "b t tokens d2"]:
+        """Put pool x pool cells side by side in one token of pool * pool * d channels: nothing is lost."""
         side, pool = self.config.grid, self.config.pool
         maps = cells.transpose(2, 3).unflatten(3, (side, side)).flatten(0, 1)
-        merged = F.avg_pool2d(maps, pool).flatten(2).transpose(1, 2)
+        merged = F.pixel_unshuffle(maps, pool).flatten(2).transpose(1, 2)
         return merged.unflatten(0, cells.shape[:2])
 
-    def forward(self, frames: Float[Tensor, "b t 3 size size"]) -> Float[Tensor, "b t tokens d"]:
+    def forward(self, frames: Float[Tensor, "b t 3 size size"]) -> Float[Tensor, "b t tokens d2"]:
         return self.merge(self.cells(frames))

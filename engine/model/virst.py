@@ -33,6 +33,7 @@ class PromptOutput:
     projected: Float[Tensor, "b n c"]  # [ST] tokens before Second ST-Fusion, the baseline of VIRST's table 4
     attention_logits: Float[Tensor, "b heads n t t hd wd"] | None  # of the last second-fusion layer
     answer_logits: Float[Tensor, "b answer vocabulary"] | None  # next-token logits of a teacher-forced answer
+    visual_hidden: tuple[Float[Tensor, "b v d"], ...]  # visual tokens half-way and after the last layer; with an answer
 
 
 def build_language_model(config: LanguageModelConfig) -> Qwen2Model:
@@ -61,15 +62,20 @@ class Virst(nn.Module):
         channels, hidden, fusion = config.sam2.channels, config.language.hidden, config.fusion
         self.seg_model = Sam2(config.sam2)
         self.video_encoder = VideoEncoder(config.video)
+        # The norm keeps visual tokens at the scale of the two embeddings and of what the language model adds to them.
         self.mm_projector = nn.Sequential(
-            nn.Linear(config.video.channels, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+            nn.Linear(config.video.channels * config.video.pool**2, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.LayerNorm(hidden),
         )
-        self.frame_embedding = nn.Parameter(torch.randn(1, config.video.max_frames, 1, hidden) * 0.02)
+        self.frame_embedding = nn.Parameter(torch.randn(1, config.video.max_frames, 1, hidden) * 0.3)
+        self.place_embedding = nn.Parameter(torch.randn(1, 1, config.video.tokens_per_frame, hidden) * 0.5)
         self.language_model = build_language_model(config.language)
         self.lm_head = nn.Linear(hidden, config.language.vocabulary, bias=False)
         rows = 1 if fusion.shared_st_embedding else fusion.st_tokens
         self.st_embedding = nn.Parameter(torch.randn(rows, hidden) * 0.02)  # E_ST
-        self.initial_seg_fusion_module = InitialStFusion(channels, hidden, fusion.initial_heads)
+        self.initial_seg_fusion_module = InitialStFusion(channels, hidden, fusion)
         self.seg_prompter = SecondStFusion(channels, hidden, fusion)
 
     def encode_clip(
@@ -89,7 +95,8 @@ class Virst(nn.Module):
         if frames > longest:
             raise ValueError(f"a clip may have at most {longest} frames (video.max_frames), got {frames}")
         tokens = self.mm_projector(self.video_encoder.merge(cells))
-        tokens = tokens + self.frame_embedding[:, : tokens.shape[1]]
+        # Frames count from the newest, however many there are.
+        tokens = tokens + self.frame_embedding[:, longest - frames :] + self.place_embedding
         initial = (
             self.initial_seg_fusion_module.video_tokens(fusion_maps) if self.config.fusion.initial_fusion else None
         )
@@ -121,18 +128,32 @@ class Virst(nn.Module):
             parts.append(embed(answer))
             valid.append(answer_valid)
         mask = torch.cat(valid, dim=1)
-        hidden = self.language_model(
+        understood = self.language_model(
             inputs_embeds=torch.cat(parts, dim=1),
             attention_mask=mask.long(),
-            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+            position_ids=self._positions(mask, text.shape[1], clip),
             use_cache=False,
-        ).last_hidden_state
+            output_hidden_states=answer is not None,
+        )
+        hidden = understood.last_hidden_state
         start = text.shape[1] + visual.shape[1]
-        maps = clip.second_maps[clip_of_row]
+        maps = clip.second_maps
         position = dense_position(self.seg_model.sam_prompt_encoder.get_dense_pe(), *maps.shape[-2:])
         st = hidden[:, start : start + n]
-        prompts, attention = self.seg_prompter(st, maps, position)
+        prompts, attention = self.seg_prompter(st, maps, clip_of_row, position)
         logits = None
+        visual_hidden: tuple[Tensor, ...] = ()
         if answer is not None:  # the last [ST] token predicts the answer's first word
+            half_way = understood.hidden_states[self.config.language.layers // 2]
+            visual_hidden = tuple(states[:, text.shape[1] : start] for states in (half_way, hidden))
             logits = self.lm_head(hidden[:, start + n - 1 : start + n - 1 + answer.shape[1]])
-        return PromptOutput(prompts, self.seg_prompter.seg_proj(st), attention, logits)
+        return PromptOutput(prompts, self.seg_prompter.seg_proj(st), attention, logits, visual_hidden)
+
+    def _positions(self, valid: Bool[Tensor, "rows all"], start: int, clip: ClipEncoding) -> Int[Tensor, "rows all"]:
+        """Position of every element of the sequence; padding does not count. Visual tokens begin at `start`."""
+        counts = valid.long()
+        if self.config.language.position_per_frame:
+            visual = clip.visual_tokens.shape[1]
+            is_first_of_frame = torch.arange(visual, device=valid.device) % (visual // clip.second_maps.shape[1]) == 0
+            counts[:, start : start + visual] = is_first_of_frame.long()
+        return (counts.cumsum(1) - 1).clamp(min=0)

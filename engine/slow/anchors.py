@@ -6,7 +6,8 @@ frames, so it may point elsewhere by mistake, or because what the words tell ("t
 window. So an object that an answer with a full window has settled is given up only for several answers in a row that
 all point at the same other thing, whether it is seen or hidden: a hidden object comes back by its memory. That there is
 no such object is believed of a settled one only while the segmenter doubts it too. An object that is not settled has
-nothing to lose and takes every answer at once.
+nothing to lose and takes every answer at once, but where the last answer said that there is none, several in a row must
+find the same thing: a goal that is not there is asked about again and again, and one mistake would show a mask.
 """
 
 from collections.abc import Sequence
@@ -124,6 +125,7 @@ def decide(
     *,
     agree_iou: float,
     overrule_answers: int,
+    confirm_answers: int = 1,
     repeats: bool = False,
 ) -> Decision:
     """What to do with one answer.
@@ -159,6 +161,8 @@ def decide(
             return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
         if not is_overruled:
             return Decision(Action.HOLD, dispute=dispute)
+    if situation.state is ObjectState.NOT_FOUND and dispute.answers < confirm_answers:
+        return Decision(Action.HOLD, dispute=dispute)
     if not can_replay:
         return Decision(Action.JUMP, chosen=(newest,))
     return Decision(Action.START_OVER, chosen=tuple(present))

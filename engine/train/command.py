@@ -56,9 +56,7 @@ def train(
     torch.manual_seed(seed)
     config = _chosen_stages(replace(tabletop_tiny_training(scale), seed=seed), stages)
     model = _start_model(init, size)
-    heads = AttributeHeads(
-        model.config.sam2.channels, model.config.video.channels, colours=len(COLOURS), shapes=len(SHAPES)
-    )
+    heads = AttributeHeads(model.config, colours=len(COLOURS), shapes=len(SHAPES))
     scenes = open_scenes(clips)
     run = trainer.Trainer(
         model, heads, config, scenes, folder=out, scalars=_curves(out), device=device, loader_workers=workers

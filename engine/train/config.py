@@ -4,6 +4,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from virst_engine.data.clips import ClipPlan
+from virst_engine.sim.grammar import KINDS_FULL
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -17,7 +20,11 @@ class LossWeights:
     attention: float = 0.5  # second fusion's last attention map against the target's cells (not in VIRST)
     token_attribute: float = 2.0  # colours and shapes held by Second ST-Fusion's tokens (not in VIRST)
     query_attribute: float = 1.0  # colours and shapes that the [ST] tokens ask for (not in VIRST)
-    attribute: float = 0.2  # colour and shape of every cell, from both encoders (not in VIRST)
+    attribute: float = 0.2  # colour and shape of every cell of the image encoder (not in VIRST)
+    video_attribute: float = 0.2  # and of the video encoder
+    query_place: float = 1.0  # row and column of the target, from the [ST] tokens (not in VIRST)
+    visual_target: float = 4.0  # whether the target is in a visual token, from the language model (not in VIRST)
+    motion: float = 0.2  # shift of every cell's object, from the video encoder (not in VIRST)
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,11 @@ class StageConfig:
     """One stage. `kind` pretraining is extra to the paper: its parts come pre-trained, ours start from nothing."""
 
     name: str
-    kind: Literal["pretraining", "image", "propagation"]
+    kind: Literal["video", "pretraining", "image", "propagation"]
     steps: int
     learning_rate: float
     frozen: tuple[str, ...] = ()  # prefixes of parameter names
+    slower: tuple[str, ...] = ()  # prefixes of those that learn at a quarter of the rate
     clips: int = 8  # scenes per step
     sentences: int = 6  # per scene
     anchors: int = 3  # alpha of Algorithm 1
@@ -38,6 +46,18 @@ class StageConfig:
     warmup_steps: int = 50
     final_rate: float = 0.05  # share of the learning rate left at the end of the cosine
     weights: LossWeights = field(default_factory=LossWeights)
+
+    def clip_plan(self, stride: int) -> ClipPlan:
+        return ClipPlan(
+            self.clips,
+            self.sentences,
+            self.clip_frames,
+            self.propagation_frames if self.kind == "propagation" else 0,
+            self.anchors,
+            stride,
+            self.kinds,
+            is_wordless=self.kind in ("video", "pretraining"),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,34 +87,39 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
         stages=(
             # Both encoders learn what is where.
             StageConfig(
-                "pretraining", "pretraining", steps(600), 1e-3, clips=8, sentences=6, clip_frames=2,
-                weights=LossWeights(bce=1.0, attribute=0.5),
-            ),
-            # The decoder learns to mark the one object that a prompt means, from single frames.
-            StageConfig(
-                "objects", "pretraining", steps(450), 1e-3, frozen=encoders, clips=20, sentences=4, clip_frames=1,
-                weights=LossWeights(bce=1.0), final_rate=0.3,
+                "video-encoder", "video", steps(2000), 2e-3, clips=10, sentences=1, clip_frames=4,
+                weights=LossWeights(video_attribute=1.0, motion=1.0),
             ),
             StageConfig(
-                "memory", "pretraining", steps(200), 5e-4, frozen=encoders, clips=10, sentences=4, clip_frames=3,
-                weights=LossWeights(bce=1.0),
+                "segmenter", "pretraining", steps(1500), 1e-3, clips=12, sentences=4, clip_frames=2,
+                weights=LossWeights(bce=1.0, attribute=2.0),
             ),
-            # The paper's alignment: SAM 2 is frozen, since prompts that say nothing yet would teach its decoder to
-            # ignore them. First what a name means, in one frame; then every sentence that one frame answers.
+            # The paper's alignment. First what a name means, in one frame, while SAM 2 is frozen: prompts that say
+            # nothing yet would teach its decoder to ignore them. Then every sentence that one frame answers.
             StageConfig(
-                "alignment-names", "image", steps(600), 1.5e-3, frozen=("seg_model.",), clips=10, sentences=6,
-                clip_frames=1, anchors=1, kinds=("attribute",),
-                weights=LossWeights(attention=3.0, token=0.1, attribute=0.3),
+                "alignment-names", "image", steps(700), 1.5e-3, frozen=("seg_model.", "video_encoder."), clips=16,
+                sentences=5, clip_frames=1, anchors=1, kinds=("attribute",),
+                weights=LossWeights(attention=3.0, token=0.1),
             ),
             StageConfig(
-                "alignment", "image", steps(600), 8e-4, frozen=("seg_model.",), sentences=8, clip_frames=2, anchors=2,
-                kinds=static, weights=LossWeights(attention=2.0),
+                "alignment", "image", steps(1500), 1e-3, frozen=encoders, slower=("seg_model.",), clips=16, sentences=6,
+                clip_frames=1, anchors=1, kinds=static, weights=LossWeights(attention=2.0),
             ),
-            StageConfig("few-image", "image", steps(1500), 8e-4),
+            # Half a clip is enough for everything but the order of events, and costs half. Motion, which few scenes
+            # have at any one time, is asked for more often.
+            StageConfig(
+                "few-image-short", "image", steps(2000), 8e-4, frozen=encoders, slower=("seg_model.",), clips=10,
+                clip_frames=4, anchors=2, kinds=(*static, *3 * ("motion",), "plural"), final_rate=0.4,
+                weights=LossWeights(attention=2.0),
+            ),
+            StageConfig(
+                "few-image", "image", steps(400), 5e-4, frozen=encoders, slower=("seg_model.",), anchors=2,
+                kinds=(*KINDS_FULL, *2 * ("motion",)), weights=LossWeights(attention=2.0, occlusion=2.0, iou=0.3),
+            ),
             # Longer than n_prop = 5 of the paper: every row of the FIFO memory's temporal encoding has to be seen.
             StageConfig(
-                "propagation", "propagation", steps(400), 3e-4, clips=5, sentences=3, anchors=2, propagation_frames=7,
-                warmup_steps=20,
+                "propagation", "propagation", steps(180), 3e-4, frozen=encoders, clips=6, sentences=4, anchors=2,
+                propagation_frames=7, warmup_steps=20, weights=LossWeights(attention=1.0, occlusion=2.0, iou=0.3),
             ),
         )
     )  # fmt: skip

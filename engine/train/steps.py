@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from virst_engine.data.clips import Batch
+from virst_engine.model.config import VirstConfig
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.train.config import LossWeights
@@ -17,23 +18,30 @@ from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, Memor
 
 Losses = dict[str, Float[Tensor, ""]]
 MIN_TOKEN_SHARE = 0.04  # of a token's pixels: from there it is expected to know the object
+PLACES = 8  # rows, and columns, in which a target is located
 
 
 class AttributeHeads(nn.Module):
-    """Linear read-outs of colour and shape from both encoders; used in training only, no part of the weights."""
+    """Linear read-outs of what every part has to know; used in training only, no part of the weights."""
 
-    def __init__(self, seg_channels: int, video_channels: int, colours: int, shapes: int) -> None:
+    def __init__(self, config: VirstConfig, colours: int, shapes: int) -> None:
         super().__init__()
+        seg_channels, video_channels = config.sam2.channels, config.video.channels
         self.seg_colour, self.seg_shape = (
             nn.Conv2d(seg_channels, colours + 1, 1),
             nn.Conv2d(seg_channels, shapes + 1, 1),
         )
         self.video_colour = nn.Linear(video_channels, colours + 1)
         self.video_shape = nn.Linear(video_channels, shapes + 1)
-        self.token_colour = nn.Linear(seg_channels, colours)  # which colours a token of Second ST-Fusion holds
+        self.video_motion = nn.Linear(video_channels, 2)
+        # Which colours a token of Second ST-Fusion holds, and which the [ST] tokens ask for: one read-out for both, so
+        # that a query resembles what it asks for.
+        self.token_colour = nn.Linear(seg_channels, colours)
         self.token_shape = nn.Linear(seg_channels, shapes)
-        self.query_colour = nn.Linear(seg_channels, colours)  # which the [ST] tokens ask for
-        self.query_shape = nn.Linear(seg_channels, shapes)
+        self.query_place = nn.Linear(seg_channels, 2 * PLACES)  # the row and the column of the target
+        self.visual_target = nn.ModuleList(  # whether a visual token shows the target: half-way and in the end
+            nn.Sequential(nn.LayerNorm(config.language.hidden), nn.Linear(config.language.hidden, 1)) for _ in range(2)
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,9 @@ class Encoded:
     video_cells: Float[Tensor, "clips t cells d"]
 
     def of(self, index: Int[Tensor, " o"]) -> ImageFeatures:
-        return ImageFeatures(*(getattr(self.features, f.name)[index] for f in fields(ImageFeatures)))
+        """What the decoder and the memory read of some frames; in place of the large fusion maps stands `top`."""
+        top = self.features.top[index]
+        return ImageFeatures(top, self.features.high_res_s0[index], self.features.high_res_s1[index], fusion=top)
 
 
 def encode(model: Virst, batch: Batch, *, train_segmenter: bool, with_video: bool = True) -> Encoded:
@@ -64,23 +74,57 @@ def encode(model: Virst, batch: Batch, *, train_segmenter: bool, with_video: boo
 
 
 def attribute_losses(heads: AttributeHeads, encoded: Encoded, batch: Batch) -> Losses:
-    """Both encoders have to know what colour and shape every place has."""
-    fusion = encoded.features.fusion
+    """Every encoder that learns has to know what colour and shape every place has."""
+    losses: Losses = {}
+    fusion, cells = encoded.features.fusion, encoded.video_cells
+    if fusion.requires_grad:
+        losses["attribute"] = _seg_attribute_loss(heads, fusion, batch)
+    if cells.requires_grad and cells.numel():
+        losses |= video_attribute_losses(heads, cells, batch)
+    return losses
+
+
+def _seg_attribute_loss(
+    heads: AttributeHeads, fusion: Float[Tensor, "frames c h w"], batch: Batch
+) -> Float[Tensor, ""]:
     side = fusion.shape[-1]
-    seg = torch.zeros((), device=fusion.device)
+    total = torch.zeros((), device=fusion.device)
     for seg_head, labels in ((heads.seg_colour, batch.colour), (heads.seg_shape, batch.shape)):
         flat = labels.flatten(0, 1)
         if flat.shape[-1] != side:
             flat = F.interpolate(flat[:, None].float(), (side, side), mode="nearest")[:, 0].long()
-        seg = seg + attribute_loss(seg_head(fusion), flat)
-    t, cells = encoded.video_cells.shape[1:3]
+        total = total + attribute_loss(seg_head(fusion), flat)
+    return total / 2
+
+
+def video_attribute_losses(
+    heads: AttributeHeads, video_cells: Float[Tensor, "clips t cells d"], batch: Batch
+) -> Losses:
+    """Colour and shape of every cell, and where its object is moving to."""
+    t, cells = video_cells.shape[1:3]
     grid = round(cells**0.5)
-    video = torch.zeros((), device=fusion.device)
+    total = torch.zeros((), device=video_cells.device)
     for head, labels in ((heads.video_colour, batch.colour), (heads.video_shape, batch.shape)):
         label = _dominant(labels[:, :t].flatten(0, 1), head.out_features, grid)
-        logits = head(encoded.video_cells).flatten(0, 1).transpose(1, 2).unflatten(2, (grid, grid))
-        video = video + attribute_loss(logits, label)
-    return {"attribute": (seg + video) / 4}
+        logits = head(video_cells).flatten(0, 1).transpose(1, 2).unflatten(2, (grid, grid))
+        total = total + attribute_loss(logits, label)
+    covered = (batch.colour[:, :t] > 0).float().flatten(0, 1)[:, None]
+    window = covered.shape[-1] // grid
+    share = F.avg_pool2d(covered, window)
+    shift = F.avg_pool2d(batch.motion.flatten(0, 1).movedim(-1, 1).contiguous(), window) / share.clamp(min=1e-6)
+    seen = (share > 0.2).float().flatten(2).transpose(1, 2)
+    found = heads.video_motion(video_cells).float().flatten(0, 1)
+    error = F.smooth_l1_loss(found, shift.flatten(2).transpose(1, 2), reduction="none", beta=0.1).sum(-1, keepdim=True)
+    return {"video_attribute": total / 2, "motion": (error * seen).sum() / seen.sum().clamp(min=1.0)}
+
+
+def video_step(model: Virst, heads: AttributeHeads, batch: Batch) -> Losses:
+    """Pre-training of the video encoder alone: what is where, and how it moves."""
+    pixels = normalise(batch.frames_rgb_u8.flatten(0, 1))
+    side = model.config.video.image_size
+    video = pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="area")
+    cells = model.video_encoder.cells(video.unflatten(0, batch.frames_rgb_u8.shape[:2]))
+    return video_attribute_losses(heads, cells, batch)
 
 
 def token_attribute_losses(heads: AttributeHeads, clip: ClipEncoding, batch: Batch) -> Losses:
@@ -99,11 +143,36 @@ def token_attribute_losses(heads: AttributeHeads, clip: ClipEncoding, batch: Bat
 def query_attribute_losses(heads: AttributeHeads, output: PromptOutput, batch: Batch) -> Losses:
     """What every [ST] token asks for after the language model: the colours and shapes of the target's objects."""
     total = torch.zeros((), device=output.projected.device)
-    for head, labels in ((heads.query_colour, batch.target_colour), (heads.query_shape, batch.target_shape)):
+    for head, labels in ((heads.token_colour, batch.target_colour), (heads.token_shape, batch.target_shape)):
         wanted = F.one_hot(labels, head.out_features + 1).amax(dim=1)[:, 1:].float()
         logits = head(output.projected).float()
         total = total + F.binary_cross_entropy_with_logits(logits, wanted[:, None].expand_as(logits))
     return {"query_attribute": total / 2}
+
+
+def place_losses(heads: AttributeHeads, output: PromptOutput, batch: Batch, tokens_per_frame: int) -> Losses:
+    """Where the target is: the [ST] tokens name its row and column in the newest frame, visual tokens mark it.
+
+    Without them the language model learns to pass a sentence's words on, and relations not at all.
+    """
+    t = batch.clip_frames
+    truth = batch.truth[:, t - 1]
+    seen = batch.visible[:, t - 1].float()
+    logits = heads.query_place(output.projected).float().mean(1).unflatten(-1, (2, PLACES))
+    share = torch.stack((truth.mean(2), truth.mean(1)), dim=1)  # rows, columns
+    share = F.adaptive_avg_pool1d(share, PLACES)
+    share = share / share.sum(-1, keepdim=True).clamp(min=1e-6)
+    place = -(share * logits.log_softmax(-1)).sum(-1).mean(1)
+    side = round(tokens_per_frame**0.5)
+    shown = (F.adaptive_avg_pool2d(batch.truth[:, :t], (side, side)).flatten(1) > MIN_TOKEN_SHARE).float()
+    marked = [
+        F.binary_cross_entropy_with_logits(head(hidden)[..., 0].float(), shown)
+        for head, hidden in zip(heads.visual_target, output.visual_hidden, strict=True)
+    ]
+    return {
+        "query_place": (place * seen).sum() / seen.sum().clamp(min=1.0),
+        "visual_target": torch.stack(marked).mean(),
+    }
 
 
 def _dominant(labels: Int[Tensor, "b h w"], classes: int, grid: int) -> Int[Tensor, "b grid grid"]:
@@ -126,6 +195,7 @@ def image_step(
     output = _prompts(model, clip, batch)
     losses = attribute_losses(heads, encoded, batch) | token_attribute_losses(heads, clip, batch)
     losses |= query_attribute_losses(heads, output, batch) | _language_losses(output, batch)
+    losses |= place_losses(heads, output, batch, model.config.video.tokens_per_frame)
     index = torch.tensor(batch.anchors, device=batch.clip_of_row.device)
     rows, k = batch.clip_of_row.shape[0], len(batch.anchors)
     flat = (batch.clip_of_row[:, None] * encoded.frames + index).flatten()
@@ -144,6 +214,7 @@ def propagation_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple
     output = _prompts(model, clip, batch)
     losses = attribute_losses(heads, encoded, batch) | token_attribute_losses(heads, clip, batch)
     losses |= query_attribute_losses(heads, output, batch) | _language_losses(output, batch)
+    losses |= place_losses(heads, output, batch, model.config.video.tokens_per_frame)
     memory = TrainingMemory(model)
     total: list[Losses] = []
     for frame in batch.anchors:
@@ -168,7 +239,7 @@ def pretraining_step(
 
     With frozen encoders (`train_segmenter` False) only the decoder and the memory learn, and steps are cheap.
     """
-    encoded = encode(model, batch, train_segmenter=train_segmenter, with_video=train_segmenter)
+    encoded = encode(model, batch, train_segmenter=train_segmenter, with_video=False)
     losses = attribute_losses(heads, encoded, batch) if train_segmenter else {}
     memory = TrainingMemory(model)
     features = encoded.of(batch.clip_of_row * encoded.frames)
@@ -195,8 +266,9 @@ def _propagate(
         step = _step_of(batch, frame)
         conditioned = model.seg_model.attend_memory(features, memory.read(step))
         prediction = model.seg_model.decode_mask(features, conditioned, None)
-        total.append(mask_losses(prediction, batch.truth[:, frame], batch.visible[:, frame] & memory.any_anchor))
-        memory.remember_recent(step, _remembered(model, features, prediction), batch.visible[:, frame])
+        known = batch.visible[:, frame] & memory.any_anchor  # what no anchor has shown cannot be tracked
+        total.append(mask_losses(prediction, batch.truth[:, frame], known))
+        memory.remember_recent(step, _remembered(model, features, prediction), known)
     return {name: torch.stack([one[name] for one in total]).mean() for name in total[0]}, prediction
 
 

@@ -27,12 +27,13 @@ from virst_engine.train.steps import (
     image_step,
     pretraining_step,
     propagation_step,
+    video_step,
     weighted,
 )
-from virst_engine.types import MaskPrediction
 
 log = logging.getLogger(__name__)
 FINISHED = "finished"  # in place of a stage's name
+SLOWER_RATE = 0.25
 
 
 class Scalars(Protocol):
@@ -53,13 +54,15 @@ class Progress:
     seconds: float
 
 
-def run_step(stage: StageConfig, model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
+def run_step(stage: StageConfig, model: Virst, heads: AttributeHeads, batch: Batch) -> Losses:
     is_encoder_frozen = "seg_model.image_encoder.".startswith(stage.frozen)
+    if stage.kind == "video":
+        return video_step(model, heads, batch)
     if stage.kind == "pretraining":
-        return pretraining_step(model, heads, batch, train_segmenter=not is_encoder_frozen)
+        return pretraining_step(model, heads, batch, train_segmenter=not is_encoder_frozen)[0]
     if stage.kind == "propagation":
-        return propagation_step(model, heads, batch)
-    return image_step(model, heads, batch, train_segmenter=not is_encoder_frozen)
+        return propagation_step(model, heads, batch)[0]
+    return image_step(model, heads, batch, train_segmenter=not is_encoder_frozen)[0]
 
 
 class Trainer:
@@ -105,17 +108,18 @@ class Trainer:
 
     def _start_stage(self) -> None:
         stage = self.config.stages[self.stage_number]
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
+        groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, parameter in [*self.model.named_parameters(), *self.heads.named_parameters()]:
             parameter.requires_grad_(not name.startswith(stage.frozen))
             if parameter.requires_grad:
-                (decayed if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
-        groups = [
-            {"params": decayed, "weight_decay": self.config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98))
+                decay = self.config.weight_decay if parameter.ndim >= 2 and "embed" not in name else 0.0
+                share = SLOWER_RATE if name.startswith(stage.slower) else 1.0
+                groups.setdefault((decay, share), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": p, "weight_decay": decay, "share": share} for (decay, share), p in groups.items()],
+            lr=stage.learning_rate,
+            betas=(0.9, 0.98),
+        )
 
     def _learning_rate(self, stage: StageConfig, step: int) -> float:
         if step < stage.warmup_steps:
@@ -126,7 +130,9 @@ class Trainer:
 
     def _run_stage(self, report: Callable[[Progress], None] | None, until: float) -> bool:
         stage = self.config.stages[self.stage_number]
-        source = BatchSource(self.scenes, self.tokenizer, self.config, stage, self.config.seed)
+        plan = stage.clip_plan(self.config.clip_stride)
+        seed = [self.config.seed, sum(map(ord, stage.name))]
+        source = BatchSource(self.scenes, self.tokenizer, plan, seed, stage.steps)
         loader = DataLoader(
             source,
             batch_size=None,
@@ -160,7 +166,7 @@ class Trainer:
         place = [self.config.seed, self.stage_number, self.step]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(stage, self.step)
+            group["lr"] = group["share"] * self._learning_rate(stage, self.step)
         device_type = torch.device(self.device).type
         # On a CPU the fused attention's backward pass is slow; plain matrix products are about twice as fast.
         kernels = (
@@ -169,7 +175,7 @@ class Trainer:
             else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         )
         with torch.autocast(device_type, torch.bfloat16, enabled=self.config.bf16), sdpa_kernel(kernels):
-            losses, _ = run_step(stage, self.model, self.heads, batch)
+            losses = run_step(stage, self.model, self.heads, batch)
             loss = weighted(losses, stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -332,7 +332,14 @@ def test_a_lost_object_is_not_taken_by_wrong_answers_but_waits_until_it_comes_ba
 
 def test_an_answer_from_a_window_that_was_not_full_is_overruled_at_once() -> None:
     assert shown_squares([RED, BLUE, RED, RED, RED, RED], clip_frames=3) == "rbrrrr"
-    assert shown_squares([RED, (-9.0, -9.0, -9.0), RED, RED, BLUE, RED], clip_frames=3) == "r-rrrr"
+    assert shown_squares([RED, (-9.0, -9.0, -9.0), RED, RED, BLUE, RED], clip_frames=3) == "r--rrr"
+
+
+def test_a_goal_that_was_not_found_is_found_when_answers_in_a_row_agree() -> None:
+    r, b, none = RED, BLUE, (-9.0, -9.0, -9.0)
+    assert shown_squares([none, r, none, none, r, none, none]) == "-------"  # single mistakes show nothing
+    assert shown_squares([none, r, none, r, b, r, r, r]) == "------rr"
+    assert shown_squares([r, r, r]) == "rrr"  # nobody said that it is not there
 
 
 def test_an_answer_of_an_old_epoch_changes_nothing() -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 
+import numpy as np
 import pytest
 
-from virst_engine.timing import LatencyWindow, StageTimer
+from virst_engine.timing import LatencyWindow, StageTimer, percentiles, resident_mib
 
 
 def test_a_stage_adds_up_and_keeps_its_place() -> None:
@@ -35,3 +36,15 @@ def test_percentiles_are_of_the_newest_figures() -> None:
 def test_a_window_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="size must be >= 1"):
         LatencyWindow(0)
+
+
+def test_percentiles() -> None:
+    assert percentiles(list(range(101))) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+    assert percentiles([]) is None
+
+
+def test_resident_memory_sees_an_allocation() -> None:
+    before = resident_mib()
+    block = np.ones(64 * 2**20, dtype=np.uint8)
+    assert resident_mib() - before > 50
+    del block

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.ros.ros_graph import FakeEngine, Graph
-from virst_ros.ros_domain import free_ros_domain
+from virst_ros.demo.ros_domain import free_ros_domain
 
 PROFILE = Path(__file__).parents[2] / "launch" / "fastdds_profile.xml"
 os.environ["FASTDDS_DEFAULT_PROFILES_FILE"] = str(PROFILE)  # read when the first node of a process is made

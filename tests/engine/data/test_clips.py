@@ -14,7 +14,9 @@ from virst_engine.data.clips import (
     MIN_VISIBLE_SHARE,
     Batch,
     BatchSource,
+    ClipPlan,
     RecordedScene,
+    object_motion,
     propagation_frames,
     resize_frames,
     visible_objects,
@@ -23,17 +25,16 @@ from virst_engine.errors import SceneError
 from virst_engine.model.words import END, WordTokenizer
 from virst_engine.train.config import StageConfig, TrainConfig
 
-STAGE = StageConfig("few-image", "image", 40, 1e-3, clips=2, sentences=3, clip_frames=4, anchors=3)
-PROPAGATION = replace(STAGE, name="propagation", kind="propagation", propagation_frames=3)
 STRIDE = 3
+PLAN = ClipPlan(clips=2, sentences=3, clip_frames=4, anchors=3, stride=STRIDE)
+PROPAGATION = replace(PLAN, following_frames=3)
 STEPS = range(40)
 
 
 def source_of(
-    stage: StageConfig, scenes: list[RecordedScene] | None = None, *, stride: int = STRIDE, seed: int = 0
+    plan: ClipPlan, scenes: list[RecordedScene] | None = None, *, seed: tuple[int, ...] = (0,)
 ) -> BatchSource:
-    config = TrainConfig((stage,), clip_stride=stride)
-    return BatchSource(scenes or [FakeScene(0), FakeScene(1)], WordTokenizer(WORDS), config, stage, seed)
+    return BatchSource(scenes or [FakeScene(0), FakeScene(1)], WordTokenizer(WORDS), plan, seed, len(STEPS))
 
 
 def shown(batch: Batch) -> list[list[int]]:
@@ -47,19 +48,19 @@ def equal(one: Batch, other: Batch) -> bool:
 
 
 def test_a_batch_is_a_function_of_seed_stage_and_step() -> None:
-    first, again = source_of(STAGE), source_of(STAGE)
-    assert len(first) == STAGE.steps
+    first, again = source_of(PLAN), source_of(PLAN)
+    assert len(first) == len(STEPS)
     np.random.seed(4)
     torch.manual_seed(4)
     assert all(equal(first[step], again[step]) for step in (7, 0, 3))
     assert not equal(first[0], first[1])
-    assert not equal(first[0], source_of(STAGE, seed=1)[0])
-    assert not equal(first[0], source_of(replace(STAGE, name="other"))[0])
+    assert not equal(first[0], source_of(PLAN, seed=(1,))[0])
+    assert not equal(first[0], source_of(PLAN, seed=(0, 7))[0])
 
 
 def test_frames_of_a_clip_are_evenly_spaced_and_the_sentence_is_about_the_newest() -> None:
     scene = FakeScene(0, [THE_BOX])  # a moving kind: the window is never cut short
-    source = source_of(replace(STAGE, clips=1), [scene])
+    source = source_of(replace(PLAN, clips=1), [scene])
     for step in STEPS:
         scene.asked.clear()
         frames = shown(source[step])[0]
@@ -74,7 +75,7 @@ def test_frames_of_a_clip_are_evenly_spaced_and_the_sentence_is_about_the_newest
 def test_the_full_size_clip_spans_2_1_seconds_of_10_hz_frames() -> None:
     scene = FakeScene(0, [THE_BOX])
     stage = StageConfig("few-image", "image", 1, 1e-3, clips=1, sentences=1)
-    frames = shown(BatchSource([scene], WordTokenizer(WORDS), TrainConfig((stage,)), stage, 0)[0])[0]
+    frames = shown(source_of(stage.clip_plan(TrainConfig((stage,)).clip_stride), [scene])[0])[0]
     assert [frame - frames[0] for frame in frames] == [0, 3, 6, 9, 12, 15, 18, 21]
 
 
@@ -82,7 +83,7 @@ def test_now_and_then_the_camera_has_just_started() -> None:
     """Then the oldest frame that was seen stands for those that were not; only where one frame is evidence enough."""
     starts = 0
     for step in range(200):
-        batch = source_of(replace(STAGE, clips=1), [FakeScene(0, [THE_BALL])])[step]
+        batch = source_of(replace(PLAN, clips=1), [FakeScene(0, [THE_BALL])])[step]
         frames = shown(batch)[0]
         assert frames == sorted(frames)
         whole = [frames[-1] - STRIDE * k for k in (3, 2, 1, 0)]
@@ -128,17 +129,17 @@ def test_masks_and_colours_belong_to_the_frames_that_are_shown() -> None:
 
 def test_an_object_that_has_left_or_never_was_is_not_visible() -> None:
     scene = FakeScene(0, [THE_BOX])  # above the image from frame 16 on
-    batch = source_of(replace(STAGE, clips=8), [scene])[0]
+    batch = source_of(replace(PLAN, clips=8), [scene])[0]
     for row in range(len(batch.clip_of_row)):
         frames = shown(batch)[int(batch.clip_of_row[row])]
         assert batch.visible[row].tolist() == [32 - 2 * frame > 0 for frame in frames]
-    nothing = source_of(STAGE, [FakeScene(0, [NOTHING])])[0]
+    nothing = source_of(PLAN, [FakeScene(0, [NOTHING])])[0]
     assert not bool(nothing.visible.any())
     assert float(nothing.truth.sum()) == 0.0
 
 
 def test_sentences_are_padded_on_the_left_and_answers_end() -> None:
-    batch = source_of(STAGE, [FakeScene(0, [THE_BALL, ALL])])[0]
+    batch = source_of(PLAN, [FakeScene(0, [THE_BALL, ALL])])[0]
     tokenizer = WordTokenizer(WORDS)
     said = {one.kind: one for one in (THE_BALL, ALL)}
     assert set(batch.kinds) == set(said)
@@ -153,7 +154,7 @@ def test_sentences_are_padded_on_the_left_and_answers_end() -> None:
 
 def test_labels_of_a_target_are_those_of_all_its_objects() -> None:
     said = {one.kind: one for one in (THE_BOX, ALL, NOTHING)}
-    batch = source_of(replace(STAGE, clips=8), [FakeScene(0, list(said.values()))])[0]
+    batch = source_of(replace(PLAN, clips=8), [FakeScene(0, list(said.values()))])[0]
     assert set(batch.kinds) == set(said)
     for row, kind in enumerate(batch.kinds):
         for labels, of_object in ((batch.target_colour, (RED, BLUE)), (batch.target_shape, (BALL, BOX))):
@@ -163,7 +164,7 @@ def test_labels_of_a_target_are_those_of_all_its_objects() -> None:
 
 def test_anchors_are_distinct_frames_of_the_clip_with_the_newest_among_them() -> None:
     """Algorithm 1, made causal: what is asked of the model is a mask of now."""
-    source = source_of(STAGE)
+    source = source_of(PLAN)
     seen = set()
     for step in STEPS:
         anchors = source[step].anchors
@@ -173,8 +174,8 @@ def test_anchors_are_distinct_frames_of_the_clip_with_the_newest_among_them() ->
         assert anchors[-1] == 3
         seen.update(anchors)
     assert seen == {0, 1, 2, 3}
-    assert source_of(replace(STAGE, anchors=9))[0].anchors == (0, 1, 2, 3)
-    assert source_of(replace(STAGE, anchors=1))[0].anchors == (3,)
+    assert source_of(replace(PLAN, anchors=9))[0].anchors == (0, 1, 2, 3)
+    assert source_of(replace(PLAN, anchors=1))[0].anchors == (3,)
 
 
 def test_propagation_frames_come_after_the_clip_in_order() -> None:
@@ -203,15 +204,32 @@ def test_propagation_frames_stop_at_the_end_of_the_recording() -> None:
 
 def test_only_the_stages_kinds_are_asked_for() -> None:
     scene = FakeScene(0)
-    _ = source_of(replace(STAGE, kinds=("attribute", "relation")), [scene])[0]
+    _ = source_of(replace(PLAN, kinds=("attribute", "relation")), [scene])[0]
     assert {kinds for _, _, kinds in scene.asked} == {("attribute", "relation")}
 
 
+def test_object_motion_is_the_shift_of_the_centroid() -> None:
+    masks = np.zeros((3, 16, 16), np.uint8)
+    masks[0, 2:4, 2:4], masks[1, 2:4, 4:6], masks[2, 3:5, 8:10] = 1, 1, 1  # x + 2, then x + 4 and y + 1
+    masks[:, 10:12, 10:12], masks[:, 0, 0] = 2, 255
+    motion = object_motion(masks)
+    assert motion[0, 2, 2].tolist() == [2.0, 0.0]
+    assert motion[1, 3, 5].tolist() == [3.0, 0.5]
+    assert motion[2, 4, 9].tolist() == [4.0, 1.0]
+    assert not motion[masks != 1].any()
+
+
+def test_an_object_that_was_out_of_view_has_no_motion() -> None:
+    masks = np.zeros((2, 16, 16), np.uint8)
+    masks[1, 4:6, 4:6] = 1
+    assert not object_motion(masks).any()
+
+
 def test_pretraining_takes_objects_that_the_first_frame_shows() -> None:
-    stage = replace(STAGE, name="pretraining", kind="pretraining")
+    plan = replace(PLAN, is_wordless=True)
     scene = FakeScene(0)
     for step in range(20):
-        batch = source_of(stage, [scene])[step]
+        batch = source_of(plan, [scene])[step]
         assert bool(batch.visible[:, 0].all())
         assert set(batch.kinds) == {"object"}
     assert scene.asked == []
@@ -236,5 +254,5 @@ def test_resized_frames_are_averages() -> None:
 
 def test_a_scene_that_is_too_short_is_named() -> None:
     scene = FakeScene(0)
-    with pytest.raises(SceneError, match=r"24 frames.*few-image.*at least 70"):
-        source_of(STAGE, [scene], stride=23)[0]
+    with pytest.raises(SceneError, match=r"24 frames.*clips of 4 frames.*at least 70"):
+        source_of(replace(PLAN, stride=23), [scene])[0]

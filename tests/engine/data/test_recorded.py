@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from virst_engine.data.clips import BatchSource
+from virst_engine.data.clips import BatchSource, ClipPlan
 from virst_engine.data.recorded import COLOUR_LABEL, SHAPE_LABEL, open_scenes
 from virst_engine.errors import SceneError
 from virst_engine.model.words import UNKNOWN, WordTokenizer
@@ -15,7 +15,6 @@ from virst_engine.sim.expressions import KINDS_PLAIN, VOCABULARY
 from virst_engine.sim.recording import TRUTH_ARRAYS
 from virst_engine.sim.scenes import generate_scene
 from virst_engine.sim.spec import COLOURS, MAX_OBJECTS, SHAPES
-from virst_engine.train.config import StageConfig, TrainConfig
 
 FRAMES, SIDE = 26, 64
 
@@ -100,8 +99,8 @@ def test_kinds_are_kept_to_where_the_scene_allows_them(folder: Path) -> None:
 
 
 def test_a_batch_of_recorded_scenes(folder: Path) -> None:
-    stage = StageConfig("few-image", "image", 1, 1e-3, clips=2, sentences=3)
-    batch = BatchSource(open_scenes(folder), WordTokenizer(VOCABULARY), TrainConfig((stage,)), stage, 0)[0]
+    plan = ClipPlan(clips=2, sentences=3, clip_frames=8)
+    batch = BatchSource(open_scenes(folder), WordTokenizer(VOCABULARY), plan, (0,), 1)[0]
     assert batch.truth.shape == (6, 8, SIDE // 2, SIDE // 2)
     for row, kind in enumerate(batch.kinds):
         assert bool(batch.visible[row].all()) == (kind != "absent")

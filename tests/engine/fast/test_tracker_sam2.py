@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from tests.fakes import Video, moving_square
-from virst_engine.backends.base import StageSizes
 from virst_engine.backends.torch_backend import TorchStages
 from virst_engine.config import MemoryParameters, TrackingParameters
 from virst_engine.fast.tracker import DecodedAnchors, Tracker
 from virst_engine.model.config import tabletop_tiny
 from virst_engine.model.sam2 import Sam2
-from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
+from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, StageSizes
 
 
 class AlwaysVisible:

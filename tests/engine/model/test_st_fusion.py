@@ -15,6 +15,7 @@ from virst_engine.model.st_fusion import InitialStFusion, SecondStFusion, dense_
 
 C, HIDDEN, N, T, SIDE = 32, 24, 3, 4, 16  # SIDE / 8 = 2
 FUSION = FusionConfig(st_tokens=N, heads=2, initial_heads=3, layers=2, feedforward=40, max_frames=T + 3)
+ONE = torch.zeros(1, dtype=torch.long)  # one row, about clip 0
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def _no_gradients() -> None:
 
 
 def initial_of(seed: int = 0) -> InitialStFusion:
-    module = InitialStFusion(C, HIDDEN, FUSION.initial_heads)
+    module = InitialStFusion(C, HIDDEN, FUSION)
     liven(module, seed)
     return module
 
@@ -127,10 +128,11 @@ def plain_second(module: SecondStFusion, st: Tensor, down: Tensor, position: Ten
 
 
 def test_the_tokenizer_halves_the_side_three_times_and_keeps_the_channels() -> None:
-    tokenizer = frame_aware_tokenizer(C)
+    tokenizer = frame_aware_tokenizer(C, FUSION.tokenizer_strides)
     assert tokenizer(torch.randn(1, C, 64, 64)).shape == (1, C, 8, 8)
     assert bool((tokenizer(torch.randn(1, C, 32, 32)) >= 0).all())  # the last one, too, has a ReLU
     assert [type(layer) for layer in tokenizer] == [nn.Conv2d, nn.ReLU] * 3
+    assert frame_aware_tokenizer(C, (2, 2, 1))(torch.randn(1, C, 32, 32)).shape == (1, C, 8, 8)  # tabletop-tiny
     assert second_of().video_maps(maps_of(batch=2)).shape == (2, T, C, SIDE // 8, SIDE // 8)
     assert initial_of().video_tokens(maps_of(batch=2)).shape == (2, T * (SIDE // 8) ** 2, HIDDEN)
 
@@ -143,7 +145,7 @@ def test_initial_fusion_is_equation_9() -> None:
 
 
 def test_the_gate_starts_at_a_tenth_and_closes_initial_fusion_at_zero() -> None:
-    module, st, maps = InitialStFusion(C, HIDDEN, 3), torch.randn(1, N, HIDDEN), maps_of()
+    module, st, maps = InitialStFusion(C, HIDDEN, FUSION), torch.randn(1, N, HIDDEN), maps_of()
     assert float(module.gate) == pytest.approx(0.1)
     assert not torch.allclose(module(st, module.video_tokens(maps)), st, atol=1e-4)
     module.gate.zero_()
@@ -154,22 +156,40 @@ def test_the_gate_starts_at_a_tenth_and_closes_initial_fusion_at_zero() -> None:
 def test_second_fusion_is_equations_10_and_11(in_values: bool) -> None:
     module = second_of(replace(FUSION, position_in_values=in_values))
     st, down, position = torch.randn(2, N, HIDDEN), module.video_maps(maps_of(batch=2)), torch.randn(C, 2, 2)
-    prompts, _ = module(st, down, position)
+    prompts, _ = module(st, down, torch.arange(2), position)
     assert prompts.shape == (2, T, N, C)
     for row in range(2):
         expected = plain_second(module, st[row], down[row], position if in_values else None)
         assert torch.allclose(prompts[row], expected, atol=2e-5)
 
 
+def test_rows_share_the_keys_of_their_clip() -> None:
+    """Three sentences about two clips: the same prompts as each with its own copy of its clip."""
+    module, st = second_of(), torch.randn(3, N, HIDDEN)
+    down, clip_of_row = module.video_maps(maps_of(batch=2)), torch.tensor([1, 0, 1])
+    shared, logits = module(st, down, clip_of_row)
+    copied, copied_logits = module(st, down[clip_of_row], torch.arange(3))
+    assert torch.allclose(shared, copied, atol=1e-6)
+    assert logits is not None
+    assert copied_logits is not None
+    assert torch.allclose(logits, copied_logits, atol=1e-6)
+
+
+def test_a_new_layer_looks_at_what_its_query_resembles() -> None:
+    fresh = SecondStFusion(C, HIDDEN, FUSION).decoder[0].cross_attn
+    assert torch.equal(fresh.q_proj.weight, fresh.k_proj.weight)
+    assert torch.allclose(fresh.q_proj.weight @ fresh.q_proj.weight.T, torch.eye(C), atol=1e-5)
+
+
 def test_rotations_tell_frames_and_places_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     module, st, maps = second_of(), torch.randn(1, N, HIDDEN), maps_of()
     down = module.video_maps(maps)
-    prompts, _ = module(st, down)
+    prompts, _ = module(st, down, ONE)
     assert not torch.allclose(prompts[:, 0], prompts[:, 1], atol=1e-3)
     monkeypatch.setattr("virst_engine.model.st_fusion.rotate", lambda x, cos, sin: x)
-    flat, _ = module(st, down)
+    flat, _ = module(st, down, ONE)
     assert torch.allclose(flat[:, 0], flat[:, 1], atol=1e-5)  # without them, all frames get the same prompts
-    shuffled, _ = module(st, down.flip(1, 3, 4))
+    shuffled, _ = module(st, down.flip(1, 3, 4), ONE)
     assert torch.allclose(flat, shuffled, atol=1e-5)  # and video is a bag of cells
 
 
@@ -178,7 +198,7 @@ def test_attention_logits_depend_on_the_distance_in_time_only() -> None:
     module, st = second_of(replace(FUSION, layers=1)), torch.randn(1, N, HIDDEN)
     module.decoder[0].self_attn.out_proj.weight.zero_()
     down = module.video_maps(maps_of(frames=1).expand(-1, T, -1, -1, -1))
-    _, logits = module(st, down)
+    _, logits = module(st, down, ONE)
     assert logits is not None
     assert logits.shape == (1, FUSION.heads, N, T, T, 2, 2)
     assert torch.allclose(logits[:, :, :, :-1, :-1], logits[:, :, :, 1:, 1:], atol=1e-5)
@@ -191,7 +211,7 @@ def test_attention_logits_are_those_of_the_last_layer() -> None:
     seen = []
     for layer in module.decoder:
         layer.cross_attn.register_forward_hook(lambda _module, _inputs, output: seen.append(output[1]))
-    _, logits = module(st, module.video_maps(maps_of()))
+    _, logits = module(st, module.video_maps(maps_of()), ONE)
     assert logits is not None
     assert len(seen) == 2
     assert torch.equal(logits, seen[-1].unflatten(3, (T, 2, 2)).unflatten(2, (N, T)))
@@ -199,15 +219,15 @@ def test_attention_logits_are_those_of_the_last_layer() -> None:
 
 def test_frames_are_queried_all_at_once_so_self_attention_connects_them() -> None:
     module, st, maps = second_of(), torch.randn(1, N, HIDDEN), maps_of()
-    before, _ = module(st, module.video_maps(maps))
+    before, _ = module(st, module.video_maps(maps), ONE)
     maps[:, 3] += 1.0
-    after, _ = module(st, module.video_maps(maps))
+    after, _ = module(st, module.video_maps(maps), ONE)
     assert bool(((after - before).abs().amax(dim=(0, 2, 3)) > 1e-4).all())
 
 
 def test_without_second_fusion_the_projected_tokens_are_repeated_over_time() -> None:
     module, st = second_of(replace(FUSION, second_fusion=False)), torch.randn(2, N, HIDDEN)
-    prompts, logits = module(st, module.video_maps(maps_of(batch=2)))
+    prompts, logits = module(st, module.video_maps(maps_of(batch=2)), torch.arange(2))
     assert logits is None
     for t in range(T):
         assert torch.equal(prompts[:, t], module.seg_proj(st))
@@ -215,9 +235,9 @@ def test_without_second_fusion_the_projected_tokens_are_repeated_over_time() -> 
 
 def test_a_clip_of_too_many_frames_is_refused() -> None:
     module, st = second_of(), torch.randn(1, N, HIDDEN)
-    assert module(st, module.video_maps(maps_of(frames=FUSION.max_frames)))[0].shape[1] == FUSION.max_frames
+    assert module(st, module.video_maps(maps_of(frames=FUSION.max_frames)), ONE)[0].shape[1] == FUSION.max_frames
     with pytest.raises(ValueError, match="at most 7 frames"):
-        module(st, module.video_maps(maps_of(frames=FUSION.max_frames + 1)))
+        module(st, module.video_maps(maps_of(frames=FUSION.max_frames + 1)), ONE)
 
 
 def test_the_dense_position_is_averaged_down_to_the_fusion_grid() -> None:
@@ -228,7 +248,7 @@ def test_the_dense_position_is_averaged_down_to_the_fusion_grid() -> None:
 def test_full_size_has_the_parameters_and_the_names_of_the_published_checkpoint() -> None:
     config = VirstConfig()
     with torch.device("meta"):
-        initial = InitialStFusion(config.sam2.channels, config.language.hidden, config.fusion.initial_heads)
+        initial = InitialStFusion(config.sam2.channels, config.language.hidden, config.fusion)
         second = SecondStFusion(config.sam2.channels, config.language.hidden, config.fusion)
     assert sum(p.numel() for p in initial.parameters()) / 1e6 == pytest.approx(54.1, abs=0.05)
     assert sum(p.numel() for p in second.parameters()) / 1e6 == pytest.approx(4.80, abs=0.005)

@@ -33,6 +33,22 @@ SEARCHING = replace(LOST, state=ObjectState.SEARCHING, is_settled=False)
 NOT_FOUND = replace(SEARCHING, state=ObjectState.NOT_FOUND)
 
 
+@pytest.mark.parametrize(
+    ("dispute", "repeats", "expected"),
+    [
+        (Dispute(), False, Decision(Action.HOLD, (), Dispute(1))),
+        (Dispute(1), True, Decision(Action.START_OVER, (0,))),
+        (Dispute(1), False, Decision(Action.HOLD, (), Dispute(1))),
+    ],
+)
+def test_what_was_not_found_is_believed_when_answers_agree(dispute: Dispute, repeats: bool, expected: Decision) -> None:
+    situation = replace(NOT_FOUND, dispute=dispute)
+    decision = decide([UNKNOWN], situation, agree_iou=0.5, overrule_answers=9, confirm_answers=2, repeats=repeats)
+    assert decision == expected
+    first = decide([UNKNOWN], SEARCHING, agree_iou=0.5, overrule_answers=9, confirm_answers=2)
+    assert first.action is Action.START_OVER  # nobody has said yet that it is not there
+
+
 def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool = True) -> Decision:
     return decide(evidence, situation, agree_iou=0.5, overrule_answers=2, repeats=repeats)
 

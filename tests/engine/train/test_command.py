@@ -60,11 +60,11 @@ def test_all_stages_end_in_weights_with_a_card(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_is_resumed(tmp_path: Path) -> None:
-    first = run("--out", tmp_path, "--minutes", 1e-9, "--stages", "pretraining,alignment")
-    assert "pretraining 1/1" in first.output
+    first = run("--out", tmp_path, "--minutes", 1e-9, "--stages", "segmenter,alignment")
+    assert "segmenter 1/1" in first.output
     assert "alignment" not in first.output
-    second = run("--out", tmp_path, "--resume", "--stages", "pretraining,alignment")
-    assert "pretraining" not in second.output
+    second = run("--out", tmp_path, "--resume", "--stages", "segmenter,alignment")
+    assert "segmenter" not in second.output
     assert "alignment 1/1" in second.output
     with pytest.raises(WeightsError, match="other stages"):
         run("--out", tmp_path, "--resume", "--stages", "few-image")
@@ -94,7 +94,7 @@ def test_windows_tile_every_grid_and_the_default_is_that_of_tabletop_tiny() -> N
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--stages", "alignment,graduation"), "no stage graduation; there are pretraining"),
+        (("--stages", "alignment,graduation"), "no stage graduation; there are video-encoder"),
         (("--size", 144), "must be a multiple of 32, got 144"),
         (("--device", "cuda:93"), "'cuda:93' cannot be used"),
         (("--device", "abacus"), "'abacus' cannot be used"),

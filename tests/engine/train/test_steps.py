@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from virst_engine.data.clips import Batch, BatchSource
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train import steps
-from virst_engine.train.config import LossWeights, StageConfig, TrainConfig
+from virst_engine.train.config import LossWeights, StageConfig
 from virst_engine.train.steps import (
     AttributeHeads,
     TrainingMemory,
@@ -31,15 +32,16 @@ C, M, GRID, P = SMALL.sam2.channels, SMALL.sam2.memory_channels, SMALL.sam2.grid
 IMAGE = StageConfig("image", "image", 5, 1e-3, clips=2, sentences=2, clip_frames=3, anchors=2)
 PROPAGATION = replace(IMAGE, name="propagation", kind="propagation", propagation_frames=3)
 PRETRAINING = replace(IMAGE, name="pretraining", kind="pretraining")
+VIDEO = replace(IMAGE, name="video", kind="video")
 
 
 def batch_of(stage: StageConfig, step: int = 0, said: tuple[Any, ...] = (THE_BALL, NOTHING)) -> Batch:
     scenes = [FakeScene(0, said), FakeScene(1, said)]
-    return BatchSource(scenes, WordTokenizer(SMALL.words), TrainConfig((stage,), clip_stride=2), stage, 0)[step]
+    return BatchSource(scenes, WordTokenizer(SMALL.words), stage.clip_plan(2), (0,), stage.steps)[step]
 
 
 def parts() -> tuple[Virst, AttributeHeads]:
-    heads = AttributeHeads(C, SMALL.video.channels, colours=2, shapes=2)
+    heads = AttributeHeads(SMALL, colours=2, shapes=2)
     return small_virst().train(), heads
 
 
@@ -51,16 +53,16 @@ def on_meta(batch: Batch) -> Batch:
     return Batch(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in vars(batch).items()})
 
 
-@pytest.mark.parametrize("stage", [PRETRAINING, IMAGE, PROPAGATION], ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [VIDEO, PRETRAINING, IMAGE, PROPAGATION], ids=lambda stage: stage.name)
 def test_no_tensor_is_left_on_another_device(stage: StageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device computes nothing, but refuses, like a GPU, to mix with the CPU."""
     model, heads = parts()
 
     def understood(inputs_embeds: Tensor, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=inputs_embeds * 2)
+        return SimpleNamespace(last_hidden_state=inputs_embeds * 2, hidden_states=[inputs_embeds] * 9)
 
     monkeypatch.setattr(model.language_model, "forward", understood)  # transformers looks into its masks
-    losses, _ = run_step(stage, model.to("meta"), heads.to("meta"), on_meta(batch_of(stage)))
+    losses = run_step(stage, model.to("meta"), heads.to("meta"), on_meta(batch_of(stage)))
     total = weighted(losses, LossWeights())
     assert {value.device.type for value in losses.values()} == {"meta"}
     assert total.shape == ()
@@ -143,11 +145,46 @@ def test_each_loss_reaches_the_parts_that_it_is_for() -> None:
 def test_attribute_losses_teach_both_encoders() -> None:
     model, heads = parts()
     batch = batch_of(IMAGE)
-    steps.attribute_losses(heads, steps.encode(model, batch, train_segmenter=True), batch)["attribute"].backward()
+    losses = steps.attribute_losses(heads, steps.encode(model, batch, train_segmenter=True), batch)
+    assert set(losses) == {"attribute", "video_attribute", "motion"}
+    weighted(losses, LossWeights()).backward()
     names = learning(model)
     assert any(name.startswith("seg_model.image_encoder.neck") for name in names)
     assert "video_encoder.stem.0.conv1.weight" in names
     assert learning(heads) == {name for name, _ in heads.named_parameters() if name.startswith(("seg_", "video_"))}
+
+
+def test_frozen_encoders_have_no_attribute_losses() -> None:
+    model, heads = parts()
+    model.video_encoder.requires_grad_(False)
+    batch = batch_of(IMAGE)
+    assert steps.attribute_losses(heads, steps.encode(model, batch, train_segmenter=False), batch) == {}
+
+
+def test_the_video_stage_teaches_the_video_encoder_alone() -> None:
+    model, heads = parts()
+    losses = steps.video_step(model, heads, batch_of(VIDEO))
+    weighted(losses, LossWeights()).backward()
+    assert {name.split(".")[0] for name in learning(model)} == {"video_encoder"}
+    assert learning(heads) == {name for name, _ in heads.named_parameters() if name.startswith("video_")}
+
+
+def test_the_motion_loss_is_zero_for_the_shift_of_the_object_in_each_cell() -> None:
+    _, heads = parts()
+    batch = batch_of(VIDEO)
+    clips, t = batch.colour.shape[:2]
+    colour = torch.zeros_like(batch.colour)
+    colour[:, :, :4, :2] = 1  # half of the first cell of a 4 x 4 grid: the other half says nothing
+    motion = torch.zeros_like(batch.motion)
+    motion[:, :, :4, :2] = torch.tensor([0.5, -0.25])
+    batch = replace(batch, colour=colour, motion=motion)
+    found = torch.randn(clips, t, 16, 2)
+    found[:, :, 0] = torch.tensor([0.5, -0.25])
+    heads.video_motion.forward = lambda cells: found
+    cells = torch.zeros(clips, t, 16, SMALL.video.channels)
+    assert float(steps.video_attribute_losses(heads, cells, batch)["motion"]) == pytest.approx(0.0, abs=1e-6)
+    found[:, :, 0, 0] += 1.0
+    assert float(steps.video_attribute_losses(heads, cells, batch)["motion"]) == pytest.approx(0.95, abs=1e-5)
 
 
 def test_token_attributes_teach_what_second_fusion_looks_at() -> None:
@@ -163,7 +200,7 @@ def test_token_attributes_teach_what_second_fusion_looks_at() -> None:
 def test_query_attributes_teach_the_language_model_what_is_asked_for() -> None:
     model, heads = parts()
     image_step(model, heads, batch_of(IMAGE), train_segmenter=True)[0]["query_attribute"].backward()
-    assert learning(heads) == {name for name, _ in heads.named_parameters() if name.startswith("query_")}
+    assert learning(heads) == {name for name, _ in heads.named_parameters() if name.startswith("token_")}
     names = learning(model)
     assert "language_model.layers.0.self_attn.q_proj.weight" in names
     assert not [name for name in names if name.startswith(("seg_prompter.decoder.", "seg_model.sam_"))]
@@ -178,12 +215,50 @@ def test_query_attributes_by_hand() -> None:
         target_shape=torch.tensor([[0, 0], [0, 0]]),
     )
     logits = torch.tensor([[[40.0, 40.0]], [[-40.0, -40.0]]])
-    heads.query_colour.forward = lambda projected: logits
-    heads.query_shape.forward = lambda projected: torch.full_like(logits, -40.0)
-    output = PromptOutput(torch.zeros(2, 1, 1, C), torch.zeros(2, 1, C), None, None)
+    heads.token_colour.forward = lambda projected: logits
+    heads.token_shape.forward = lambda projected: torch.full_like(logits, -40.0)
+    output = PromptOutput(torch.zeros(2, 1, 1, C), torch.zeros(2, 1, C), None, None, ())
     assert float(steps.query_attribute_losses(heads, output, batch)["query_attribute"]) < 1e-6
-    heads.query_colour.forward = lambda projected: -logits
+    heads.token_colour.forward = lambda projected: -logits
     assert float(steps.query_attribute_losses(heads, output, batch)["query_attribute"]) == pytest.approx(20.0)
+
+
+def test_place_losses_by_hand() -> None:
+    """The target fills the lower right quarter of the newest frame: the last of four visual tokens per frame has it."""
+    _, heads = parts()
+    batch = batch_of(replace(IMAGE, sentences=1))
+    rows, t = batch.truth.shape[0], batch.clip_frames
+    truth = torch.zeros_like(batch.truth)
+    half = truth.shape[-1] // 2
+    truth[:, t - 1, half:, half:] = 1.0
+    visible = torch.zeros_like(batch.visible)
+    visible[0, t - 1] = True
+    batch = replace(batch, truth=truth, visible=visible)
+    place = torch.full((rows, 1, 2, steps.PLACES), -60.0)
+    place[0, :, :, steps.PLACES // 2 :] = 0.0  # row 1 is wrong, but its target is not to be seen
+    marked = torch.full((rows, 4 * t, 1), -60.0)
+    marked[:, -1] = 60.0
+    heads.query_place.forward = lambda projected: place.flatten(2)
+    for head in heads.visual_target:
+        head.forward = lambda hidden: marked
+    hidden = torch.zeros(rows, 4 * t, SMALL.language.hidden)
+    output = PromptOutput(torch.zeros(rows, t, 1, C), torch.zeros(rows, 1, C), None, None, (hidden, hidden))
+    losses = steps.place_losses(heads, output, batch, tokens_per_frame=4)
+    assert float(losses["query_place"]) == pytest.approx(np.log(steps.PLACES / 2), abs=1e-5)  # spread over half of them
+    assert float(losses["visual_target"]) < 1e-6
+    marked[:, 0] = 60.0
+    assert float(steps.place_losses(heads, output, batch, tokens_per_frame=4)["visual_target"]) == pytest.approx(
+        60.0 / (4 * t), rel=1e-4
+    )
+
+
+def test_place_losses_teach_the_language_model_to_look() -> None:
+    model, heads = parts()
+    losses = image_step(model, heads, batch_of(IMAGE), train_segmenter=True)[0]
+    (losses["query_place"] + losses["visual_target"]).backward()
+    names = learning(model)
+    assert {"language_model.layers.0.self_attn.q_proj.weight", "mm_projector.0.weight"} <= names
+    assert not [name for name in names if name.startswith(("seg_prompter.decoder.", "seg_model.sam_"))]
 
 
 def test_a_token_holds_the_colours_that_cover_enough_of_it() -> None:

@@ -44,7 +44,7 @@ def trainer_of(
     bf16: bool = False,
 ) -> Trainer:
     torch.manual_seed(0)
-    heads = AttributeHeads(model.sam2.channels, model.video.channels, colours=2, shapes=2)
+    heads = AttributeHeads(model, colours=2, shapes=2)
     config = replace(CONFIG, stages=tuple(stages), bf16=bf16)
     return Trainer(Virst(model), heads, config, two_scenes(), folder=folder, scalars=scalars, loader_workers=0)
 
@@ -105,7 +105,8 @@ def test_each_stage_has_its_losses(whole_run: tuple[Trainer, list[Progress], Cur
     known = {field.name for field in fields(LossWeights)}
     for report in reports:
         losses = set(report.losses) - {"total", "gradient"}
-        assert {"bce", "dice", "occlusion", "iou", "attribute"} <= losses <= known
+        assert {"bce", "dice", "occlusion", "iou"} <= losses <= known
+        assert ("attribute" in losses) == (report.stage != "alignment")  # its image encoder is frozen
         assert ({"token", "attention"} <= losses) == (report.stage != "pretraining")
 
 
@@ -288,10 +289,21 @@ def test_a_gradient_that_is_not_finite_skips_its_step(tmp_path: Path, caplog: py
     assert all(torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
 
 
+def test_slower_parameters_learn_at_a_quarter_of_the_rate(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, [replace(STAGES[1], slower=("seg_model.",))])
+    rates = {id(p): group["share"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == (0.25 if name.startswith("seg_model.") else 1.0)
+    trainer.run()
+    shares = {group["lr"] / group["share"] for group in trainer.optimizer.param_groups}
+    assert shares == {trainer._learning_rate(STAGES[1], 1)}
+
+
 def test_the_shipped_schedule_has_pretraining_and_the_papers_three_stages() -> None:
     stages = tabletop_tiny_training().stages
-    assert stages[0].kind == "pretraining"
-    papers = [stage for stage in stages if stage.kind != "pretraining"]
+    assert [stage.kind for stage in stages[:2]] == ["video", "pretraining"]
+    papers = list(stages[2:])
     order = list(dict.fromkeys(stage.name.removesuffix("-names") for stage in papers))
     assert order == ["alignment", "few-image", "propagation"]
     assert [stage.kind for stage in papers] == ["image"] * (len(papers) - 1) + ["propagation"]

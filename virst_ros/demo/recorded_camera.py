@@ -15,7 +15,7 @@ from std_msgs.msg import Header, String
 
 from virst_engine.errors import VirstError
 from virst_ros import conversions
-from virst_ros.recorded_run import RecordedRun, load_recording
+from virst_ros.demo.recorded_run import RecordedRun, load_recording
 from virst_ros.sim_camera_node import CameraParameters, camera_info
 from virst_ros.spinning import spin_until_shutdown
 

@@ -22,7 +22,7 @@ from virst_engine.sim.recording import TRUTH_ARRAYS, Recording
 from virst_engine.sim.spec import SceneSpec
 from virst_engine.types import ObjectState
 from virst_ros import conversions
-from virst_ros.demo_report import GoalRun, MaskedFrame, encode_image, encode_mask
+from virst_ros.demo.report import GoalRun, MaskedFrame, encode_image, encode_mask
 
 PENDING = 200  # stamps that wait for their other parts
 KEPT_IMAGES = 2400  # two minutes: the video's part of a long run is its end

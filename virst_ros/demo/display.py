@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from virst_ros.demo_report import GoalRun, MaskedFrame, draw_frame, percentiles
+from virst_engine.timing import percentiles
+from virst_ros.demo.report import GoalRun, MaskedFrame, draw_frame
 
 LINE_EVERY_S = 2.0
 RATE_WINDOW_S = 2.0

@@ -24,8 +24,8 @@ import typer
 from rich.console import Console
 
 from virst_engine.errors import VirstError
-from virst_ros.child_processes import ChildProcesses
-from virst_ros.ros_domain import free_ros_domain
+from virst_ros.demo.child_processes import ChildProcesses
+from virst_ros.demo.ros_domain import free_ros_domain
 
 DEMO_GOALS = (
     "the red ball",
@@ -36,7 +36,7 @@ DEMO_GOALS = (
 )
 START_S = 120.0  # for loading models on a slow machine
 WINDOW_S = 2.3  # of frames that the reasoner looks at: the first goal should have them
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A pipe or a log file has no width of its own; the table needs this much.
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -61,7 +61,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     from rclpy.executors import SingleThreadedExecutor
     from rclpy.signals import SignalHandlerOptions
 
-    from virst_ros.demo_recorder import DemoRecorder
+    from virst_ros.demo.recorder import DemoRecorder
     from virst_ros.spinning import spin_until_shutdown
 
     with ExitStack() as stack:
@@ -104,7 +104,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 def _commands(settings: DemoSettings, recorded: bool, endpoint: str) -> dict[str, list[str]]:
     module = [sys.executable, "-m"]
     rate = ["--ros-args", "-p", f"rate_hz:={settings.rate_hz:.1f}"]
-    camera = [*module, "virst_ros.recorded_camera", *rate]
+    camera = [*module, "virst_ros.demo.recorded_camera", *rate]
     if not recorded:
         camera = [*module, "virst_ros.sim_camera_node", *rate, "-p", "family:=demo"]
     segmenter = [
@@ -154,7 +154,7 @@ def _can_render() -> bool:
 
 def _spec(recorded: bool) -> Any:
     if recorded:
-        from virst_ros.recorded_run import load_recording
+        from virst_ros.demo.recorded_run import load_recording
 
         return load_recording().spec
     from virst_engine.sim.live import demo_scene
@@ -196,7 +196,7 @@ def _wait_until_ready(recorder: Any, endpoint: str, children: ChildProcesses) ->
 
 
 def _set_goals(recorder: Any, children: ChildProcesses, settings: DemoSettings, spec: Any) -> list[Any]:
-    from virst_ros.demo_display import Display, LiveTable, PlainLines, Window
+    from virst_ros.demo.display import Display, LiveTable, PlainLines, Window
 
     window = Window.open() if settings.view else None
     if isinstance(window, str):
@@ -261,7 +261,7 @@ def _watch(
     recorder: Any, children: ChildProcesses, run: Any, left: Callable[[float], float], display: Any, window: Any
 ) -> None:
     """Show one goal for as long as `left` says. Raises ChildFailed when a process ends meanwhile."""
-    from virst_ros.demo_display import Shown
+    from virst_ros.demo.display import Shown
 
     begin_s = time.monotonic()
     while not (left_s := left(time.monotonic() - begin_s)) <= 0:
@@ -297,7 +297,7 @@ def _meaning(window: Any, sentence: str) -> tuple[int, ...] | None:
 
 def _report(runs: list[Any], settings: DemoSettings, camera: str) -> dict[str, Any]:
     from virst_engine.evaluate.provenance import device_description, versions
-    from virst_ros.demo_report import summary, table, write_picture, write_video
+    from virst_ros.demo.report import summary, table, write_picture, write_video
 
     with console.status("scoring masks, drawing video and picture"):
         result = {
@@ -379,7 +379,3 @@ def demo(
 def main() -> None:
     """Console entry point."""
     typer.run(demo)
-
-
-if __name__ == "__main__":
-    main()

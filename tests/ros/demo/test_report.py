@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from virst_engine.types import ObjectState
-from virst_ros import demo_report
-from virst_ros.demo_report import GoalRun, MaskedFrame
+from virst_ros.demo import report
+from virst_ros.demo.report import GoalRun, MaskedFrame
 
 HEIGHT, WIDTH = 60, 80
 SECOND = 1_000_000_000
@@ -27,15 +27,15 @@ def frame(number, mask, truth, state=ObjectState.TRACKING, latency_s=0.2, age_ms
     image = np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)
     return MaskedFrame(
         stamp_ns=SECOND + number * SECOND // 10,
-        mask_png=demo_report.encode_mask(mask),
+        mask_png=report.encode_mask(mask),
         instance_id=5,
         state=state,
         score=0.8,
         reasoner_latency_s=latency_s,
         age_ms=age_ms,
         frames_in=100 + number + number // 2,  # every third image was dropped
-        image_jpeg=demo_report.encode_image(image),
-        truth_png=demo_report.encode_mask(truth),
+        image_jpeg=report.encode_image(image),
+        truth_png=report.encode_mask(truth),
     )
 
 
@@ -49,7 +49,7 @@ def ball_run():
 
 
 def test_figures_start_with_the_first_answer():
-    figures = demo_report.goal_figures(ball_run())
+    figures = report.goal_figures(ball_run())
     assert figures["J"] == pytest.approx(100 * (1 + 1 / 3) / 2, abs=0.01)
     assert figures["JF"] == pytest.approx((figures["J"] + figures["F"]) / 2, abs=0.01)
     assert figures["frames_scored"] == 2
@@ -63,31 +63,31 @@ def test_figures_start_with_the_first_answer():
 def test_an_absent_target_is_right_when_nothing_is_marked():
     empty = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     run = GoalRun("the egg", "goal_2", (), [frame(0, empty, rectangle(20), ObjectState.NOT_FOUND)])
-    figures = demo_report.goal_figures(run)
+    figures = report.goal_figures(run)
     assert (figures["J"], figures["F"], figures["state"]) == (100.0, 100.0, "NOT_FOUND")
 
 
 def test_other_objects_in_the_mask_image_do_not_count():
     both = rectangle(20, 5) | rectangle(50, 9)
     run = GoalRun("the red ball", "goal_1", (2,), [frame(0, both, rectangle(20, 3))])
-    assert demo_report.goal_figures(run)["J"] == 100.0
+    assert report.goal_figures(run)["J"] == 100.0
 
 
 @pytest.mark.parametrize(("targets", "frames"), [(None, 1), ((2,), 0)])
 def test_without_truth_or_frames_there_is_no_score(targets, frames):
     run = GoalRun("hm", "goal_1", targets, [frame(0, rectangle(20, 5), rectangle(20, 3))] * frames)
-    figures = demo_report.goal_figures(run)
+    figures = report.goal_figures(run)
     assert (figures["J"], figures["F"], figures["JF"]) == (None, None, None)
 
 
 def test_summary_is_json_and_a_table():
-    result = demo_report.summary([ball_run(), GoalRun("nothing", "goal_2")])
+    result = report.summary([ball_run(), GoalRun("nothing", "goal_2")])
     assert json.loads(json.dumps(result)) == result
     assert result["fps_out"] == 10.0
     assert result["fps_in"] == 12.5
     assert len(result["goals"]) == 2
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(demo_report.table(result))
+    console.print(report.table(result))
     text = console.export_text()
     assert "the red ball" in text
     assert "66.7" in text
@@ -95,7 +95,7 @@ def test_summary_is_json_and_a_table():
 
 def test_video_shows_every_frame_twice_as_large(tmp_path):
     path = tmp_path / "deep" / "demo.mp4"
-    assert demo_report.write_video(path, [ball_run()])
+    assert report.write_video(path, [ball_run()])
     video = cv2.VideoCapture(str(path))
     assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 4
     assert (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (2 * WIDTH, 2 * HEIGHT)
@@ -107,19 +107,19 @@ def test_video_without_ffmpeg(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     path = tmp_path / "demo.mp4"
-    assert demo_report.write_video(path, [ball_run()])
+    assert report.write_video(path, [ball_run()])
     assert int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)) == 4
 
 
 def test_picture_has_a_row_per_goal(tmp_path):
     path = tmp_path / "demo.png"
-    assert demo_report.write_picture(path, [ball_run(), ball_run()])
+    assert report.write_picture(path, [ball_run(), ball_run()])
     assert cv2.imread(str(path)).shape == (2 * HEIGHT, 4 * WIDTH, 3)
 
 
 def test_nothing_is_written_when_no_image_was_kept(tmp_path):
-    assert not demo_report.write_video(tmp_path / "demo.mp4", [GoalRun("x", "goal_1")])
-    assert not demo_report.write_picture(tmp_path / "demo.png", [GoalRun("x", "goal_1")])
+    assert not report.write_video(tmp_path / "demo.mp4", [GoalRun("x", "goal_1")])
+    assert not report.write_picture(tmp_path / "demo.png", [GoalRun("x", "goal_1")])
     assert not list(tmp_path.iterdir())
 
 
@@ -127,4 +127,4 @@ def test_one_latency_per_answer():
     values = [math.nan, 0.2, 0.2, 0.3, 0.3, 0.2]
     empty = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     frames = [frame(t, empty, empty, latency_s=value) for t, value in enumerate(values)]
-    assert demo_report.latencies_ms(frames) == [200.0, 300.0, 200.0]
+    assert report.latencies_ms(frames) == [200.0, 300.0, 200.0]

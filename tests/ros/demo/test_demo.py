@@ -22,7 +22,7 @@ DEMO_TARGETS = {
 
 @pytest.fixture(scope="module")
 def run():
-    from virst_ros.recorded_run import load_recording
+    from virst_ros.demo.recorded_run import load_recording
 
     return load_recording()
 
@@ -39,7 +39,7 @@ def test_the_recorded_run_that_ships_is_complete(run):
 
 def test_a_damaged_recording_says_how_to_make_it_again(tmp_path):
     from virst_engine.errors import SceneError
-    from virst_ros.recorded_run import load_recording
+    from virst_ros.demo.recorded_run import load_recording
 
     path = tmp_path / "broken.npz"
     path.write_bytes(b"nonsense")
@@ -57,7 +57,7 @@ def test_help_needs_no_ros():
 
 
 def test_displays_show_rates_and_reasons():
-    from virst_ros.demo_display import LiveTable, PlainLines, Shown
+    from virst_ros.demo.display import LiveTable, PlainLines, Shown
 
     shown = Shown("the red ball", 3.0, 10, 9, (40.0, 50.0), "SEARCHING", 0.0, float("nan"), "waiting")
     for make in (PlainLines, LiveTable):
@@ -72,7 +72,7 @@ def test_displays_show_rates_and_reasons():
 
 
 def test_rates_are_those_of_the_last_seconds():
-    from virst_ros.demo_display import Rates
+    from virst_ros.demo.display import Rates
 
     rates = Rates()
     rates.update(0, 0, now_s=0.0)
@@ -82,7 +82,7 @@ def test_rates_are_those_of_the_last_seconds():
 
 
 def test_no_window_without_a_display(monkeypatch):
-    from virst_ros.demo_display import Window
+    from virst_ros.demo.display import Window
 
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
@@ -96,9 +96,10 @@ def test_recorder_joins_what_belongs_to_one_stamp(graph, run):
     from virst_msgs.srv import SetGoal
 
     from virst_engine.types import ObjectState
-    from virst_ros import conversions, demo, demo_report, qos
-    from virst_ros.demo_recorder import DemoRecorder
-    from virst_ros.recorded_camera import RecordedCamera
+    from virst_ros import conversions, qos
+    from virst_ros.demo import command, report
+    from virst_ros.demo.recorded_camera import RecordedCamera
+    from virst_ros.demo.recorder import DemoRecorder
 
     recorder = graph.add(DemoRecorder)
     masks = graph.publisher(Image, "/segmenter/mask")
@@ -129,15 +130,15 @@ def test_recorder_joins_what_belongs_to_one_stamp(graph, run):
 
     wait_until(lambda: (window := recorder.window(run.spec)) is not None and len(window) == 22)
     for sentence, targets in DEMO_TARGETS.items():
-        assert demo._meaning(recorder.window(run.spec), sentence) == targets
-    assert demo._meaning(recorder.window(run.spec), "whatever is about to sing") is None
+        assert command._meaning(recorder.window(run.spec), sentence) == targets
+    assert command._meaning(recorder.window(run.spec), "whatever is about to sing") is None
 
     goal_run = recorder.set_goal("the red ball")
     assert goals[0].replace
     goal_run.target_ids = (0,)
     wait_until(lambda: len(goal_run.frames) >= 5)
     recorder.finish()
-    figures = demo_report.goal_figures(goal_run)
+    figures = report.goal_figures(goal_run)
     assert figures["frames_scored"] >= 5
     assert figures["J"] == 100.0
     assert figures["age_ms"]["p99"] == 12.5

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recorded run of the demo's scene that ships with the package: images, truth, and how it was made. No ROS in it.
 
-python -m virst_ros.recorded_run FILE    films it anew (needs OpenGL)
+python -m virst_ros.demo.recorded_run FILE    films it anew (needs OpenGL)
 """
 
 import json
@@ -17,7 +17,7 @@ from virst_engine.errors import SceneError
 from virst_engine.sim.recording import TRUTH_ARRAYS
 from virst_engine.sim.spec import SceneSpec
 
-RECORDING = Path(__file__).parent / "data" / "demo_recording.npz"
+RECORDING = Path(__file__).with_name("recording.npz")
 RATE_HZ, SECONDS = 20.0, 20.0
 
 
@@ -94,7 +94,7 @@ def load_recording(path: Path = RECORDING) -> RecordedRun:
     except (OSError, KeyError, ValueError, cv2.error) as error:
         raise SceneError(
             f"the recorded run {path} cannot be read ({error}); write it again on a machine with OpenGL:"
-            " python -m virst_ros.recorded_run FILE"
+            " python -m virst_ros.demo.recorded_run FILE"
         ) from error
     if len(images) != len(masks):
         raise SceneError(f"the recorded run {path} is damaged: {len(images)} images, {len(masks)} masks; reinstall it")
@@ -119,7 +119,7 @@ def _decode_video(encoded: bytes) -> list[np.ndarray]:
 def main() -> int:
     """Film the demo's scene into the file that is named."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: python -m virst_ros.recorded_run FILE", file=sys.stderr)
+        print("usage: python -m virst_ros.demo.recorded_run FILE", file=sys.stderr)
         return 2
     write_recording(Path(sys.argv[1]))
     return 0

@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from virst_ros.child_processes import ChildFailed, ChildProcesses
-from virst_ros.ros_domain import free_ros_domain
+from virst_ros.demo.child_processes import ChildFailed, ChildProcesses
+from virst_ros.demo.ros_domain import free_ros_domain
 
 SLEEP = "import time\nprint('up', flush=True)\ntime.sleep(600)"
 STUBBORN = (
@@ -86,8 +86,8 @@ def test_what_children_started_is_ended(tmp_path):
 
 
 def test_a_child_that_ignores_requests_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("virst_ros.child_processes.POLITE_S", 0.2)
-    monkeypatch.setattr("virst_ros.child_processes.FIRM_S", 0.2)
+    monkeypatch.setattr("virst_ros.demo.child_processes.POLITE_S", 0.2)
+    monkeypatch.setattr("virst_ros.demo.child_processes.FIRM_S", 0.2)
     with ChildProcesses(tmp_path) as children:
         children.start("stubborn", python(STUBBORN))
         said(tmp_path, "stubborn")
@@ -113,7 +113,7 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path):
     program = textwrap.dedent(f"""
         import sys, time
         from pathlib import Path
-        from virst_ros.child_processes import ChildProcesses
+        from virst_ros.demo.child_processes import ChildProcesses
         children = ChildProcesses(Path({str(tmp_path)!r}))
         children.start("orphan", [sys.executable, "-c", {SLEEP!r}])
         print(children._children[0].process.pid, flush=True)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from virst_engine.errors import VirstError
 from virst_engine.evaluate.metrics import score_sequence
+from virst_engine.timing import percentiles
 from virst_engine.types import FrameResult, ObjectResult, ObjectState
 from virst_engine.visualize import draw_overlay
 
@@ -120,13 +121,6 @@ def latencies_ms(frames: Sequence[MaskedFrame]) -> list[float]:
     """One figure per answer: a frame repeats the latency of the newest one."""
     known = [1e3 * frame.reasoner_latency_s for frame in frames if not math.isnan(frame.reasoner_latency_s)]
     return [value for i, value in enumerate(known) if i == 0 or value != known[i - 1]]
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    p50, p95, p99 = np.percentile(np.asarray(values), (50, 95, 99))
-    return {"p50": round(float(p50), 1), "p95": round(float(p95), 1), "p99": round(float(p99), 1)}
 
 
 def table(result: dict[str, Any]) -> Table:
