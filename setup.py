@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.10",
     packages=[PACKAGE, f"{PACKAGE}.demo", ENGINE, *(f"{ENGINE}.{name}" for name in find_packages("engine"))],
     package_dir={ENGINE: "engine"},
-    package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"], f"{PACKAGE}.demo": ["*.npz"]},
+    package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"], PACKAGE: ["demo/*.npz"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),

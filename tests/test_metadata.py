@@ -99,12 +99,14 @@ def test_installed_are_the_launch_files_and_the_marker(setup_arguments: dict[str
         assert all((ROOT / file).is_file() for file in files)
 
 
-def test_every_package_of_the_engine_is_installed(setup_arguments: dict[str, object]) -> None:
-    folders = {path.parent for path in (ROOT / "engine").rglob("__init__.py")}
-    expected = {".".join(("virst_engine", *folder.relative_to(ROOT / "engine").parts)) for folder in folders}
-    assert set(setup_arguments["packages"]) == expected | {"virst_ros"}  # type: ignore[call-overload]
-    with_code = {path.parent for path in (ROOT / "engine").rglob("*.py")}
-    assert with_code <= folders, "a folder with modules has no __init__.py, so it would not be installed"
+def test_every_package_is_installed(setup_arguments: dict[str, object]) -> None:
+    expected = set()
+    for package, top in (("virst_engine", ROOT / "engine"), ("virst_ros", ROOT / "virst_ros")):
+        folders = {path.parent for path in top.rglob("__init__.py")}
+        expected |= {".".join((package, *folder.relative_to(top).parts)) for folder in folders}
+        with_code = {path.parent for path in top.rglob("*.py")}
+        assert with_code <= folders, "a folder with modules has no __init__.py, so it would not be installed"
+    assert set(setup_arguments["packages"]) == expected  # type: ignore[call-overload]
 
 
 def test_every_data_file_is_installed(setup_arguments: dict[str, object]) -> None:

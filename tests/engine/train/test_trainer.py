@@ -304,7 +304,7 @@ def test_the_shipped_schedule_has_pretraining_and_the_papers_three_stages() -> N
     stages = tabletop_tiny_training().stages
     assert [stage.kind for stage in stages[:2]] == ["video", "pretraining"]
     papers = list(stages[2:])
-    order = list(dict.fromkeys(stage.name.removesuffix("-names") for stage in papers))
+    order = list(dict.fromkeys(stage.name.removesuffix("-names").removesuffix("-short") for stage in papers))
     assert order == ["alignment", "few-image", "propagation"]
     assert [stage.kind for stage in papers] == ["image"] * (len(papers) - 1) + ["propagation"]
     assert len({stage.name for stage in stages}) == len(stages)  # a resumed run finds its place by name
