@@ -40,8 +40,9 @@ def run_node(make: Callable[[], OwnNode], name: str, arguments: list[str] | None
         except (InvalidParameterValueException, InvalidParameterTypeException, ValueError) as error:
             rclpy.logging.get_logger(name).fatal(f"a parameter is not acceptable: {error}")
             return 1
-        # Every callback is short, and what is long has a thread of its own. rclpy's MultiThreadedExecutor wakes
-        # hundreds of times a second where this one wakes for each message, and takes the interpreter from inference.
+        # Every callback is short but configure; inference and filming have threads of their own. rclpy's
+        # MultiThreadedExecutor wakes hundreds of times a second where this one wakes for each message, and takes the
+        # interpreter from inference.
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         with ExitStack() as bridges:

@@ -15,7 +15,10 @@ from virst_engine.model.rope import axis_angles, rotate
 
 
 def frame_aware_tokenizer(channels: int, strides: tuple[int, ...]) -> nn.Sequential:
-    """Three convolutions of stride 2, each with ReLU: S_seg -> S_down, 8 x 8 tokens per frame (equations 7 and 8)."""
+    """A convolution per stride, each with ReLU: S_seg -> S_down, 8 x 8 tokens per frame (equations 7 and 8).
+
+    The paper's strides are 2, 2, 2.
+    """
     layers: list[nn.Module] = []
     for stride in strides:
         layers += [nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1), nn.ReLU()]

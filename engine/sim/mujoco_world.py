@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 
 from virst_engine.errors import SceneError
 from virst_engine.sim import geometry
-from virst_engine.sim.recording import Recording, SimFrame, Trajectory
+from virst_engine.sim.recording import TRUTH_ARRAYS, Recording, SimFrame, Trajectory
 from virst_engine.sim.spec import (
     ARM_ID,
     MATERIALS,
@@ -740,17 +740,7 @@ def record(
 
 def stack(spec: SceneSpec, fps: float, width: int, height: int, frames: list[SimFrame]) -> Recording:
     """Frames one after the other as one Recording."""
-    names = [
-        "visible_fraction",
-        "in_view_fraction",
-        "area_fraction",
-        "position_m",
-        "quaternion_wxyz",
-        "velocity_m_s",
-        "centre_px",
-        "image_rgb_u8",
-        "instance_mask",
-    ]
+    names = (*TRUTH_ARRAYS, "image_rgb_u8", "instance_mask")
     arrays = {name: np.stack([getattr(frame, name) for frame in frames]) for name in names}
     # single precision, so that sentences drawn from a file are those drawn from memory
     arrays = {name: a if a.dtype == np.uint8 else a.astype(np.float32) for name, a in arrays.items()}

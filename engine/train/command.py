@@ -21,7 +21,7 @@ from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.sim.spec import COLOURS, SHAPES
 from virst_engine.train import trainer
 from virst_engine.train.config import TrainConfig, tabletop_tiny_training
-from virst_engine.train.steps import AttributeHeads
+from virst_engine.train.steps import ReadOuts
 from virst_engine.weights import save_model
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def train(
     torch.manual_seed(seed)
     config = _chosen_stages(replace(tabletop_tiny_training(scale), seed=seed), stages)
     model = _start_model(init, size)
-    heads = AttributeHeads(model.config, colours=len(COLOURS), shapes=len(SHAPES))
+    heads = ReadOuts(model.config, colours=len(COLOURS), shapes=len(SHAPES))
     scenes = open_scenes(clips)
     run = trainer.Trainer(
         model, heads, config, scenes, folder=out, scalars=_curves(out), device=device, loader_workers=workers

@@ -21,7 +21,7 @@ MIN_TOKEN_SHARE = 0.04  # of a token's pixels: from there it is expected to know
 PLACES = 8  # rows, and columns, in which a target is located
 
 
-class AttributeHeads(nn.Module):
+class ReadOuts(nn.Module):
     """Linear read-outs of what every part has to know; used in training only, no part of the weights."""
 
     def __init__(self, config: VirstConfig, colours: int, shapes: int) -> None:
@@ -61,32 +61,32 @@ class Encoded:
 def encode(model: Virst, batch: Batch, *, train_segmenter: bool, with_video: bool = True) -> Encoded:
     clips, frames = batch.frames_rgb_u8.shape[:2]
     pixels = normalise(batch.frames_rgb_u8.flatten(0, 1))
-    size = model.config.sam2.image_size
-    seg_pixels = pixels if pixels.shape[-1] == size else F.interpolate(pixels, (size, size), mode="area")
+    seg_pixels = _resized(pixels, model.config.sam2.image_size)
     with torch.set_grad_enabled(train_segmenter and torch.is_grad_enabled()):
         features = model.seg_model.encode_image(seg_pixels, model.config.fusion.feature_level)
     if not with_video:
         return Encoded(features, frames, pixels.new_zeros(clips, 0, 0, 0))
-    side = model.config.video.image_size
-    video = pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="area")
+    video = _resized(pixels, model.config.video.image_size)
     cells = model.video_encoder.cells(video.unflatten(0, (clips, frames))[:, : batch.clip_frames])
     return Encoded(features, frames, cells)
 
 
-def attribute_losses(heads: AttributeHeads, encoded: Encoded, batch: Batch) -> Losses:
+def _resized(pixels: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
+    return pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="area")
+
+
+def attribute_losses(heads: ReadOuts, encoded: Encoded, batch: Batch) -> Losses:
     """Every encoder that learns has to know what colour and shape every place has."""
     losses: Losses = {}
     fusion, cells = encoded.features.fusion, encoded.video_cells
     if fusion.requires_grad:
         losses["attribute"] = _seg_attribute_loss(heads, fusion, batch)
-    if cells.requires_grad and cells.numel():
+    if cells.requires_grad:
         losses |= video_attribute_losses(heads, cells, batch)
     return losses
 
 
-def _seg_attribute_loss(
-    heads: AttributeHeads, fusion: Float[Tensor, "frames c h w"], batch: Batch
-) -> Float[Tensor, ""]:
+def _seg_attribute_loss(heads: ReadOuts, fusion: Float[Tensor, "frames c h w"], batch: Batch) -> Float[Tensor, ""]:
     side = fusion.shape[-1]
     total = torch.zeros((), device=fusion.device)
     for seg_head, labels in ((heads.seg_colour, batch.colour), (heads.seg_shape, batch.shape)):
@@ -97,9 +97,7 @@ def _seg_attribute_loss(
     return total / 2
 
 
-def video_attribute_losses(
-    heads: AttributeHeads, video_cells: Float[Tensor, "clips t cells d"], batch: Batch
-) -> Losses:
+def video_attribute_losses(heads: ReadOuts, video_cells: Float[Tensor, "clips t cells d"], batch: Batch) -> Losses:
     """Colour and shape of every cell, and where its object is moving to."""
     t, cells = video_cells.shape[1:3]
     grid = round(cells**0.5)
@@ -118,16 +116,14 @@ def video_attribute_losses(
     return {"video_attribute": total / 2, "motion": (error * seen).sum() / seen.sum().clamp(min=1.0)}
 
 
-def video_step(model: Virst, heads: AttributeHeads, batch: Batch) -> Losses:
+def video_step(model: Virst, heads: ReadOuts, batch: Batch) -> Losses:
     """Pre-training of the video encoder alone: what is where, and how it moves."""
-    pixels = normalise(batch.frames_rgb_u8.flatten(0, 1))
-    side = model.config.video.image_size
-    video = pixels if pixels.shape[-1] == side else F.interpolate(pixels, (side, side), mode="area")
+    video = _resized(normalise(batch.frames_rgb_u8.flatten(0, 1)), model.config.video.image_size)
     cells = model.video_encoder.cells(video.unflatten(0, batch.frames_rgb_u8.shape[:2]))
     return video_attribute_losses(heads, cells, batch)
 
 
-def token_attribute_losses(heads: AttributeHeads, clip: ClipEncoding, batch: Batch) -> Losses:
+def token_attribute_losses(heads: ReadOuts, clip: ClipEncoding, batch: Batch) -> Losses:
     """The tokens that Second ST-Fusion looks at have to tell objects apart, or it learns to look at all of them."""
     tokens = clip.second_maps.movedim(2, -1)  # clips t hd wd c
     total = torch.zeros((), device=tokens.device)
@@ -140,7 +136,7 @@ def token_attribute_losses(heads: AttributeHeads, clip: ClipEncoding, batch: Bat
     return {"token_attribute": total / 2}
 
 
-def query_attribute_losses(heads: AttributeHeads, output: PromptOutput, batch: Batch) -> Losses:
+def query_attribute_losses(heads: ReadOuts, output: PromptOutput, batch: Batch) -> Losses:
     """What every [ST] token asks for after the language model: the colours and shapes of the target's objects."""
     total = torch.zeros((), device=output.projected.device)
     for head, labels in ((heads.token_colour, batch.target_colour), (heads.token_shape, batch.target_shape)):
@@ -150,7 +146,7 @@ def query_attribute_losses(heads: AttributeHeads, output: PromptOutput, batch: B
     return {"query_attribute": total / 2}
 
 
-def place_losses(heads: AttributeHeads, output: PromptOutput, batch: Batch, tokens_per_frame: int) -> Losses:
+def place_losses(heads: ReadOuts, output: PromptOutput, batch: Batch, tokens_per_frame: int) -> Losses:
     """Where the target is: the [ST] tokens name its row and column in the newest frame, visual tokens mark it.
 
     Without them the language model learns to pass a sentence's words on, and relations not at all.
@@ -186,9 +182,7 @@ def weighted(losses: Losses, weights: LossWeights) -> Float[Tensor, ""]:
     return sum((getattr(weights, name) * value for name, value in losses.items()), torch.zeros(()))
 
 
-def image_step(
-    model: Virst, heads: AttributeHeads, batch: Batch, *, train_segmenter: bool
-) -> tuple[Losses, MaskPrediction]:
+def image_step(model: Virst, heads: ReadOuts, batch: Batch, *, train_segmenter: bool) -> tuple[Losses, MaskPrediction]:
     """Stages 1 and 2 (equation 13): anchor frames decoded from their own prompts; returns the newest one's masks."""
     encoded = encode(model, batch, train_segmenter=train_segmenter)
     clip = _encode_clip(model, encoded, batch)
@@ -207,7 +201,7 @@ def image_step(
     return losses, _rows(prediction, newest)
 
 
-def propagation_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple[Losses, MaskPrediction]:
+def propagation_step(model: Virst, heads: ReadOuts, batch: Batch) -> tuple[Losses, MaskPrediction]:
     """Stage 3 (equation 14): anchors from prompts, then the frames after the clip from memory alone, in order."""
     encoded = encode(model, batch, train_segmenter=True)
     clip = _encode_clip(model, encoded, batch)
@@ -233,7 +227,7 @@ def propagation_step(model: Virst, heads: AttributeHeads, batch: Batch) -> tuple
 
 
 def pretraining_step(
-    model: Virst, heads: AttributeHeads, batch: Batch, *, train_segmenter: bool
+    model: Virst, heads: ReadOuts, batch: Batch, *, train_segmenter: bool
 ) -> tuple[Losses, MaskPrediction]:
     """Before the paper's stages: any object from a point on it in the first frame, then from memory; attributes.
 

@@ -22,8 +22,8 @@ from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train.config import StageConfig, TrainConfig
 from virst_engine.train.steps import (
-    AttributeHeads,
     Losses,
+    ReadOuts,
     image_step,
     pretraining_step,
     propagation_step,
@@ -54,7 +54,7 @@ class Progress:
     seconds: float
 
 
-def run_step(stage: StageConfig, model: Virst, heads: AttributeHeads, batch: Batch) -> Losses:
+def run_step(stage: StageConfig, model: Virst, heads: ReadOuts, batch: Batch) -> Losses:
     is_encoder_frozen = "seg_model.image_encoder.".startswith(stage.frozen)
     if stage.kind == "video":
         return video_step(model, heads, batch)
@@ -71,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         model: Virst,
-        heads: AttributeHeads,
+        heads: ReadOuts,
         config: TrainConfig,
         scenes: Sequence[RecordedScene],
         *,

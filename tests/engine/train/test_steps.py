@@ -18,7 +18,7 @@ from virst_engine.model.words import WordTokenizer
 from virst_engine.train import steps
 from virst_engine.train.config import LossWeights, StageConfig
 from virst_engine.train.steps import (
-    AttributeHeads,
+    ReadOuts,
     TrainingMemory,
     image_step,
     pretraining_step,
@@ -40,8 +40,8 @@ def batch_of(stage: StageConfig, step: int = 0, said: tuple[Any, ...] = (THE_BAL
     return BatchSource(scenes, WordTokenizer(SMALL.words), stage.clip_plan(2), (0,), stage.steps)[step]
 
 
-def parts() -> tuple[Virst, AttributeHeads]:
-    heads = AttributeHeads(SMALL, colours=2, shapes=2)
+def parts() -> tuple[Virst, ReadOuts]:
+    heads = ReadOuts(SMALL, colours=2, shapes=2)
     return small_virst().train(), heads
 
 

@@ -18,7 +18,7 @@ from virst_engine.model.config import VirstConfig
 from virst_engine.model.virst import Virst
 from virst_engine.sim.grammar import KINDS_FULL
 from virst_engine.train.config import LossWeights, StageConfig, TrainConfig, tabletop_tiny_training
-from virst_engine.train.steps import AttributeHeads
+from virst_engine.train.steps import ReadOuts
 from virst_engine.train.trainer import Progress, Trainer
 
 ENCODER = "seg_model.image_encoder."
@@ -44,7 +44,7 @@ def trainer_of(
     bf16: bool = False,
 ) -> Trainer:
     torch.manual_seed(0)
-    heads = AttributeHeads(model, colours=2, shapes=2)
+    heads = ReadOuts(model, colours=2, shapes=2)
     config = replace(CONFIG, stages=tuple(stages), bf16=bf16)
     return Trainer(Virst(model), heads, config, two_scenes(), folder=folder, scalars=scalars, loader_workers=0)
 
