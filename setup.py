@@ -44,10 +44,9 @@ setup(
     extras_require={
         "sim": ["mujoco"],
         "demo": ["imageio-ffmpeg"],
-        "onnx": ["onnx", "onnxruntime"],
         "train": ["tensorboard"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "beartype", "psutil", "pyyaml"],
-        "lint": ["ruff", "mypy"],
+        "lint": ["ruff", "mypy", "pre-commit"],
     },
     tests_require=["pytest"],  # colcon test looks for this to choose pytest
     entry_points={

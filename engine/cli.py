@@ -72,14 +72,14 @@ def _configure(
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
-def train(context: typer.Context) -> None:
+def train(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Train a model in the paper's stages; `virst train --help` lists the options."""
     from virst_engine.train.command import train_app
 
-    train_app(context.args, prog_name="virst train", standalone_mode=False)
+    train_app(arguments or [], prog_name="virst train", standalone_mode=False)
 
 
 @app.command("evaluate")

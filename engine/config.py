@@ -96,6 +96,13 @@ class TrackingParameters:
         high=100,
         live=True,
     )
+    start_presence: float = parameter(
+        0.8,
+        "probability of presence from which an answer begins a track; one that is tracked goes on down to 0.5",
+        low=0.0,
+        high=1.0,
+        live=True,
+    )
     confirm_answers: int = parameter(
         2,
         "answers in a row that must point at the same object before a goal that was not found is tracked",
@@ -114,7 +121,7 @@ class TrackingParameters:
 @dataclass(frozen=True)
 class ReasonerParameters:
     endpoint: str = parameter("ipc:///tmp/virst_reasoner", "ZeroMQ address of the reasoner process")
-    curve_keys: str = parameter("", "folder of CURVE keys, needed for tcp:// (virst-reasoner --make-curve-keys)")
+    curve_keys: str = parameter("", "folder of CURVE keys, needed for tcp:// (virst-reasoner --make-curve-keys FOLDER)")
     period_s: float = parameter(
         1.0, "time between refreshes of a goal that is tracked, or hidden but settled", low=0.0, high=3600.0, live=True
     )

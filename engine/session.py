@@ -53,10 +53,13 @@ class _Track:
     slot: int
     state: ObjectState = ObjectState.SEARCHING
     absent_steps: int = 0
+    is_doubted: bool = False  # nothing is tracked, and the newest answer was not sure enough to begin with it
     is_settled: bool = False  # by an answer that saw a full window
     is_weak: bool = False  # known only by an anchor whose frame was evicted
     dispute: Dispute = field(default_factory=Dispute)
     claim: Claim | None = None  # what the newest answer of the dispute points at, unless that is absence
+    seen_dispute: Dispute = field(default_factory=Dispute)  # both as they were when it was lost
+    seen_claim: Claim | None = None
     pinned_steps: list[int] = field(default_factory=list)  # of the newest request
     newest_anchor_ns: int | None = None
     replay_anchor_ns: int | None = None  # becomes the newest anchor when the replay is through
@@ -286,6 +289,8 @@ class Session:
                 self._tracker.restart()
                 self._window.clear()
                 self._tracks = {goal_id: _Track(track.goal, track.slot) for goal_id, track in self._tracks.items()}
+                with self._lock:
+                    self._book.new_epoch()  # once more: since `reset` this thread may have asked about an old clip
                 for goal_id in self._tracks:
                     self._reasoner.cancel(goal_id)
 
@@ -305,12 +310,13 @@ class Session:
             return
         if sighting.is_present:
             if track.state is ObjectState.LOST:  # its memory found it: what was said against it meanwhile is void
-                track.dispute, track.claim = Dispute(), None
+                track.dispute, track.claim = track.seen_dispute, track.seen_claim
             track.state, track.absent_steps = ObjectState.TRACKING, 0
             return
         track.absent_steps += 1
-        if track.absent_steps >= self._config.tracking.lost_after_steps:
+        if track.state is not ObjectState.LOST and track.absent_steps >= self._config.tracking.lost_after_steps:
             track.state = ObjectState.LOST
+            track.seen_dispute, track.seen_claim = track.dispute, track.claim
 
     def _note_takeover(self, slot: int) -> None:
         track = next(track for track in self._tracks.values() if track.slot == slot)
@@ -320,6 +326,7 @@ class Session:
         track.absent_steps = 0 if is_present else self._config.tracking.lost_after_steps
         track.newest_anchor_ns, track.is_settled = track.replay_anchor_ns, track.replay_is_settled
         track.is_weak, track.dispute, track.claim = False, Dispute(), None
+        track.seen_dispute, track.seen_claim = Dispute(), None
 
     def _ask(self, frame: Frame) -> None:
         """Hand the reasoner the newest clip for every goal that is due."""
@@ -405,6 +412,7 @@ class Session:
         anchors = self._tracker.decode_anchors(track.slot, [prompt.step for prompt in selected], embeddings)
         decision = self._decide(track, anchors, repeats=self._repeats_claim(track, prompts))
         track.dispute = decision.dispute
+        track.is_doubted = decision.action is Action.HOLD and track.newest_anchor_ns is None
         self._note_claim(track, decision, anchors, prompts)
         logger.debug("goal %s: %s", track.goal.goal_id, decision.action.name)
 
@@ -416,7 +424,8 @@ class Session:
         newest_ns = stamps_ns[anchors.steps[decision.chosen[-1]]] if decision.chosen else None
         if decision.action is Action.INSERT:
             self._tracker.add_anchors(track.slot, anchors, decision.chosen)
-            track.newest_anchor_ns = newest_ns
+            if newest_ns is not None:  # an older anchor may join alone
+                track.newest_anchor_ns = max(newest_ns, track.newest_anchor_ns or newest_ns)
             track.is_settled = track.is_settled or request.is_full_window
             track.is_weak = False
         elif decision.action is Action.START_OVER:
@@ -454,14 +463,12 @@ class Session:
             track.claim = Claim(stamp_ns, (anchors.prediction.mask_logits[newest] > 0).cpu().numpy())
 
     def _decide(self, track: _Track, anchors: DecodedAnchors | None, *, repeats: bool) -> Decision:
-        evidence = (
-            []
-            if anchors is None
-            else [
-                AnchorEvidence(*row)
-                for row in zip(anchors.is_cached, anchors.is_present, anchors.agreement, strict=True)
-            ]
-        )
+        tracking = self._config.tracking
+        evidence = []
+        if anchors is not None:
+            is_sure = [sighting.presence >= tracking.start_presence for sighting in anchors.sightings]
+            rows = zip(anchors.is_cached, anchors.is_present, anchors.agreement, is_sure, strict=True)
+            evidence = [AnchorEvidence(*row) for row in rows]
         sighting = self._tracker.sighting(track.slot)
         situation = Situation(
             state=track.state,
@@ -470,7 +477,6 @@ class Session:
             is_settled=track.is_settled,
             dispute=track.dispute,
         )
-        tracking = self._config.tracking
         return decide(
             evidence,
             situation,
@@ -516,6 +522,8 @@ class Session:
             return self._trouble
         if self._tracker.is_replaying(track.slot):
             return "found in an earlier frame, catching up"
+        if track.state is ObjectState.SEARCHING and track.is_doubted:
+            return "something may fit the sentence, but not surely (tracking.start_presence); asked again"
         return {
             ObjectState.SEARCHING: "waiting for the reasoner's first answer",
             ObjectState.LOST: "not visible at the moment; it is found again when it comes back",

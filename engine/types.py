@@ -17,7 +17,7 @@ class ObjectState(Enum):
     """What is known of a goal's object in one frame; the values are those of virst_msgs/SegmentedObject."""
 
     SEARCHING = 0  # no answer of the reasoner yet
-    TRACKING = 1  # present in this frame
+    TRACKING = 1  # seen now, or missed for fewer than tracking.lost_after_steps frames: then its mask is empty
     LOST = 2  # was tracked, not visible now; memory is kept
     NOT_FOUND = 3  # the reasoner's newest answer says there is no such object
 
@@ -148,8 +148,8 @@ class ObjectResult:
     goal_id: str
     instance_id: int
     state: ObjectState
-    mask: Bool[np.ndarray, "height width"]  # camera size; all False unless TRACKING
-    score: float  # 0..1: predicted IoU x probability of presence; 0 unless TRACKING
+    mask: Bool[np.ndarray, "height width"]  # camera size; all False unless seen now
+    score: float  # 0..1: predicted IoU x probability of presence; 0 unless seen now
     prompt_age_s: float  # since the capture of the newest anchor's frame; inf when there is none
     reasoner_latency_s: float  # of the newest answer; nan when there is none
     message: str = ""  # for people: why it is not tracking, or what was wrong with the newest answer while it is

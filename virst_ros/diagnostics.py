@@ -23,7 +23,7 @@ OK, WARN, ERROR, STALE = (
     DiagnosticStatus.STALE,
 )
 RATE_WINDOW_S = 5.0
-RECENT_S = 10.0  # how long a rejected frame or goal keeps its status at WARN
+RECENT_S = 10.0  # how long an event, such as a rejected frame or goal, keeps its status at WARN
 AGES_KEPT = 512
 
 
@@ -52,6 +52,7 @@ class Surroundings:
     image_publishers: int
     received: int
     dropped: int
+    depth_topic: str  # empty: no depth is wanted
     no_image_after_s: float
     inference_traceback: str  # not empty: inference has stopped
     reasoner_problem: str  # empty: a reasoner listens
@@ -105,7 +106,10 @@ class Diagnostics:
             self._image_s: float | None = None
             self._image_size = ""
             self._size_changes, self._size_change, self._size_change_s = 0, "", -math.inf
+            self._stamps_back, self._stamp_back, self._stamp_back_s = 0, "", -math.inf
+            self._camera_info_problem = ""
             self._depth = RateWindow()
+            self._depth_s: float | None = None
             self._depth_problem = ""
             self._bad_frames, self._bad_frame, self._bad_frame_s = 0, "", -math.inf
             self._qos_problems: dict[str, str] = {}
@@ -116,25 +120,44 @@ class Diagnostics:
             self._goals: tuple[Goal, ...] = ()
             self._bad_goals, self._bad_goal, self._bad_goal_s = 0, "", -math.inf
 
-    def image_received(self, size: str) -> str:
-        """A message came on the image topic, good or bad; `size` is for people, for example "640x480 rgb8".
-
-        Returns what changed since the last image; empty when nothing did.
-        """
+    def image_received(self) -> None:
+        """A message came on the image topic, good or bad."""
         with self._lock:
             self._image_s = self._now_s()
             self._images.add(self._image_s)
+
+    def image_decoded(self, size: str) -> str:
+        """The newest message could be read; `size` is for people, for example "640x480 rgb8".
+
+        Returns what changed since the last one; empty when nothing did.
+        """
+        with self._lock:
             before, self._image_size = self._image_size, size
             if before in ("", size):
                 return ""
             self._size_changes += 1
-            self._size_change_s = self._image_s
+            self._size_change_s = self._now_s()
             self._size_change = f"the image changed from {before} to {size}; masks follow it"
             return self._size_change
 
+    def stamp_went_back(self, back_s: float) -> None:
+        """An image carries an older time than the one before it: the session begins anew."""
+        with self._lock:
+            self._stamps_back += 1
+            self._stamp_back_s = self._now_s()
+            self._stamp_back = (
+                f"time stamps went back by {back_s:.3f} s: tracking starts over; are there two publishers?"
+            )
+
+    def camera_info_checked(self, problem: str) -> None:
+        """Why the newest frame's mask goes out without its camera_info; empty when there is no such reason."""
+        with self._lock:
+            self._camera_info_problem = problem
+
     def depth_received(self, problem: str = "") -> None:
         with self._lock:
-            self._depth.add(self._now_s())
+            self._depth_s = self._now_s()
+            self._depth.add(self._depth_s)
             self._depth_problem = problem
 
     def frame_rejected(self, reason: str) -> None:
@@ -187,6 +210,8 @@ class Diagnostics:
             "bad frames": self._bad_frames,
             "last bad frame": self._bad_frame or "none",
             "changes of size or encoding": self._size_changes,
+            "time stamps went back": self._stamps_back,
+            "camera_info problem": self._camera_info_problem or "none",
             "depth rate (Hz)": self._depth.rate_hz(now_s),
             "depth problem": self._depth_problem or "none",
         }
@@ -196,13 +221,33 @@ class Diagnostics:
             level, message = STALE, f"not active ({seen.state}): no images are taken"
         elif silent_s > seen.no_image_after_s:
             level, message = ERROR, self._why_silent(seen, silent_s)
-        elif now_s - self._bad_frame_s < RECENT_S:
-            level, message = WARN, f"{self._bad_frames} bad frames, skipped; last: {self._bad_frame}"
-        elif now_s - self._size_change_s < RECENT_S:
-            level, message = WARN, self._size_change
-        elif self._qos_problems:
-            level, message = WARN, next(iter(self._qos_problems.values()))
+        else:
+            warning = self._input_warning(seen, now_s)
+            if warning:
+                level, message = WARN, warning
         return _status(f"{self._name}: input", level, message, self.model.device, values)
+
+    def _input_warning(self, seen: Surroundings, now_s: float) -> str:
+        """The worst that is wrong although images arrive; empty when nothing is."""
+        if now_s - self._bad_frame_s < RECENT_S:
+            return f"{self._bad_frames} bad frames, skipped; last: {self._bad_frame}"
+        if now_s - self._stamp_back_s < RECENT_S:
+            return self._stamp_back
+        if now_s - self._size_change_s < RECENT_S:
+            return self._size_change
+        if self._qos_problems:
+            return next(iter(self._qos_problems.values()))
+        return self._camera_info_problem or self._why_no_depth(seen, now_s) or self._depth_problem
+
+    def _why_no_depth(self, seen: Surroundings, now_s: float) -> str:
+        silent_s = now_s - (self._start_s if self._depth_s is None else self._depth_s)
+        if not seen.depth_topic or silent_s <= seen.no_image_after_s:
+            return ""
+        since = f"since {'activation, ' if self._depth_s is None else ''}{silent_s:.1f} s"
+        return (
+            f"no depth on {seen.depth_topic} {since}: remap `depth` to the camera's registered depth topic, "
+            "or set use_depth to false"
+        )
 
     def _why_silent(self, seen: Surroundings, silent_s: float) -> str:
         nothing = (

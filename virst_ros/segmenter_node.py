@@ -134,7 +134,7 @@ class SegmenterNode(LifecycleNode):
         assert self._engine is not None
         self._engine.session.reset()  # frames from before a pause do not belong to what comes; goals stay
         self._diagnostics.reset()
-        self._rejected, self._same_stamps = 0, 0
+        self._rejected, self._stamp_ns, self._same_stamps = 0, 0, 0
         self._inbox = FrameInbox()
         self._thread = InferenceThread(
             self._engine.session,
@@ -255,11 +255,12 @@ class SegmenterNode(LifecycleNode):
     # Images
 
     def _on_image(self, message: Image) -> None:
-        change = self._diagnostics.image_received(f"{message.width}x{message.height} {message.encoding}")
-        if change:
-            self.get_logger().warning(change, throttle_duration_sec=5.0)
+        self._diagnostics.image_received()
         try:
             frame = conversions.frame(message, self._settings.camera_name)
+            change = self._diagnostics.image_decoded(f"{message.width}x{message.height} {message.encoding}")
+            if change:
+                self.get_logger().warning(change, throttle_duration_sec=5.0)
             self._check_stamp(frame.stamp_ns)
         except BadFrame as error:
             self._rejected += 1
@@ -268,6 +269,8 @@ class SegmenterNode(LifecycleNode):
         self._inbox.put((message.header, frame))
 
     def _check_stamp(self, stamp_ns: int) -> None:
+        if stamp_ns < self._stamp_ns:
+            self._diagnostics.stamp_went_back((self._stamp_ns - stamp_ns) * 1e-9)
         self._same_stamps = self._same_stamps + 1 if stamp_ns == self._stamp_ns else 1
         self._stamp_ns = stamp_ns
         if self._same_stamps > SAME_STAMPS:
@@ -312,14 +315,23 @@ class SegmenterNode(LifecycleNode):
         self._objects_publisher.publish(
             conversions.objects_message(header, result, sentences, age_s * 1e3, received, dropped)
         )
-        info = self._camera_info
-        if info is not None and (info.height, info.width) == (height, width):
-            self._camera_info_publisher.publish(conversions.camera_info_message(header, info))
+        self._publish_camera_info(header, width, height)
         if self._settings.overlay and self._overlay_publisher.get_subscription_count() > 0:
             drawn = draw_overlay(frame.image_rgb_u8, result, sentences)
             self._overlay_publisher.publish(conversions.image_message(header, drawn, "rgb8"))
         self._diagnostics.goals_changed(goals)
         self._diagnostics.result_published(result, age_s)
+
+    def _publish_camera_info(self, header: Header, width: int, height: int) -> None:
+        info, problem = self._camera_info, ""
+        if info is not None and (info.width, info.height) == (width, height):
+            self._camera_info_publisher.publish(conversions.camera_info_message(header, info))
+        elif info is not None:
+            problem = (
+                f"camera_info is {info.width}x{info.height}, the image {width}x{height}: it is not passed on; "
+                "remap `camera_info` to the topic that belongs to the image"
+            )
+        self._diagnostics.camera_info_checked(problem)
 
     def _reject_frame(self, reason: str) -> None:
         self._diagnostics.frame_rejected(reason)
@@ -446,6 +458,7 @@ class SegmenterNode(LifecycleNode):
             image_publishers=self.count_publishers(topic),
             received=self._inbox.received + self._rejected,
             dropped=self._inbox.dropped + self._rejected,
+            depth_topic=self.resolve_topic_name("depth") if self._settings.use_depth else "",
             no_image_after_s=self._settings.no_image_after_s,
             inference_traceback=thread.failure_traceback if thread is not None else "",
             reasoner_problem=engine.reasoner.status() if engine is not None else "",

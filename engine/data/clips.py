@@ -116,6 +116,17 @@ def propagation_frames(query: int, count: int, last: int, rng: np.random.Generat
     return [min(query + stride * (i + 1), last) for i in range(count)]
 
 
+def anchor_frames(clip_frames: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """The newest frame of a clip and others, oldest first.
+
+    Every other time the oldest one is among them: with the newest it is what the stream makes anchors of.
+    """
+    others = rng.permutation(clip_frames - 1)
+    if rng.random() < 0.5:
+        others = np.array([0, *others[others > 0]])[: len(others)]
+    return (*sorted(others[: count - 1].tolist()), clip_frames - 1)
+
+
 class BatchSource(torch.utils.data.Dataset[Batch]):
     """Item i is the batch of step i of one stage. Raises SceneError for a scene that is too short for its clips."""
 
@@ -176,7 +187,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
         visible = target.mean((2, 3)) > MIN_VISIBLE_SHARE
         text, text_valid = pad_rows([self.tokenizer.encode(s.text) for s in sentences], left=True)
         answer, answer_valid = pad_rows([[*self.tokenizer.encode(s.answer), END] for s in sentences])
-        anchors = sorted({t - 1, *rng.choice(t, size=min(plan.anchors, t), replace=False).tolist()})
+        anchors = anchor_frames(t, plan.anchors, rng)
         return Batch(
             frames_rgb_u8=torch.from_numpy(np.stack(frames)),
             instance_masks=torch.from_numpy(np.stack(masks)),
@@ -194,7 +205,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             target_colour=pad_rows(target_colours)[0],
             target_shape=pad_rows(target_shapes)[0],
             kinds=tuple(s.kind for s in sentences),
-            anchors=tuple(anchors[-plan.anchors :]),
+            anchors=anchors,
         )
 
 

@@ -51,7 +51,7 @@ def open_scenes(folder: Path, family: Family | None = None) -> list[ShardScene]:
     if kept:
         raise SceneError(
             f"{folder} holds {len(kept)} scenes kept for evaluation (seeds from {FIRST_EVALUATION_SEED}); "
-            "train on others: virst scenes write --scenes 0:3000"
+            "train on others: virst scenes write FOLDER --seeds 0:3000"
         )
     scenes = [ShardScene(shard, i) for shard in shards for i in range(len(shard))]
     if not scenes:

@@ -123,6 +123,7 @@ def engine_speed(
     stages: Stages, reasoner: Reasoner, config: EngineConfig, playback: Playback, objects: int, frames: int
 ) -> dict[str, Any]:
     """The session without its reasoner: it is asked once per goal before the clock starts."""
+    config = replace(config, tracking=replace(config.tracking, confirm_answers=1))  # there is no second answer
     with Session(config, stages, FirstAnswerOnly(InProcessClient(reasoner))) as session:
         steps = _Steps(session, playback)
         steps.run(WARM_UP_FRAMES)

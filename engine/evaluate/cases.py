@@ -19,6 +19,7 @@ Split = Literal["train", "held-out", "all"]
 WIDTH, HEIGHT = 320, 240  # of the camera
 FIRST_STAMP_NS = 1_000_000_000
 ABSENT_EVERY = 5  # every fifth question is about something that is not there
+STILL_ABSENT_EVERY = 3  # frames from one look to the next whether that is so
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Question:
     kind: str
     sentence: str
     target_ids: tuple[int, ...]  # of the scene's objects; empty: nothing is meant
+    absent_frames: int | None = None  # that nothing is meant holds for so many frames from the goal's on; None: for all
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,23 @@ def ask(recording: Recording, settings: EvaluationSettings, scene: int) -> tuple
             except SceneError:
                 continue
             if found.text not in questions:
-                questions[found.text] = Question(found.kind, found.text, found.target_ids)
+                frames = None if found.target_ids else _frames_absent(recording, found.text)
+                questions[found.text] = Question(found.kind, found.text, found.target_ids, frames)
                 break
     return tuple(questions.values())
+
+
+def _frames_absent(recording: Recording, sentence: str) -> int:
+    """For how many frames from the goal's on a sentence clearly means nothing: "the can moving left" may do so later.
+
+    The system goes on looking for what it has not found, so what it finds after that is not wrong.
+    """
+    from virst_engine.sim.expressions import find_meaning
+
+    last = GOAL_FRAME
+    for frame in (*range(GOAL_FRAME + 1, FRAMES - 1, STILL_ABSENT_EVERY), FRAMES - 1):
+        meaning = find_meaning(recording, sentence, query_frame=frame)
+        if meaning is None or meaning.target_ids:
+            break
+        last = frame
+    return last - GOAL_FRAME + 1

@@ -61,14 +61,18 @@ def run_mode(
     return np.concatenate([_realtime(system, settings, frames, goal_frame, sentence) for sentence in sentences])
 
 
-def processed_frames(stamps_s: Sequence[float], frame_time_s: float) -> list[int]:
-    """Which frames a one-slot inbox lets through when each keeps the engine busy for `frame_time_s`: newest wins."""
-    taken: list[int] = []
+def processed_frames(stamps_s: Sequence[float], frame_time_s: float) -> list[tuple[int, float]]:
+    """Which frames a one-slot inbox lets through, newest wins, when each keeps the engine busy for `frame_time_s`.
+
+    (number of the frame, when its turn begins), in order.
+    """
+    taken: list[tuple[int, float]] = []
     free_s, following = float("-inf"), 0
     while following < len(stamps_s):
         start_s = max(free_s, stamps_s[following])
-        taken.append(bisect_right(stamps_s, start_s) - 1)
-        free_s, following = start_s + frame_time_s, taken[-1] + 1
+        newest = bisect_right(stamps_s, start_s) - 1
+        taken.append((newest, start_s))
+        free_s, following = start_s + frame_time_s, newest + 1
     return taken
 
 
@@ -130,18 +134,24 @@ def _realtime(
 ) -> Bool[np.ndarray, "1 scored height width"]:
     delayed = DelayedClient(system.reasoner, settings.reasoner_delay_s)
     client = _ablated(delayed, settings)
-    taken = set(processed_frames([frame.stamp_ns / 1e9 for frame in frames], settings.frame_time_s))
-    newest = np.zeros(frames[0].image_rgb_u8.shape[:2], dtype=bool)
+    starts_s = dict(processed_frames([frame.stamp_ns / 1e9 for frame in frames], settings.frame_time_s))
+    finished: list[tuple[float, Bool[np.ndarray, "height width"]]] = [
+        (0.0, np.zeros(frames[0].image_rgb_u8.shape[:2], bool))
+    ]
     masks = []
     with Session(system.config, system.stages, client) as session:
         for number, frame in enumerate(frames):
             if number >= goal_frame and not session.goals():
                 session.set_goal(sentence)
-            if number in taken:
-                delayed.advance(frame.stamp_ns)
+            if number in starts_s:
+                delayed.advance(round(starts_s[number] * 1e9))
                 result = session.step(frame)
                 if result.objects:
-                    newest = result.objects[0].mask
-            if number >= goal_frame:  # a frame that was dropped is judged by the newest mask there is
-                masks.append(newest)
+                    finished.append((starts_s[number] + settings.frame_time_s, result.objects[0].mask))
+            if number < goal_frame:
+                continue
+            if number in starts_s:  # a mask belongs to its own frame, however late it is
+                masks.append(finished[-1][1])
+            else:  # a frame that was dropped is judged by the newest mask that was there
+                masks.append(next(mask for end_s, mask in reversed(finished) if end_s <= frame.stamp_ns / 1e9))
     return np.stack(masks)[None]

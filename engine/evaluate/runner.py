@@ -99,13 +99,14 @@ def evaluate_scene(system: System, settings: EvaluationSettings, scene: int, cas
     pictured = np.linspace(0, masks.shape[1] - 1, PICTURE_FRAMES).round().astype(int)
     answered = []
     for question, sentence, predicted, truth in zip(case.questions, sentences, masks, truths, strict=True):
-        is_empty = ~predicted.any(axis=(1, 2))
+        is_empty = ~predicted[: question.absent_frames].any(axis=(1, 2))
         score = ExpressionScore(
             scene=scene,
             kind=question.kind,
             sentence=sentence,
             absent=not question.target_ids,
             score=score_sequence(predicted, truth, foreground),
+            absent_frames=len(is_empty),
             empty_frames=int(is_empty.sum()),
             empty_at_end=bool(is_empty[-1]),
         )
@@ -121,13 +122,17 @@ def evaluate_scene(system: System, settings: EvaluationSettings, scene: int, cas
 
 
 def measure_times(system: System, case: Case) -> tuple[float, float]:
-    """(frame time, reasoner delay) in seconds, medians on this machine with one goal: what realtime mode needs."""
+    """(frame time, reasoner delay) in seconds, medians on this machine with one goal: what realtime mode needs.
+
+    Any sentence will do, so a scene without questions is asked for one of ours.
+    """
+    sentence = case.questions[0].sentence if case.questions else "the red ball"
     timed = _TimedReasoner(system.reasoner)
     frame_s: list[float] = []
     with Session(system.config, system.stages, InProcessClient(timed)) as session:
         for number, frame in enumerate(case.frames):
             if number == case.goal_frame:
-                session.set_goal(case.questions[0].sentence)
+                session.set_goal(sentence)
             asked = len(timed.seconds)
             started_s = time.perf_counter()
             session.step(frame)

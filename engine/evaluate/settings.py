@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation runs: every choice that moves its figures."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from virst_engine.config import EngineConfig, MemoryParameters, ModelParameters
+from virst_engine.config import EngineConfig, MemoryParameters, ModelParameters, TrackingParameters
 
 FIRST_EVALUATION_SEED = 1_000_000  # training never reaches it
 FAMILIES = ("plain", "full")
@@ -60,9 +60,13 @@ class EvaluationSettings:
 
     def engine_config(self) -> EngineConfig:
         """The engine's parameters under these settings; raises ValueError where one is out of range."""
+        tracking = TrackingParameters()
+        if self.no_refresh or self.first_anchor_only:  # no second answer will come to confirm the first
+            tracking = replace(tracking, confirm_answers=1)
         return EngineConfig(
             model=ModelParameters(weights=self.weights, device=self.device, threads=self.threads),
             memory=MemoryParameters(anchors_attended=self.alpha),
+            tracking=tracking,
         )
 
     def described(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ class ExpressionScore:
     sentence: str  # as the system was given it
     absent: bool  # nothing in the scene is meant
     score: SequenceScore
-    empty_frames: int  # scored frames whose predicted mask is empty
-    empty_at_end: bool  # ... the last scored frame among them
+    absent_frames: int  # scored frames; where nothing is meant, those in which that is still so
+    empty_frames: int  # of these, with an empty predicted mask
+    empty_at_end: bool  # ... the last of them is one
 
 
 def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
@@ -29,19 +30,21 @@ def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
     `overall` and `by_kind` are means over expressions whose target exists (each the mean over its scored frames), with
     a 95 % bootstrap interval of J&F over scenes; a kind is never weighted. `absent` tells of the others: `right` is the
     share of goals whose mask is empty in every scored frame, `right_at_end` of those where it is empty in the last one
-    (the settled answer), `right_frames` the share of frames. `R` is ReVOS's robustness with masks as 0/1; `R_0_255` is
-    the same as VISA, VRS-HQ and VIRST compute it.
+    (the settled answer), `right_frames` the share of frames. A sentence that begins to mean something later, when
+    objects have moved, is scored until then; `shortened` counts these. `R` is ReVOS's robustness with masks as 0/1;
+    `R_0_255` is the same as VISA, VRS-HQ and VIRST compute it.
     """
     present = [s for s in scores if not s.absent]
     absent = [s for s in scores if s.absent]
-    frames_absent = sum(s.score.frames for s in absent)
+    frames_absent = sum(s.absent_frames for s in absent)
     return {
         "overall": _means(present),
         "by_kind": {kind: _means([s for s in present if s.kind == kind]) for kind in sorted({s.kind for s in present})},
         "absent": {
-            "right": _percent([s.empty_frames == s.score.frames for s in absent]),
+            "right": _percent([s.empty_frames == s.absent_frames for s in absent]),
             "right_at_end": _percent([s.empty_at_end for s in absent]),
             "right_frames": _round(100 * sum(s.empty_frames for s in absent) / frames_absent) if absent else None,
+            "shortened": sum(s.absent_frames < s.score.frames for s in absent),
             "n": len(absent),
         },
         "R": _percent([s.score.r_01 for s in present]),
@@ -73,7 +76,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Targets that do not exist (n = {absent['n']}): mask empty in every frame {_cell(absent['right'])} %,"
-        f" in the last one {_cell(absent['right_at_end'])} %; {_cell(absent['right_frames'])} % of frames.",
+        f" in the last one {_cell(absent['right_at_end'])} %; {_cell(absent['right_frames'])} % of frames."
+        f" {absent['shortened']} of them are scored until objects have moved so that they mean something.",
         "",
         f"Robustness R: {_cell(result['R'])} with masks as 0/1, {_cell(result['R_0_255'])} with"
         " masks as 0/255; compare within one convention only.",

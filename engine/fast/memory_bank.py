@@ -2,7 +2,7 @@
 """What is remembered of every object, in buffers that are allocated once.
 
 Anchors are permanent (never aged out by time, replaced only by newer anchors), recent frames are temporary. One frame
-attends to the alpha anchors nearest in time and to the P - 1 recent entries (VIRST, section 3.4), with the temporal
+attends to the alpha anchors nearest in time and to the P - 1 recent entries (VIRST, equation 12), with the temporal
 encodings of SAM 2: anchors all share row P - 1 of maskmem_tpos_enc, the recent entry k writes ago has row k - 1
 (sam2/modeling/sam2_base.py, `_prepare_memory_conditioned_features`, commit 2b90b9f).
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One camera frame in, the masks of all objects out: a causal Temporal Dynamic Anchor Updater (VIRST, section 3.4).
+"""One camera frame in, the masks of all objects out: a causal Temporal Dynamic Anchor Updater (VIRST,
+section 3.4, equation 12, Algorithm 2).
 
 Published VIRST has the whole video and attends to future anchors. Here an anchor arrives late, for a past frame. It is
 decoded on the cached features of that frame and no other. Where it contradicts what was tracked, the frames since then

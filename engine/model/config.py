@@ -54,6 +54,7 @@ class VideoEncoderConfig:
     clip_frames: int = 4  # frames that attend to each other, as in VideoChat-Flash
     max_frames: int = 64
     pool: int = 2  # pool x pool cells become one token of the language model
+    fine_newest: bool = False  # the newest frame's cells follow one by one: what is beside what takes more than `pool`
 
     @property
     def channels(self) -> int:
@@ -103,6 +104,8 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class VirstConfig:
+    """All dimensions; the defaults are the published model's, but for `video`: its encoder is another class there."""
+
     name: str = "virst-7b"
     sam2: Sam2Config = field(default_factory=Sam2Config)
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
@@ -159,7 +162,7 @@ def tabletop_tiny(words: tuple[str, ...], special_tokens: int = 4) -> VirstConfi
             multimask_tracking=False,
             pointer_distance_limit=45,  # the longest distance that training shows
         ),
-        video=VideoEncoderConfig(),
+        video=VideoEncoderConfig(fine_newest=True),
         language=LanguageModelConfig(
             hidden=192, layers=4, heads=6, kv_heads=2, feedforward=512,
             vocabulary=len(words) + special_tokens, rope_theta=1e4, max_positions=512,

@@ -22,7 +22,7 @@ from virst_engine.model.video_encoder import VideoEncoder
 class ClipEncoding:
     """Everything about a clip that does not depend on the sentence."""
 
-    visual_tokens: Float[Tensor, "b v d"]  # the language model's view
+    visual_tokens: Float[Tensor, "b v d"]  # the language model's view: frame by frame, then the newest one in detail
     initial_tokens: Float[Tensor, "b tokens d"] | None  # S_down for Initial ST-Fusion; None when it is off
     second_maps: Float[Tensor, "b t c hd wd"]  # S_down for Second ST-Fusion
 
@@ -53,6 +53,11 @@ def build_language_model(config: LanguageModelConfig) -> Qwen2Model:
     )
 
 
+def _projector(channels: int, hidden: int) -> nn.Sequential:
+    """The norm keeps visual tokens at the scale of their embeddings and of what the language model adds to them."""
+    return nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
+
+
 class Virst(nn.Module):
     """All networks of one model. `seg_model` alone is the segmenter; the rest is the reasoner."""
 
@@ -62,13 +67,10 @@ class Virst(nn.Module):
         channels, hidden, fusion = config.sam2.channels, config.language.hidden, config.fusion
         self.seg_model = Sam2(config.sam2)
         self.video_encoder = VideoEncoder(config.video)
-        # The norm keeps visual tokens at the scale of the two embeddings and of what the language model adds to them.
-        self.mm_projector = nn.Sequential(
-            nn.Linear(config.video.channels * config.video.pool**2, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.LayerNorm(hidden),
-        )
+        self.mm_projector = _projector(config.video.channels * config.video.pool**2, hidden)
+        if config.video.fine_newest:
+            self.fine_projector = _projector(config.video.channels, hidden)
+            self.fine_place_embedding = nn.Parameter(torch.randn(1, config.video.grid**2, hidden) * 0.5)
         self.frame_embedding = nn.Parameter(torch.randn(1, config.video.max_frames, 1, hidden) * 0.3)
         self.place_embedding = nn.Parameter(torch.randn(1, 1, config.video.tokens_per_frame, hidden) * 0.5)
         self.language_model = build_language_model(config.language)
@@ -100,7 +102,11 @@ class Virst(nn.Module):
         initial = (
             self.initial_seg_fusion_module.video_tokens(fusion_maps) if self.config.fusion.initial_fusion else None
         )
-        return ClipEncoding(tokens.flatten(1, 2), initial, self.seg_prompter.video_maps(fusion_maps))
+        visual = tokens.flatten(1, 2)
+        if self.config.video.fine_newest:
+            fine = self.fine_projector(cells[:, -1]) + self.fine_place_embedding
+            visual = torch.cat((visual, fine), dim=1)
+        return ClipEncoding(visual, initial, self.seg_prompter.video_maps(fusion_maps))
 
     def prompts(
         self,
@@ -153,7 +159,9 @@ class Virst(nn.Module):
         """Position of every element of the sequence; padding does not count. Visual tokens begin at `start`."""
         counts = valid.long()
         if self.config.language.position_per_frame:
-            visual = clip.visual_tokens.shape[1]
-            is_first_of_frame = torch.arange(visual, device=valid.device) % (visual // clip.second_maps.shape[1]) == 0
-            counts[:, start : start + visual] = is_first_of_frame.long()
+            frames, per_frame = clip.second_maps.shape[1], self.config.video.tokens_per_frame
+            place = torch.arange(clip.visual_tokens.shape[1], device=valid.device)
+            # The first of a frame, or of the newest one's details.
+            is_first = (place % per_frame == 0) & (place <= frames * per_frame)
+            counts[:, start : start + len(place)] = is_first.long()
         return (counts.cumsum(1) - 1).clamp(min=0)

@@ -6,8 +6,9 @@ frames, so it may point elsewhere by mistake, or because what the words tell ("t
 window. So an object that an answer with a full window has settled is given up only for several answers in a row that
 all point at the same other thing, whether it is seen or hidden: a hidden object comes back by its memory. That there is
 no such object is believed of a settled one only while the segmenter doubts it too. An object that is not settled has
-nothing to lose and takes every answer at once, but where the last answer said that there is none, several in a row must
-find the same thing: a goal that is not there is asked about again and again, and one mistake would show a mask.
+nothing to lose and takes every answer at once. Where nothing is tracked, the segmenter must be sure of what it sees,
+surer than to go on with it later, and several answers in a row must find the same thing if the last one said that there
+is none: a goal that is not there is asked about again and again, and one mistake would show a mask.
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ class AnchorEvidence:
     is_cached: bool  # the frames since then can be replayed
     is_present: bool  # the decoder sees an object there
     agreement: float | None  # IoU with the mask believed there, 0 where the object was believed hidden; None: unknown
+    is_sure: bool = True  # ... sure enough to begin with it
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,11 @@ def decide(
     if not present:
         if is_known and not situation.is_visible:
             # Hidden is what we say already, and its memory is what finds it when it comes back.
-            return Decision(Action.KEEP, dispute=situation.dispute)
+            if situation.is_settled:
+                return Decision(Action.KEEP, dispute=situation.dispute)
+            if dispute.answers < overrule_answers:
+                return Decision(Action.HOLD, dispute=dispute)
+            return Decision(Action.DECLARE_ABSENT)
         is_protected = situation.is_settled and situation.is_confident
         if is_known and (is_protected or not is_overruled):
             return Decision(Action.HOLD, dispute=dispute)
@@ -161,6 +167,8 @@ def decide(
             return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
         if not is_overruled:
             return Decision(Action.HOLD, dispute=dispute)
+    if not is_known and not evidence[newest].is_sure:
+        return Decision(Action.HOLD, dispute=situation.dispute)
     if situation.state is ObjectState.NOT_FOUND and dispute.answers < confirm_answers:
         return Decision(Action.HOLD, dispute=dispute)
     if not can_replay:

@@ -286,6 +286,12 @@ def _half_of_the_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+@app.command()
 def _command(
     endpoint: Annotated[str, typer.Option(help="address to serve: ipc:///path or tcp://host:port")] = (
         ReasonerParameters().endpoint
@@ -333,7 +339,7 @@ def _identify(parameters: ModelParameters) -> str:
 
 
 def main() -> None:
-    typer.run(_command)
+    app()
 
 
 if __name__ == "__main__":

@@ -22,10 +22,12 @@ from virst_engine.sim.spec import COLOURS, SHAPES
 from virst_engine.train import trainer
 from virst_engine.train.config import TrainConfig, tabletop_tiny_training
 from virst_engine.train.steps import ReadOuts
-from virst_engine.weights import save_model
+from virst_engine.weights import read_card, save_model
 
 log = logging.getLogger(__name__)
-train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+train_app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 @train_app.command()
@@ -75,7 +77,8 @@ def train(
             "training_hours": round(run.seconds / 3600, 2),
             "device": device if device != "cpu" else f"{torch.get_num_threads()} threads of {platform.machine()}",
             "torch": torch.__version__,
-            "steps": {stage.name: stage.steps for stage in config.stages},
+            "steps": run.taken,
+            "started_from": None if init is None else {"file": init.name, "card": read_card(init)},
         }
         save_model(model, export, card)
         log.info("wrote %s", export)

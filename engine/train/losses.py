@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The terms of VIRST's objective (equation 15) and the two auxiliary ones; all means, all differentiable."""
+"""The terms of VIRST's objective (equation 15) and two that short training needs; all means, all differentiable."""
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from virst_engine.data.clips import Batch
-from virst_engine.model.config import VirstConfig
+from virst_engine.model.config import VideoEncoderConfig, VirstConfig
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.train.config import LossWeights
@@ -18,6 +18,8 @@ from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, Memor
 
 Losses = dict[str, Float[Tensor, ""]]
 MIN_TOKEN_SHARE = 0.04  # of a token's pixels: from there it is expected to know the object
+MOVING = 0.1  # of 1/16 of the side between frames of a clip: about 1 pixel at 128 x 128
+VISUAL_MOTION_SCALE = 4.0
 PLACES = 8  # rows, and columns, in which a target is located
 
 
@@ -38,6 +40,7 @@ class ReadOuts(nn.Module):
         # that a query resembles what it asks for.
         self.token_colour = nn.Linear(seg_channels, colours)
         self.token_shape = nn.Linear(seg_channels, shapes)
+        self.visual_motion = nn.Linear(config.language.hidden, 2)  # of the object in a visual token
         self.query_place = nn.Linear(seg_channels, 2 * PLACES)  # the row and the column of the target
         self.visual_target = nn.ModuleList(  # whether a visual token shows the target: half-way and in the end
             nn.Sequential(nn.LayerNorm(config.language.hidden), nn.Linear(config.language.hidden, 1)) for _ in range(2)
@@ -106,14 +109,28 @@ def video_attribute_losses(heads: ReadOuts, video_cells: Float[Tensor, "clips t 
         label = _dominant(labels[:, :t].flatten(0, 1), head.out_features, grid)
         logits = head(video_cells).flatten(0, 1).transpose(1, 2).unflatten(2, (grid, grid))
         total = total + attribute_loss(logits, label)
-    covered = (batch.colour[:, :t] > 0).float().flatten(0, 1)[:, None]
+    motion = motion_loss(heads.video_motion(video_cells), batch.colour[:, :t], batch.motion[:, :t])
+    return {"video_attribute": total / 2, "motion": motion}
+
+
+def motion_loss(
+    found: Float[Tensor, "clips t cells 2"],
+    colour: Int[Tensor, "clips t quarter quarter"],
+    motion: Float[Tensor, "clips t quarter quarter 2"],
+) -> Float[Tensor, ""]:
+    """Where the object under each cell moves to; a cell that is mostly background does not count."""
+    grid = round(found.shape[2] ** 0.5)
+    covered = (colour > 0).float().flatten(0, 1)[:, None]
     window = covered.shape[-1] // grid
     share = F.avg_pool2d(covered, window)
-    shift = F.avg_pool2d(batch.motion.flatten(0, 1).movedim(-1, 1).contiguous(), window) / share.clamp(min=1e-6)
-    seen = (share > 0.2).float().flatten(2).transpose(1, 2)
-    found = heads.video_motion(video_cells).float().flatten(0, 1)
-    error = F.smooth_l1_loss(found, shift.flatten(2).transpose(1, 2), reduction="none", beta=0.1).sum(-1, keepdim=True)
-    return {"video_attribute": total / 2, "motion": (error * seen).sum() / seen.sum().clamp(min=1.0)}
+    shift = F.avg_pool2d(motion.flatten(0, 1).movedim(-1, 1).contiguous(), window) / share.clamp(min=1e-6)
+    shift = shift.flatten(2).transpose(1, 2)
+    error = F.smooth_l1_loss(found.float().flatten(0, 1), shift, reduction="none", beta=0.5).sum(-1)
+    seen = (share > 0.2).flatten(1)
+    moves = seen & (shift.norm(dim=-1) > MOVING)
+    # Most objects stand still: in a plain mean, "nothing moves" is a good answer.
+    means = [(error * among).sum() / among.sum().clamp(min=1) for among in (moves, seen & ~moves)]
+    return torch.stack(means).mean()
 
 
 def video_step(model: Virst, heads: ReadOuts, batch: Batch) -> Losses:
@@ -146,7 +163,7 @@ def query_attribute_losses(heads: ReadOuts, output: PromptOutput, batch: Batch) 
     return {"query_attribute": total / 2}
 
 
-def place_losses(heads: ReadOuts, output: PromptOutput, batch: Batch, tokens_per_frame: int) -> Losses:
+def place_losses(heads: ReadOuts, output: PromptOutput, batch: Batch, video: VideoEncoderConfig) -> Losses:
     """Where the target is: the [ST] tokens name its row and column in the newest frame, visual tokens mark it.
 
     Without them the language model learns to pass a sentence's words on, and relations not at all.
@@ -155,12 +172,16 @@ def place_losses(heads: ReadOuts, output: PromptOutput, batch: Batch, tokens_per
     truth = batch.truth[:, t - 1]
     seen = batch.visible[:, t - 1].float()
     logits = heads.query_place(output.projected).float().mean(1).unflatten(-1, (2, PLACES))
-    share = torch.stack((truth.mean(2), truth.mean(1)), dim=1)  # rows, columns
-    share = F.adaptive_avg_pool1d(share, PLACES)
-    share = share / share.sum(-1, keepdim=True).clamp(min=1e-6)
-    place = -(share * logits.log_softmax(-1)).sum(-1).mean(1)
-    side = round(tokens_per_frame**0.5)
-    shown = (F.adaptive_avg_pool2d(batch.truth[:, :t], (side, side)).flatten(1) > MIN_TOKEN_SHARE).float()
+    lines = torch.stack((truth.mean(2), truth.mean(1)), dim=1)  # rows, columns
+    lines = F.adaptive_avg_pool1d(lines, PLACES)
+    lines = lines / lines.sum(-1, keepdim=True).clamp(min=1e-6)
+    place = -(lines * logits.log_softmax(-1)).sum(-1).mean(1)
+    side = video.grid // video.pool
+    share = F.adaptive_avg_pool2d(batch.truth[:, :t], (side, side)).flatten(1)
+    if video.fine_newest:
+        fine = F.adaptive_avg_pool2d(batch.truth[:, t - 1 : t], (video.grid, video.grid)).flatten(1)
+        share = torch.cat((share, fine), dim=1)
+    shown = (share > MIN_TOKEN_SHARE).float()
     marked = [
         F.binary_cross_entropy_with_logits(head(hidden)[..., 0].float(), shown)
         for head, hidden in zip(heads.visual_target, output.visual_hidden, strict=True)
@@ -169,6 +190,20 @@ def place_losses(heads: ReadOuts, output: PromptOutput, batch: Batch, tokens_per
         "query_place": (place * seen).sum() / seen.sum().clamp(min=1.0),
         "visual_target": torch.stack(marked).mean(),
     }
+
+
+def visual_motion_losses(heads: ReadOuts, clip: ClipEncoding, batch: Batch, video: VideoEncoderConfig) -> Losses:
+    """How the object in each visual token moves, before the language model.
+
+    The read-out's scale has to be won by the tokens: next to colours and shapes motion is small in what the video
+    encoder knows, and the language model overlooks it.
+    """
+    t, coarse = batch.clip_frames, batch.clip_frames * video.tokens_per_frame
+    found = heads.visual_motion(clip.visual_tokens).float() / VISUAL_MOTION_SCALE
+    losses = [motion_loss(found[:, :coarse].unflatten(1, (t, -1)), batch.colour[:, :t], batch.motion)]
+    if video.fine_newest:
+        losses.append(motion_loss(found[:, None, coarse:], batch.colour[:, t - 1 : t], batch.motion[:, t - 1 :]))
+    return {"visual_motion": torch.stack(losses).mean()}
 
 
 def _dominant(labels: Int[Tensor, "b h w"], classes: int, grid: int) -> Int[Tensor, "b grid grid"]:
@@ -189,7 +224,8 @@ def image_step(model: Virst, heads: ReadOuts, batch: Batch, *, train_segmenter: 
     output = _prompts(model, clip, batch)
     losses = attribute_losses(heads, encoded, batch) | token_attribute_losses(heads, clip, batch)
     losses |= query_attribute_losses(heads, output, batch) | _language_losses(output, batch)
-    losses |= place_losses(heads, output, batch, model.config.video.tokens_per_frame)
+    losses |= place_losses(heads, output, batch, model.config.video)
+    losses |= visual_motion_losses(heads, clip, batch, model.config.video)
     index = torch.tensor(batch.anchors, device=batch.clip_of_row.device)
     rows, k = batch.clip_of_row.shape[0], len(batch.anchors)
     flat = (batch.clip_of_row[:, None] * encoded.frames + index).flatten()
@@ -208,7 +244,8 @@ def propagation_step(model: Virst, heads: ReadOuts, batch: Batch) -> tuple[Losse
     output = _prompts(model, clip, batch)
     losses = attribute_losses(heads, encoded, batch) | token_attribute_losses(heads, clip, batch)
     losses |= query_attribute_losses(heads, output, batch) | _language_losses(output, batch)
-    losses |= place_losses(heads, output, batch, model.config.video.tokens_per_frame)
+    losses |= place_losses(heads, output, batch, model.config.video)
+    losses |= visual_motion_losses(heads, clip, batch, model.config.video)
     memory = TrainingMemory(model)
     total: list[Losses] = []
     for frame in batch.anchors:

@@ -85,6 +85,7 @@ class Trainer:
         self.device, self.loader_workers = device, loader_workers
         self.tokenizer = WordTokenizer(model.config.words)
         self.stage_number, self.step, self.seconds = 0, 0, 0.0
+        self.taken: dict[str, int] = {}  # steps of each stage so far
         self._start_stage()
 
     @property
@@ -146,6 +147,7 @@ class Trainer:
             start = time.monotonic()
             losses = self._optimise(stage, _to(batch, self.device))
             self.step += 1
+            self.taken[stage.name] = self.taken.get(stage.name, 0) + 1
             self.seconds += time.monotonic() - start
             self._report(stage, losses, time.monotonic() - start, report)
             if self.step % self.config.checkpoint_every == 0:
@@ -213,6 +215,7 @@ class Trainer:
                 "stage_name": [*(stage.name for stage in self.config.stages), FINISHED][self.stage_number],
                 "step": self.step,
                 "seconds": self.seconds,
+                "taken": self.taken,
             },
             partial,
         )
@@ -240,6 +243,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.stage_number, self.step, self.seconds = stage_number, state["step"], state["seconds"]
+        self.taken = dict(state.get("taken", {}))
         if self.stage_number < len(self.config.stages):
             self._start_stage()
             self.optimizer.load_state_dict(state["optimizer"])

@@ -13,6 +13,7 @@ from virst_engine.errors import WeightsError
 
 COMMANDS = [
     [],
+    ["train"],
     ["evaluate"],
     ["bench"],
     ["scenes"],
@@ -29,9 +30,10 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, list(arguments))
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself(command):
-    result = run(*command, "--help")
+def test_every_command_explains_itself(command, option):
+    result = run(*command, option)
     assert result.exit_code == 0
     assert "Usage:" in result.output
 

@@ -38,6 +38,7 @@ def seen(**changes):
         "image_publishers": 1,
         "received": 0,
         "dropped": 0,
+        "depth_topic": "",
         "no_image_after_s": 2.0,
         "inference_traceback": "",
         "reasoner_problem": "",
@@ -71,11 +72,11 @@ def test_ages_are_given_as_percentiles_in_milliseconds(diagnostics):
 
 
 def test_a_bad_frame_is_a_warning_for_a_while(diagnostics, clock):
-    diagnostics.image_received("2x2 rgb8")
+    diagnostics.image_received()
     diagnostics.frame_rejected("too short")
     assert subject(diagnostics, "input").level == DiagnosticStatus.WARN
     clock.now_s += 11.0
-    diagnostics.image_received("2x2 rgb8")
+    diagnostics.image_received()
     status = subject(diagnostics, "input")
     assert status.level == DiagnosticStatus.OK
     assert values(status)["last bad frame"] == "too short"
@@ -86,16 +87,44 @@ def test_silence_tells_since_when(diagnostics, clock):
     status = subject(diagnostics, "input")
     assert status.level == DiagnosticStatus.ERROR
     assert "no images on /image since activation, 3.0 s" in status.message
-    diagnostics.image_received("2x2 rgb8")
+    diagnostics.image_received()
     clock.now_s += 4.5
     assert "no images on /image since 4.5 s" in subject(diagnostics, "input").message
 
 
 def test_a_changed_size_is_told_once(diagnostics):
-    assert diagnostics.image_received("2x2 rgb8") == ""
-    assert diagnostics.image_received("2x2 rgb8") == ""
-    assert "changed from 2x2 rgb8 to 4x4 rgb8" in diagnostics.image_received("4x4 rgb8")
-    assert diagnostics.image_received("4x4 rgb8") == ""
+    assert diagnostics.image_decoded("2x2 rgb8") == ""
+    assert diagnostics.image_decoded("2x2 rgb8") == ""
+    assert "changed from 2x2 rgb8 to 4x4 rgb8" in diagnostics.image_decoded("4x4 rgb8")
+    assert diagnostics.image_decoded("4x4 rgb8") == ""
+
+
+def test_time_that_goes_back_is_a_warning_for_a_while(diagnostics, clock):
+    diagnostics.image_received()
+    diagnostics.stamp_went_back(1.5)
+    status = subject(diagnostics, "input")
+    assert (status.level, values(status)["time stamps went back"]) == (DiagnosticStatus.WARN, "1")
+    assert "time stamps went back by 1.500 s" in status.message
+    clock.now_s += 11.0
+    diagnostics.image_received()
+    assert subject(diagnostics, "input").level == DiagnosticStatus.OK
+
+
+def test_silent_depth_is_a_warning_only_when_it_is_wanted(diagnostics, clock):
+    def told():
+        diagnostics.image_received()
+        status = subject(diagnostics, "input", depth_topic="/depth")
+        return status.message if status.level == DiagnosticStatus.WARN else ""
+
+    clock.now_s += 1.5
+    assert told() == ""
+    clock.now_s += 1.5
+    assert "no depth on /depth since activation, 3.0 s" in told()
+    assert subject(diagnostics, "input").level == DiagnosticStatus.OK
+    diagnostics.depth_received()
+    assert told() == ""
+    clock.now_s += 2.5
+    assert "no depth on /depth since 2.5 s" in told()
 
 
 def test_everything_is_stale_while_inactive(diagnostics):

@@ -481,7 +481,9 @@ class TestBadInput:
             setattr(bad, name, value)
         setup.camera.send(bad)
         setup.wait_for_status("input", DiagnosticStatus.WARN, says)
-        assert setup.values("input")["bad frames"] == "1"
+        values = setup.values("input")
+        assert values["bad frames"] == "1"
+        assert (values["image"], values["changes of size or encoding"]) == (f"{WIDTH}x{HEIGHT} rgb8", "0")
         header, mask = setup.send_until_mask()
         assert mask.header == header, "the node goes on"
         wait_until(lambda: setup.objects[-1].header == header)
@@ -512,6 +514,17 @@ class TestBadInput:
         setup.wait_for_status("input", DiagnosticStatus.WARN, f"the last {SAME_STAMPS + 1} images carry the same time")
         assert len(setup.masks) == SAME_STAMPS
         setup.send_until_mask()
+
+    def test_time_stamps_that_go_back_are_told(self, setup):
+        first, second = setup.camera.image(), setup.camera.image()
+        second.header.stamp.sec = first.header.stamp.sec - 5
+        second.header.stamp.nanosec = first.header.stamp.nanosec
+        setup.send_until_mask(first)
+        setup.send_until_mask(second)
+        setup.wait_for_status("input", DiagnosticStatus.WARN, "time stamps went back by 5.000 s", "two publishers")
+        setup.send_until_mask()
+        values = setup.values("input")
+        assert (values["time stamps went back"], values["bad frames"]) == ("1", "0")
 
     def test_a_frame_that_the_session_rejects(self, setup):
         bad = setup.camera.image()
@@ -558,14 +571,46 @@ class TestBadInput:
         setup.send_until_mask()
 
     def test_depth_that_does_not_fit_is_told(self, graph, engine):
-        setup = Setup(graph, engine, use_depth=True).active()
+        setup = Setup(graph, engine, use_depth=True, no_image_after_s=60.0).active()
         setup.send_until_mask()
         depth = graph.publisher(Image, "depth", qos_profile_sensor_data)
         wait_until(depth.get_subscription_count)
         depth.publish(Image(width=2, height=1, encoding="16UC1", step=4, data=array("B", bytes(4))))
-        wait_until(lambda: setup.values("input")["depth problem"] == "depth is 2x1, the image 32x24")
+        setup.wait_for_status("input", DiagnosticStatus.WARN, "depth is 2x1, the image 32x24")
+        assert setup.values("input")["depth problem"] == "depth is 2x1, the image 32x24"
         depth.publish(Image(width=2, height=1, encoding="8UC1", step=2, data=array("B", bytes(2))))
-        wait_until(lambda: "'8UC1' is not supported" in setup.values("input")["depth problem"])
+        setup.wait_for_status("input", DiagnosticStatus.WARN, "'8UC1' is not supported")
+        fitting = array("B", bytes(WIDTH * HEIGHT * 2))
+        depth.publish(Image(width=WIDTH, height=HEIGHT, encoding="16UC1", step=WIDTH * 2, data=fitting))
+        setup.wait_for_status("input", DiagnosticStatus.OK, "arrives")
+
+    def test_depth_that_does_not_come_is_told(self, graph, engine):
+        setup = Setup(graph, engine, use_depth=True, no_image_after_s=0.5).active()
+
+        def told():
+            setup.camera.send()
+            status = setup.status("input")
+            return status is not None and status.level == DiagnosticStatus.WARN and status.message
+
+        assert "no depth on /depth since activation" in wait_until(told)
+
+    def test_camera_info_that_does_not_fit_is_told_and_not_passed_on(self, graph, engine):
+        setup = Setup(graph, engine, no_image_after_s=60.0).active()
+        infos = graph.collect(CameraInfo, "/segmenter/camera_info")
+        wait_until(lambda: setup.node._camera_info_publisher.get_subscription_count() > 0)
+        info_publisher = graph.publisher(CameraInfo, "camera_info", qos_profile_sensor_data)
+        wait_until(info_publisher.get_subscription_count)
+        info_publisher.publish(CameraInfo(width=64, height=48))
+        wait_until(lambda: setup.node._camera_info is not None)
+        setup.send_until_mask()
+        setup.wait_for_status("input", DiagnosticStatus.WARN, "camera_info is 64x48, the image 32x24", "remap")
+        assert "camera_info is 64x48" in setup.values("input")["camera_info problem"]
+        info_publisher.publish(CameraInfo(width=WIDTH, height=HEIGHT))
+        wait_until(lambda: setup.node._camera_info.width == WIDTH)
+        header, _ = setup.send_until_mask()
+        wait_until(lambda: infos)
+        assert [info.header for info in infos] == [header]
+        setup.wait_for_status("input", DiagnosticStatus.OK, "none", key="camera_info problem")
 
     def test_the_reasoners_trouble_is_shown_and_masks_go_on(self, setup):
         setup.engine.reasoner.problem = "no reasoner answers at ipc:///x; start virst-reasoner"
@@ -582,7 +627,7 @@ class TestBadInput:
         setup.engine.reasoner.problem = ""
         setup.wait_for_status("reasoner", DiagnosticStatus.OK, "listening")
 
-    def test_an_endless_goal_is_refused_before_its_words_are_read(self, graph, engine):
+    def test_the_words_of_an_endless_goal_are_not_read(self, graph, engine):
         setup = Setup(graph, engine, goal__max_length=20).active()
         assert "does not know" in setup.set_goal("the xyzzy").message
         # The fake session takes any length; that the real one does not is tested with it.

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from virst_engine.errors import SceneError
 from virst_engine.sim.mujoco_world import Simulator, close_all
 from virst_engine.sim.scenes import generate_scene
 from virst_ros import conversions
-from virst_ros.sim_camera_node import SimCameraNode, SteadyRate
+from virst_ros.parameters import node_specs
+from virst_ros.sim_camera_node import CameraParameters, SimCameraNode, SteadyRate
 
 
 class TestSteadyRate:
@@ -60,6 +62,12 @@ class TestSteadyRate:
         assert self.rate.wait() == 1.5
         assert self.rate.overruns == 2
         assert self.rate.wait() == 2.0
+
+
+def test_every_parameter_is_documented_with_its_default():
+    text = (Path(__file__).parents[2] / "docs" / "sim_camera.md").read_text(encoding="utf-8")
+    for spec in node_specs(CameraParameters):
+        assert f"| `{spec.name}` | {spec.default} |" in text
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +136,17 @@ class TestNode:
         graph.add(SimCameraNode, family="demo")
         told = wait_until(lambda: topics["sentences"])
         things = {thing["id"]: thing for thing in json.loads(topics["scene"][-1].data)["objects"]}
-        for sentence in json.loads(told[0].data)["sentences"]:
+        sentences = json.loads(told[0].data)["sentences"]
+        assert sentences
+        for sentence in sentences:
             assert sentence["text"]
             assert set(sentence["target_ids"]) <= set(things)
             assert bool(sentence["target_ids"]) == (sentence["kind"] != "absent")
+        # Phrasings are drawn ("the ball that is red"), but those that only name a thing have these words in common.
+        red_ball = next(key for key, thing in things.items() if (thing["colour"], thing["shape"]) == ("red", "ball"))
+        names = [each for each in sentences if each["kind"] == "attribute"]
+        named_so = [each["target_ids"] for each in names if {"red", "ball"} <= set(each["text"].split())]
+        assert named_so == [[red_ball]]
 
     def test_a_new_scene_can_be_asked_for(self, graph, topics):
         node = graph.add(SimCameraNode, seed=1_000_000, width=64, height=48)

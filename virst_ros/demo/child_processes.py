@@ -36,13 +36,13 @@ class ChildProcesses:
     """A context manager: leaving it ends every child and everything that the children started."""
 
     def __init__(self, log_folder: Path) -> None:
-        self._log_folder = log_folder
+        self.log_folder = log_folder
         self._children: list[_Child] = []
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         """Start a command, with its output in `log_folder`/`name`.log. Raises ChildFailed when it cannot be started."""
-        self._log_folder.mkdir(parents=True, exist_ok=True)
-        log = self._log_folder / f"{name}.log"
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        log = self.log_folder / f"{name}.log"
         with log.open("wb") as output:
             try:
                 process = subprocess.Popen(

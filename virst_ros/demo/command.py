@@ -6,6 +6,7 @@
 
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,8 @@ DEMO_GOALS = (
 )
 START_S = 120.0  # for loading models on a slow machine
 WINDOW_S = 2.3  # of frames that the reasoner looks at: the first goal should have them
+TYPED_GOAL_S = 5.0  # at least, also when the next goal or the end is waiting: no fewer frames are worth a score
+CALLED_FROM = "VIRST_CALLED_FROM"  # set by scripts/demo, which changes the folder
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A pipe or a log file has no width of its own; the table needs this much.
@@ -186,7 +189,7 @@ def _wait_until_ready(recorder: Any, endpoint: str, children: ChildProcesses) ->
                 if not waiting:
                     break
                 if time.monotonic() > deadline_s:
-                    raise VirstError(f"still no {', no '.join(waiting)} after {START_S:g} s; see out/logs")
+                    raise VirstError(f"still no {', no '.join(waiting)} after {START_S:g} s; see {children.log_folder}")
                 status.update(f"waiting for {', '.join(waiting)}")
                 time.sleep(0.1)
             status.update("letting the reasoner's window fill")
@@ -206,7 +209,7 @@ def _set_goals(recorder: Any, children: ChildProcesses, settings: DemoSettings, 
     display: Display = LiveTable(console) if is_live else PlainLines(console)
     runs = []
     try:
-        for sentence, left in _goals(settings):
+        for sentence, left in _goals(settings, children):
             targets = _meaning(recorder.window(spec), sentence)
             try:
                 run = recorder.set_goal(sentence)
@@ -231,30 +234,44 @@ def _set_goals(recorder: Any, children: ChildProcesses, settings: DemoSettings, 
     return runs
 
 
-def _goals(settings: DemoSettings) -> Iterator[tuple[str, Callable[[float], float]]]:
+def _goals(settings: DemoSettings, children: ChildProcesses) -> Iterator[tuple[str, Callable[[float], float]]]:
     """Each goal with a function of its elapsed seconds: how many are left."""
     if settings.interactive:
-        yield from _typed_goals(settings)
+        yield from _typed_goals(settings, children)
         return
     each_s = settings.seconds / len(settings.goals)
     for sentence in settings.goals:
         yield sentence, lambda elapsed_s: each_s - elapsed_s
 
 
-def _typed_goals(settings: DemoSettings) -> Iterator[tuple[str, Callable[[float], float]]]:
-    typed: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            typed.put(line.strip())
-        typed.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
+def _typed_goals(settings: DemoSettings, children: ChildProcesses) -> Iterator[tuple[str, Callable[[float], float]]]:
+    """The goals of the command line, then the typed ones; each lasts until the next line, TYPED_GOAL_S at least."""
+    typed: queue.SimpleQueue[str] = queue.SimpleQueue()  # an empty sentence is the end
     for sentence in settings.goals:
         typed.put(sentence)
+
+    def read() -> None:
+        try:
+            for line in sys.stdin:
+                typed.put(line.strip())
+        finally:
+            typed.put("")
+
+    def left_s(elapsed_s: float) -> float:
+        return math.nan if typed.empty() else TYPED_GOAL_S - elapsed_s
+
+    threading.Thread(target=read, daemon=True).start()
     console.print("Type a goal and press Enter; an empty line or Ctrl-D ends the demo.")
-    while sentence := typed.get():
-        yield sentence, lambda _: 0.0 if not typed.empty() else float("nan")
+    while sentence := _next_typed(typed, children):
+        yield sentence, left_s
+
+
+def _next_typed(typed: "queue.SimpleQueue[str]", children: ChildProcesses) -> str:
+    """Wait for the next line. Raises ChildFailed when a process ends meanwhile."""
+    while True:
+        children.check()
+        with suppress(queue.Empty):
+            return typed.get(timeout=0.2)
 
 
 def _watch(
@@ -309,7 +326,7 @@ def _report(runs: list[Any], settings: DemoSettings, camera: str) -> dict[str, A
             "command": " ".join(["./scripts/demo", *sys.argv[1:]]),
         }
         written = [
-            str(path)
+            path
             for path, write in (
                 (settings.out / "demo.mp4", write_video),
                 (settings.out / "demo.png", write_picture),
@@ -324,8 +341,17 @@ def _report(runs: list[Any], settings: DemoSettings, camera: str) -> dict[str, A
             f" {age['p50']:.0f}/{age['p95']:.0f}/{age['p99']:.0f} ms, camera {camera}",
             highlight=False,
         )
-    console.print("wrote " + ", ".join([*written, str(settings.out / "logs")]), highlight=False)
+    console.print("wrote " + ", ".join(map(_as_typed, [*written, settings.out / "logs"])), highlight=False)
     return result
+
+
+def _called_from() -> Path:
+    return Path(os.environ.get(CALLED_FROM) or Path.cwd())
+
+
+def _as_typed(path: Path) -> str:
+    """A path as one would type it in the folder where the demo was called."""
+    return str(path.relative_to(_called_from()) if path.is_relative_to(_called_from()) else path)
 
 
 @contextmanager
@@ -343,6 +369,12 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+@app.command()
 def demo(
     seconds: Annotated[float, typer.Option(min=1, help="Length of the run, shared by the goals.")] = 40.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
@@ -352,7 +384,10 @@ def demo(
     recorded: Annotated[
         bool, typer.Option("--recorded", help="Play the recorded run in place of the simulator.")
     ] = False,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where video, picture and logs go.")] = Path("out"),
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For video, picture and logs; default: out/ of the repository."),
+    ] = None,
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
     rate: Annotated[float, typer.Option(min=1, max=60, help="Frames per second of the camera.")] = 20.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of what happens inside.")] = False,
@@ -362,7 +397,9 @@ def demo(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     goals = tuple(goal or (() if interactive else DEMO_GOALS))
-    settings = DemoSettings(seconds, goals, interactive, view, recorded, out, weights, rate)
+    folder = _called_from() / out if out is not None else Path.cwd() / "out"
+    weights = str(_called_from() / weights) if weights else ""
+    settings = DemoSettings(seconds, goals, interactive, view, recorded, folder, weights, rate)
     with _ended_by_signals():
         try:
             result = run_demo(settings)
@@ -372,10 +409,11 @@ def demo(
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
     if json_file is not None:
+        json_file = _called_from() / json_file
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Console entry point."""
-    typer.run(demo)
+    app()

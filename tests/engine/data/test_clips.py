@@ -16,6 +16,7 @@ from virst_engine.data.clips import (
     BatchSource,
     ClipPlan,
     RecordedScene,
+    anchor_frames,
     object_motion,
     propagation_frames,
     resize_frames,
@@ -175,6 +176,8 @@ def test_anchors_are_distinct_frames_of_the_clip_with_the_newest_among_them() ->
         seen.update(anchors)
     assert seen == {0, 1, 2, 3}
     assert source_of(replace(PLAN, anchors=9))[0].anchors == (0, 1, 2, 3)
+    oldest = [anchor_frames(8, 2, np.random.default_rng(seed))[0] == 0 for seed in range(400)]
+    assert 0.48 < np.mean(oldest) < 0.66  # every other time, and by chance: 1/2 + 1/14
     assert source_of(replace(PLAN, anchors=1))[0].anchors == (3,)
 
 

@@ -2,10 +2,12 @@
 """The benchmark's bookkeeping on the fake network; speeds themselves are never asserted."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from tests.engine.evaluate.test_runner import fake_case
+from tests.engine.test_session_zmq import serving
 from tests.fakes import FakeReasoner, FakeStages
 from virst_engine.config import EngineConfig
 from virst_engine.evaluate import bench
@@ -37,8 +39,29 @@ def test_every_stage_is_timed_for_every_number_of_objects(result):
 def test_memory_is_compared_with_that_after_500_frames(result):
     memory = result["memory"]
     assert memory["frames"] == 600
-    assert memory["settled_mib"] > 0
-    assert memory["largest_change_percent"] >= 0
+    assert {"settled_mib", "last_mib", "largest_change_percent"} <= set(memory)
+
+
+def test_the_largest_change_counts_from_frame_500(monkeypatch):
+    """One figure per 50 frames. What came before does not count; what comes later does, in both directions."""
+    series = iter([10.0, 900.0, *[50.0] * 7, 200.0, 206.0, 190.0, 201.0])
+    monkeypatch.setattr(bench, "resident_mib", lambda: next(series))
+    playback = bench.Playback(fake_case(None, 0))
+    memory = bench.resident_memory(FakeStages(), FakeReasoner(), EngineConfig(), playback, 650)
+    assert memory == {"frames": 650, "settled_mib": 200.0, "last_mib": 201.0, "largest_change_percent": 5.0}
+
+
+def test_the_paced_run_ages_masks_while_a_reasoner_answers(tmp_path):
+    """Over the real wire: at 20 Hz for two seconds with refreshes as fast as they come."""
+    endpoint = f"ipc://{tmp_path}/reasoner"
+    config = EngineConfig()
+    config = replace(config, reasoner=replace(config.reasoner, endpoint=endpoint, period_s=0.0))
+    with serving(endpoint, FakeReasoner()):
+        figures = bench.paced_run(FakeStages(), config, bench.Playback(fake_case(None, 0)), 20.0, 2.0)
+    assert figures["answers"] >= 2
+    assert 0 < figures["frames"] <= 41
+    assert 0 < figures["age_ms"]["p50"] <= figures["age_ms"]["p99"]
+    assert figures["tracked_percent"] > 0
 
 
 def test_result_is_json_and_a_page(result):

@@ -65,3 +65,11 @@ def test_the_arm_is_no_foreground():
     case = Case((), masks, 0, 2, (Question("plural", "both", (0, 1)), Question("absent", "none", ())))
     assert case.foreground()[0, 0].tolist() == [True, True, False, False]
     assert case.truth_masks()[:, 0, 0].tolist() == [[True, True, False, False], [False] * 4]
+
+
+def test_absence_is_scored_while_it_lasts():
+    """In this scene a can begins to go right; the sentence about it means nothing before, something unclear after."""
+    case = load_case(EvaluationSettings(family="full"), 1_000_027)
+    frames = {question.sentence: question.absent_frames for question in case.questions if not question.target_ids}
+    assert 0 < frames["the can that is going right"] < len(case.truth_masks()[0])
+    assert all(question.absent_frames is None for question in case.questions if question.target_ids)

@@ -2,11 +2,12 @@
 """A whole evaluation on the fake network and fake scenes, whose figures can be worked out by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tests.fakes import GREEN, RED, FakeReasoner, FakeStages, Video, moving_square, small_config
+from tests.fakes import GREEN, RED, FakeReasoner, FakeStages, Square, Video, moving_square, small_config
 from virst_engine.errors import SceneError, WeightsError
 from virst_engine.evaluate.cases import Case, Question
 from virst_engine.evaluate.modes import System
@@ -95,6 +96,8 @@ def test_one_scene_cannot_be_shuffled():
 def test_scenes_without_questions_count_for_nothing():
     result = evaluate(FOUR, system_of=fake_system, case_of=case_without_questions).result
     assert (result["overall"]["n"], result["absent"]["n"], result["by_kind"]) == (0, 0, {})
+    real = replace(FOUR, mode="realtime")
+    assert evaluate(real, system_of=fake_system, case_of=case_without_questions).result["overall"]["n"] == 0
 
 
 @pytest.mark.parametrize("mode", ["offline", "realtime"])
@@ -103,6 +106,23 @@ def test_other_modes_give_the_same_form(mode):
     result = evaluate(settings, system_of=fake_system, case_of=fake_case).result
     assert result["overall"]["n"] == 3
     assert result["settings"]["mode"] == mode
+
+
+def test_what_appears_later_may_be_found_then():
+    """A red square enters in the sixth frame: "the red square" means nothing in the first two scored ones only."""
+
+    def entering(frames):
+        video = Video([Square(RED, lambda t: (2, 3) if t >= 6 else None)])
+        pictures = tuple(video.frame(t) for t in range(30))
+        ids = np.stack([video.truth(t) for t in range(30)]).astype(np.uint8)
+        question = Question("absent", "the red square", (), frames)
+        return lambda settings, scene: Case(pictures, ids, 4, 1, (question,))
+
+    one = EvaluationSettings(first_scene=10, last_scene=11)
+    told = evaluate(one, system_of=fake_system, case_of=entering(2)).result["absent"]
+    assert (told["right"], told["right_at_end"], told["right_frames"], told["shortened"]) == (100, 100, 100, 1)
+    untold = evaluate(one, system_of=fake_system, case_of=entering(None)).result["absent"]
+    assert (untold["right"], untold["shortened"]) == (0, 0)
 
 
 def test_the_result_is_json_and_a_page():

@@ -25,19 +25,30 @@ def video(frames: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, frames, 3, 64, 64)
 
 
-def test_frames_see_their_own_short_clip_and_no_other(encoder: VideoEncoder) -> None:
+def test_frames_see_their_own_short_clip_and_what_changed_since_the_frame_before_it(encoder: VideoEncoder) -> None:
     frames = video(8)  # short clips: 0..3 and 4..7
     before = cells_of(encoder, frames)
-    for changed in (1, 6):
+    for changed, reaches in ((1, range(4)), (6, range(4, 8)), (3, range(8))):
         other = frames.clone()
         other[:, changed] += 1.0
         moved = (cells_of(encoder, other) - before).abs().amax(dim=(0, 2, 3)) > 1e-4
-        first = changed // 4 * 4
-        assert moved.tolist() == [first <= t < first + 4 for t in range(8)]
+        assert [t for t in range(8) if moved[t]] == list(reaches)
 
 
-def test_a_short_clip_that_is_not_full_repeats_its_last_frame(encoder: VideoEncoder) -> None:
+def test_the_stem_sees_a_frame_beside_its_change(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    real = encoder.stem.forward
+    monkeypatch.setattr(encoder.stem, "forward", lambda frames: seen.append(frames) or real(frames))
+    frames = video(3)
+    cells_of(encoder, frames)
+    assert torch.equal(seen[0][:, :3], frames[0])
+    assert not seen[0][0, 3:].any()
+    assert torch.equal(seen[0][1:, 3:], frames[0, 1:] - frames[0, :-1])
+
+
+def test_a_short_clip_that_is_not_full_repeats_what_its_last_frame_shows(encoder: VideoEncoder) -> None:
     frames = video(6)
+    frames[:, 5] = frames[:, 4]  # nothing changes towards the end, as nothing does in repeated frames
     padded = torch.cat((frames, frames[:, -1:], frames[:, -1:]), dim=1)
     assert cells_of(encoder, frames).shape[1] == 6
     assert torch.allclose(cells_of(encoder, frames), cells_of(encoder, padded)[:, :6], atol=1e-5)

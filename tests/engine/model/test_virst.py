@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from tests.engine.model.small_models import SMALL, small_virst, with_fusion
+from virst_engine.model.config import VirstConfig
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.model.words import ANSWER, END, SPECIAL_TOKENS, WordTokenizer, pad_rows
 
 T, N, C = 5, SMALL.fusion.st_tokens, SMALL.sam2.channels
+PER_FRAME = replace(SMALL.language, position_per_frame=True)
 SENTENCES = ("the red ball", "the big blue box left of the can", "the can")
 
 
@@ -204,6 +206,34 @@ def test_frames_of_the_language_models_view_are_numbered(model: Virst) -> None:
     assert torch.allclose(tokens[:, 0] - newest[:, 0], tokens[:, 4] - newest[:, 4], atol=1e-5)
     alone = model.encode_clip(frames[:, :1], torch.randn(1, 1, C, 16, 16)).visual_tokens
     assert torch.allclose(alone - newest[:, 7], tokens[:, 0] - newest[:, 0], atol=1e-5)
+
+
+def test_the_newest_frame_follows_in_detail() -> None:
+    """After four tokens per frame come the newest frame's sixteen cells, at one position of their own."""
+    model = small_virst(replace(SMALL, video=replace(SMALL.video, fine_newest=True), language=PER_FRAME))
+    coarse = small_virst(replace(SMALL, language=PER_FRAME))
+    coarse.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("fine_")})
+    frames, maps = torch.randn(1, T, 3, 64, 64), torch.randn(1, T, C, 16, 16)
+    with torch.no_grad():
+        clip, cells = model.encode_clip(frames, maps), model.video_encoder.cells(frames)
+        assert torch.equal(clip.visual_tokens[:, : 4 * T], coarse.encode_clip(frames, maps).visual_tokens)
+        fine = model.fine_projector(cells[:, -1]) + model.fine_place_embedding
+        assert torch.equal(clip.visual_tokens[:, 4 * T :], fine)
+        positions = model._positions(torch.ones(1, 2 + 4 * T + 16 + N, dtype=torch.bool), 2, clip)[0]
+        expected = [0, 1, *(2 + t for t in range(T) for _ in range(4)), *16 * [2 + T], *(3 + T + n for n in range(N))]
+        assert positions.tolist() == expected
+        assert ask(model, clip, SENTENCES[0]).prompts.shape == (1, T, N, C)
+
+
+def test_the_same_class_takes_the_full_size_by_configuration_alone() -> None:
+    """All but the video encoder, which is VideoChat-Flash's at full size and another class."""
+    with torch.device("meta"):
+        full = Virst(VirstConfig())
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in full.named_children()}
+    assert millions["language_model"] == pytest.approx(7069, abs=1)  # Qwen2-7B without its head, 151,647 words
+    assert millions["seg_model"] == pytest.approx(224.4, abs=0.1)  # SAM 2.1 large
+    assert millions["initial_seg_fusion_module"] == pytest.approx(54.1, abs=0.05)
+    assert millions["seg_prompter"] == pytest.approx(4.80, abs=0.005)
 
 
 def test_a_clip_of_too_many_frames_is_refused(model: Virst) -> None:

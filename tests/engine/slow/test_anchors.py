@@ -49,6 +49,16 @@ def test_what_was_not_found_is_believed_when_answers_agree(dispute: Dispute, rep
     assert first.action is Action.START_OVER  # nobody has said yet that it is not there
 
 
+def test_a_track_begins_with_what_is_surely_there_only() -> None:
+    """The newest frame decides. What is tracked already goes on with less."""
+    doubtful = [UNKNOWN, replace(UNKNOWN, is_sure=False)]
+    for situation in (SEARCHING, replace(NOT_FOUND, dispute=Dispute(1))):
+        assert decided(doubtful, situation) == Decision(Action.HOLD, (), situation.dispute)
+        assert decided(doubtful[::-1], situation) == Decision(Action.START_OVER, (0, 1))
+    assert decided([replace(DIFFERS, is_sure=False)], UNSETTLED) == Decision(Action.START_OVER, (0,))
+    assert decided([replace(AGREES, is_sure=False)], CONFIDENT) == Decision(Action.INSERT, (0,))
+
+
 def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool = True) -> Decision:
     return decide(evidence, situation, agree_iou=0.5, overrule_answers=2, repeats=repeats)
 
@@ -75,6 +85,8 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         ([ABSENT], UNSETTLED, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT], UNSURE, Decision(Action.HOLD, (), Dispute(1, True))),
         ([ABSENT], LOST, Decision(Action.KEEP)),
+        ([ABSENT], LOST_UNSETTLED, Decision(Action.HOLD, (), Dispute(1, True))),
+        ([ABSENT], replace(LOST_UNSETTLED, dispute=Dispute(1, True)), Decision(Action.DECLARE_ABSENT)),
         ([ABSENT], HIDDEN, Decision(Action.KEEP, (), Dispute(1))),
         ([ABSENT], SEARCHING, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT], NOT_FOUND, Decision(Action.DECLARE_ABSENT)),

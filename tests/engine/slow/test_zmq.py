@@ -435,6 +435,15 @@ def test_the_program_names_what_is_wrong_and_ends(endpoint, monkeypatch, capsys,
         pass
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_the_program_explains_itself(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["virst-reasoner", option])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert "--endpoint" in capsys.readouterr().out
+
+
 def test_the_program_makes_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["virst-reasoner", "--nice", "0", "--make-curve-keys", str(tmp_path / "keys")])
     with pytest.raises(SystemExit) as ended:

@@ -184,7 +184,20 @@ def test_the_motion_loss_is_zero_for_the_shift_of_the_object_in_each_cell() -> N
     cells = torch.zeros(clips, t, 16, SMALL.video.channels)
     assert float(steps.video_attribute_losses(heads, cells, batch)["motion"]) == pytest.approx(0.0, abs=1e-6)
     found[:, :, 0, 0] += 1.0
-    assert float(steps.video_attribute_losses(heads, cells, batch)["motion"]) == pytest.approx(0.95, abs=1e-5)
+    assert float(steps.video_attribute_losses(heads, cells, batch)["motion"]) == pytest.approx(0.75 / 2, abs=1e-5)
+
+
+def test_the_motion_loss_weighs_what_moves_as_much_as_all_that_stands_still() -> None:
+    """Otherwise "nothing moves" is a good answer: on a table most objects stand still."""
+    _, heads = parts()
+    batch = batch_of(VIDEO)
+    clips, t = batch.colour.shape[:2]
+    motion = torch.zeros_like(batch.motion)
+    motion[:, :, :4, :4] = torch.tensor([1.5, 0.0])  # the first cell of a 4 x 4 grid; the other fifteen stand still
+    batch = replace(batch, colour=torch.ones_like(batch.colour), motion=motion)
+    heads.video_motion.forward = lambda cells: torch.zeros(clips, t, 16, 2)
+    cells = torch.zeros(clips, t, 16, SMALL.video.channels)
+    assert float(steps.video_attribute_losses(heads, cells, batch)["motion"]) == pytest.approx(1.25 / 2, abs=1e-5)
 
 
 def test_token_attributes_teach_what_second_fusion_looks_at() -> None:
@@ -223,6 +236,32 @@ def test_query_attributes_by_hand() -> None:
     assert float(steps.query_attribute_losses(heads, output, batch)["query_attribute"]) == pytest.approx(20.0)
 
 
+def test_visual_tokens_have_to_carry_the_motion_before_the_language_model_reads_them() -> None:
+    fine = replace(SMALL, video=replace(SMALL.video, fine_newest=True))
+    model, heads = small_virst(fine).train(), ReadOuts(fine, colours=2, shapes=2)
+    batch = batch_of(replace(IMAGE, sentences=1))
+    clips, t = batch.colour.shape[0], batch.clip_frames
+    motion = torch.zeros_like(batch.motion)
+    motion[:, :, :8, :8] = torch.tensor([0.5, -0.25])  # the first of four tokens of a frame, four of sixteen details
+    batch = replace(batch, colour=torch.ones_like(batch.colour), motion=motion)
+
+    clip = steps._encode_clip(model, steps.encode(model, batch, train_segmenter=False), batch)
+    steps.visual_motion_losses(heads, clip, batch, fine.video)["visual_motion"].backward()
+    names = learning(model)
+    assert {"mm_projector.0.weight", "fine_projector.0.weight"} <= names
+    assert not [name for name in names if name.startswith("language_model.")]
+
+    scaled = steps.VISUAL_MOTION_SCALE * torch.tensor([0.5, -0.25])
+    found = torch.zeros(clips, 4 * t + 16, 2)
+    found[:, : 4 * t : 4] = scaled
+    found[:, [4 * t + cell for cell in (0, 1, 4, 5)]] = scaled
+    heads.visual_motion.forward = lambda tokens: found
+    assert float(steps.visual_motion_losses(heads, clip, batch, fine.video)["visual_motion"]) == pytest.approx(0.0)
+    found[:, 4 * t :] = 0.0  # the details know nothing: half of the moving ones' error, in one of two views
+    left = (0.5**2 + 0.25**2) * 0.5 / 0.5
+    assert float(steps.visual_motion_losses(heads, clip, batch, fine.video)["visual_motion"]) == pytest.approx(left / 4)
+
+
 def test_place_losses_by_hand() -> None:
     """The target fills the lower right quarter of the newest frame: the last of four visual tokens per frame has it."""
     _, heads = parts()
@@ -243,13 +282,18 @@ def test_place_losses_by_hand() -> None:
         head.forward = lambda hidden: marked
     hidden = torch.zeros(rows, 4 * t, SMALL.language.hidden)
     output = PromptOutput(torch.zeros(rows, t, 1, C), torch.zeros(rows, 1, C), None, None, (hidden, hidden))
-    losses = steps.place_losses(heads, output, batch, tokens_per_frame=4)
+    losses = steps.place_losses(heads, output, batch, SMALL.video)
     assert float(losses["query_place"]) == pytest.approx(np.log(steps.PLACES / 2), abs=1e-5)  # spread over half of them
     assert float(losses["visual_target"]) < 1e-6
     marked[:, 0] = 60.0
-    assert float(steps.place_losses(heads, output, batch, tokens_per_frame=4)["visual_target"]) == pytest.approx(
+    assert float(steps.place_losses(heads, output, batch, SMALL.video)["visual_target"]) == pytest.approx(
         60.0 / (4 * t), rel=1e-4
     )
+    marked = torch.cat((marked, torch.full((rows, 16, 1), -60.0)), dim=1)
+    marked[:, 0] = -60.0
+    marked[:, [4 * t + cell for cell in (10, 11, 14, 15)]] = 60.0  # the quarter's cells among the details
+    fine = replace(SMALL.video, fine_newest=True)
+    assert float(steps.place_losses(heads, output, batch, fine)["visual_target"]) < 1e-6
 
 
 def test_place_losses_teach_the_language_model_to_look() -> None:

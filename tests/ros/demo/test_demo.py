@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's parts over real middleware: the recorded camera, the recorder, the display; and its help."""
 
+import io
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.ros.ros_graph import wait_until
+from virst_engine.errors import VirstError
+from virst_ros.demo import command
+from virst_ros.demo.child_processes import ChildFailed
 
 DEMO_TARGETS = {
     "the red ball": (0,),
@@ -47,13 +56,102 @@ def test_a_damaged_recording_says_how_to_make_it_again(tmp_path):
         load_recording(path)
 
 
-def test_help_needs_no_ros():
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_needs_no_ros(option):
     result = subprocess.run(
-        [sys.executable, "-m", "virst_ros.demo", "--help"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "virst_ros.demo", option], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0
-    for option in ("--seconds", "--json", "--goal", "--interactive", "--view"):
-        assert option in result.stdout
+    for name in ("--seconds", "--json", "--goal", "--interactive", "--view"):
+        assert name in result.stdout
+
+
+def settings_of(monkeypatch, *options):
+    """What the command line makes of its options."""
+    given = []
+    monkeypatch.setattr(command, "run_demo", lambda settings: given.append(settings) or {})
+    result = CliRunner().invoke(command.app, list(options))
+    assert result.exit_code == 0, result.output
+    return given[0]
+
+
+def test_relative_paths_begin_where_the_demo_was_called(monkeypatch, tmp_path):
+    here, there = tmp_path / "repository", tmp_path / "caller"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("VIRST_CALLED_FROM", str(there))
+    settings = settings_of(monkeypatch, "--out", "seen", "--weights", "my.safetensors", "--json", "deep/figures.json")
+    assert settings.out == there / "seen"
+    assert settings.weights == str(there / "my.safetensors")
+    assert (there / "deep" / "figures.json").is_file()
+    assert command._as_typed(settings.out / "demo.mp4") == "seen/demo.mp4"
+
+    settings = settings_of(monkeypatch, "--weights", "/my.safetensors")
+    assert (settings.out, settings.weights) == (here / "out", "/my.safetensors")
+    assert command._as_typed(settings.out) == str(here / "out")
+    assert settings_of(monkeypatch).weights == ""
+
+    monkeypatch.delenv("VIRST_CALLED_FROM")
+    assert settings_of(monkeypatch, "--out", "seen").out == here / "seen"
+
+
+def test_the_script_says_where_it_was_called(tmp_path):
+    scripts, caller = tmp_path / "repository" / "scripts", tmp_path / "caller"
+    python = tmp_path / "venv" / "bin" / "python"
+    for folder in (scripts, caller, python.parent):
+        folder.mkdir(parents=True)
+    shutil.copy(Path(__file__).parents[3] / "scripts" / "demo", scripts)
+    (scripts / "env").touch()
+    for program, text in ((scripts / "setup", ""), (python, 'echo "$PWD|$VIRST_CALLED_FROM|$*"\n')):
+        program.write_text(f"#!/bin/sh\n{text}")
+        program.chmod(0o755)
+    result = subprocess.run(
+        [str(scripts / "demo"), "--out", "seen"],
+        cwd=caller,
+        env={**os.environ, "VIRST_VENV": str(tmp_path / "venv")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f"{scripts.parent}|{caller}|-m virst_ros.demo --out seen\n"
+
+
+class FakeChildren:
+    failure = None
+
+    def check(self):
+        if self.failure is not None:
+            raise self.failure
+
+
+def typed_goals(tmp_path, children, *goals):
+    settings = command.DemoSettings(1.0, goals, True, False, True, tmp_path, "", 20.0)
+    return command._typed_goals(settings, children)
+
+
+def test_a_waiting_goal_ends_the_one_before_only_after_some_seconds(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the blue can\n"))
+    goals = typed_goals(tmp_path, FakeChildren(), "the red ball")
+    for expected in ("the red ball", "the blue can"):
+        sentence, left_s = next(goals)
+        assert sentence == expected
+        wait_until(lambda left_s=left_s: left_s(0.0) == command.TYPED_GOAL_S)
+        assert left_s(command.TYPED_GOAL_S) == 0.0
+    with pytest.raises(StopIteration):
+        next(goals)
+
+
+def test_waiting_for_a_line_notices_a_process_that_ends(monkeypatch, tmp_path):
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as nothing_typed, os.fdopen(writing, "w"):
+        monkeypatch.setattr(sys, "stdin", nothing_typed)
+        children = FakeChildren()
+        goals = typed_goals(tmp_path, children, "the red ball")
+        _, left_s = next(goals)
+        assert math.isnan(left_s(1000.0))
+        children.failure = ChildFailed("camera ended")
+        with pytest.raises(ChildFailed, match="camera ended"):
+            next(goals)
 
 
 def test_displays_show_rates_and_reasons():
@@ -97,7 +195,7 @@ def test_recorder_joins_what_belongs_to_one_stamp(graph, run):
 
     from virst_engine.types import ObjectState
     from virst_ros import conversions, qos
-    from virst_ros.demo import command, report
+    from virst_ros.demo import report
     from virst_ros.demo.recorded_camera import RecordedCamera
     from virst_ros.demo.recorder import DemoRecorder
 
@@ -148,16 +246,13 @@ def test_recorder_joins_what_belongs_to_one_stamp(graph, run):
     assert recorder.moment().state is ObjectState.TRACKING
     assert json.loads(json.dumps(figures)) == figures
 
-    from virst_engine.errors import VirstError
-
     with pytest.raises(VirstError, match="no word of it is known"):
         recorder.set_goal("gibberish")
 
 
-@pytest.mark.slow
-@pytest.mark.ros
-def test_the_whole_demo_with_a_model_that_knows_nothing(tmp_path):
-    """Three processes, the recorded camera, goals through the service; figures, video, picture; nobody left behind."""
+@pytest.fixture(scope="module")
+def whole_demo(tmp_path_factory):
+    """Runs the demo as a program, with a model that knows nothing; gives what it printed and its figures."""
     import psutil
 
     from virst_engine.model.config import tabletop_tiny
@@ -165,21 +260,79 @@ def test_the_whole_demo_with_a_model_that_knows_nothing(tmp_path):
     from virst_engine.sim.expressions import VOCABULARY
     from virst_engine.weights import save_model
 
-    weights = tmp_path / "untrained.safetensors"
+    folder = tmp_path_factory.mktemp("demo")
+    weights = folder / "untrained.safetensors"
     save_model(Virst(tabletop_tiny(VOCABULARY)), weights)
-    command = [sys.executable, "-m", "virst_ros.demo", "--recorded", "--seconds", "4", "--weights", str(weights)]
-    command += ["--goal", "the red ball", "--goal", "the purple egg", "--out", str(tmp_path)]
-    command += ["--json", str(tmp_path / "figures.json")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["camera"] == "recorded"
+
+    def run_whole_demo(out, *options, typed="", **environment):
+        command = [sys.executable, "-m", "virst_ros.demo", *options, "--weights", str(weights)]
+        command += ["--out", str(out), "--json", str(out / "figures.json")]
+        result = subprocess.run(
+            command,
+            input=typed,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env=os.environ | environment,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        left = [p for p in psutil.process_iter(["cmdline"]) if str(weights) in " ".join(p.info["cmdline"] or ())]
+        assert not left
+        return result.stdout, json.loads((out / "figures.json").read_text())
+
+    return run_whole_demo
+
+
+def skip_without_opengl():
+    from virst_engine.errors import SceneError
+    from virst_engine.sim.live import LiveTabletop, demo_scene
+    from virst_engine.sim.mujoco_world import close_all
+
+    try:
+        with LiveTabletop(spec=demo_scene()) as tabletop:
+            tabletop.render(depth=False)
+    except SceneError as error:
+        pytest.skip(str(error))
+    finally:
+        close_all()  # other tests draw from other threads
+
+
+NO_OPENGL = "There is no OpenGL here"
+
+
+@pytest.mark.slow
+@pytest.mark.ros
+@pytest.mark.parametrize(
+    ("options", "environment", "camera", "says_no_opengl"),
+    [
+        pytest.param(["--recorded"], {}, "recorded", False, id="recorded"),
+        pytest.param([], {"MUJOCO_GL": "disabled"}, "recorded", True, id="no OpenGL"),
+        pytest.param([], {}, "simulated", False, id="live"),
+    ],
+)
+def test_the_whole_demo(whole_demo, tmp_path, options, environment, camera, says_no_opengl):
+    """Three processes, goals through the service; figures, video, picture; nobody left behind."""
+    if camera == "simulated":
+        skip_without_opengl()
+    goals = ("the red ball", "the purple egg")
+    options = [*options, "--seconds", "4", *(word for goal in goals for word in ("--goal", goal))]
+    printed, figures = whole_demo(tmp_path, *options, **environment)
+    assert (NO_OPENGL in printed) == says_no_opengl
+    assert figures["camera"] == camera
     assert figures["fps_out"] > 0
     assert set(figures["age_ms"]) == {"p50", "p95", "p99"}
-    assert [row["goal"] for row in figures["goals"]] == ["the red ball", "the purple egg"]
+    assert [row["goal"] for row in figures["goals"]] == list(goals)
     assert [row["target_ids"] for row in figures["goals"]] == [[0], []]
     assert all(row["frames_out"] > 0 for row in figures["goals"])
     assert (tmp_path / "demo.mp4").stat().st_size > 1000
     assert (tmp_path / "demo.png").stat().st_size > 1000
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(weights) in " ".join(p.info["cmdline"] or ())]
-    assert not left
+
+
+@pytest.mark.slow
+@pytest.mark.ros
+def test_goals_that_come_all_at_once_are_all_watched(whole_demo, tmp_path):
+    options = ["--recorded", "--interactive", "--goal", "the red ball"]
+    _, figures = whole_demo(tmp_path, *options, typed="the purple egg\n")
+    assert [row["goal"] for row in figures["goals"]] == ["the red ball", "the purple egg"]
+    assert all(row["frames_out"] > 0 for row in figures["goals"])
