@@ -56,7 +56,7 @@ def test_figures_of_right_wrong_and_absent_answers():
     assert result["overall"]["J"] == pytest.approx(
         (2 * by_kind["attribute"]["J"] + 4 * by_kind["relation"]["J"]) / 6, abs=0.02
     )
-    assert result["absent"] == {"right": 100.0, "right_at_end": 100.0, "right_frames": 100.0, "n": 2}
+    assert result["absent"] == {"right": 100.0, "right_at_end": 100.0, "right_frames": 100.0, "shortened": 0, "n": 2}
     low, high = by_kind["relation"]["ci"]
     assert low < by_kind["relation"]["JF"] < high
     assert 0 <= result["R_0_255"] <= result["R"] <= 100
@@ -75,7 +75,7 @@ def test_absence_is_counted_by_the_last_frame_every_frame_and_all_frames():
         return Case(made.frames, made.instance_mask, 4, 2, (Question("absent", "nothing", ()),))
 
     result = evaluate(FOUR, system_of=system, case_of=case).result
-    assert result["absent"] == {"right": 0.0, "right_at_end": 100.0, "right_frames": 33.33, "n": 4}
+    assert result["absent"] == {"right": 0.0, "right_at_end": 100.0, "right_frames": 33.33, "shortened": 0, "n": 4}
     assert result["overall"] == {"J": None, "F": None, "JF": None, "n": 0, "ci": None}
 
 
