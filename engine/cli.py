@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from virst_engine.config import ModelParameters
+from virst_engine.config import ModelParameters, TrackingParameters
 from virst_engine.errors import VirstError
 
 app = typer.Typer(
@@ -127,6 +127,9 @@ def evaluate_command(
         bool, typer.Option("--no-second-fusion", help="Ablation: prompts without Second ST-Fusion.")
     ] = False,
     alpha: Annotated[int, typer.Option(min=1, max=8, help="Anchors that a frame attends to.")] = 3,
+    start_presence: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability of presence from which an answer begins a track.")
+    ] = TrackingParameters.start_presence,
 ) -> None:
     """Score the model on simulated scenes against their truth: J, F, J&F, absence, robustness; per kind of sentence."""
     from dataclasses import replace
@@ -154,6 +157,7 @@ def evaluate_command(
             first_anchor_only=first_anchor_only,
             no_second_fusion=no_second_fusion,
             alpha=alpha,
+            start_presence=start_presence,
         )
         settings.engine_config()
     if mode is Mode.realtime:

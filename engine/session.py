@@ -522,7 +522,7 @@ class Session:
             return self._trouble
         if self._tracker.is_replaying(track.slot):
             return "found in an earlier frame, catching up"
-        if track.state is ObjectState.SEARCHING and track.is_doubted:
+        if track.is_doubted and track.state is not ObjectState.LOST:
             return "something may fit the sentence, but not surely (tracking.start_presence); asked again"
         return {
             ObjectState.SEARCHING: "waiting for the reasoner's first answer",

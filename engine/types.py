@@ -16,7 +16,7 @@ from torch import Tensor
 class ObjectState(Enum):
     """What is known of a goal's object in one frame; the values are those of virst_msgs/SegmentedObject."""
 
-    SEARCHING = 0  # no answer of the reasoner yet
+    SEARCHING = 0  # no answer of the reasoner yet, or none that is sure enough to begin with
     TRACKING = 1  # seen now, or missed for fewer than tracking.lost_after_steps frames: then its mask is empty
     LOST = 2  # was tracked, not visible now; memory is kept
     NOT_FOUND = 3  # the reasoner's newest answer says there is no such object

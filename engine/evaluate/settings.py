@@ -18,7 +18,7 @@ GOAL_FRAME = 21  # the goal is set when one clip window (8 frames 0.3 s apart) h
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """One evaluation; the ablations are the last five fields."""
+    """One evaluation; the ablations and the two parameters that are compared are the last six fields."""
 
     family: str = "plain"
     first_scene: int = FIRST_EVALUATION_SEED
@@ -36,6 +36,7 @@ class EvaluationSettings:
     first_anchor_only: bool = False
     no_second_fusion: bool = False
     alpha: int = MemoryParameters.anchors_attended
+    start_presence: float = TrackingParameters.start_presence
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -60,7 +61,7 @@ class EvaluationSettings:
 
     def engine_config(self) -> EngineConfig:
         """The engine's parameters under these settings; raises ValueError where one is out of range."""
-        tracking = TrackingParameters()
+        tracking = TrackingParameters(start_presence=self.start_presence)
         if self.no_refresh or self.first_anchor_only:  # no second answer will come to confirm the first
             tracking = replace(tracking, confirm_answers=1)
         return EngineConfig(

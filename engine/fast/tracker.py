@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One camera frame in, the masks of all objects out: a causal Temporal Dynamic Anchor Updater (VIRST,
-section 3.4, equation 12, Algorithm 2).
+"""One camera frame in, the masks of all objects out: a causal Temporal Dynamic Anchor Updater.
 
-Published VIRST has the whole video and attends to future anchors. Here an anchor arrives late, for a past frame. It is
-decoded on the cached features of that frame and no other. Where it contradicts what was tracked, the frames since then
-are replayed from the cache on a shadow row of the memory bank, a few per new frame, so that the stream goes on; when
-the shadow has caught up, it replaces the object's row at once.
+The method is VIRST's section 3.4 (equation 12, Algorithm 2). Published VIRST has the whole video and attends to future
+anchors. Here an anchor arrives late, for a past frame. It is decoded on the cached features of that frame and no other.
+Where it contradicts what was tracked, the frames since then are replayed from the cache on a shadow row of the memory
+bank, a few per new frame, so that the stream goes on; when the shadow has caught up, it replaces the object's row at
+once.
 """
 
 import logging

@@ -100,7 +100,7 @@ def test_while_nobody_answers_the_object_is_searched_for() -> None:
 def test_a_hidden_object_is_lost_after_a_few_frames_and_found_again_by_memory() -> None:
     hidden = Square(RED, lambda t: None if 20 <= t < 30 else (2, 1 + t % 10))
     video, client = Video([hidden]), InstantClient()
-    session = session_of(client, lost_after_steps=3, overrule_answers=9)  # never settled: "absent" counts
+    session = session_of(client, lost_after_steps=3, clip_frames=1)  # the first window is full: settled
     session.set_goal("the red square")
     before = run(session, video, range(20))
     client.reasoner = FakeReasoner(lambda request: GREEN)  # from now on it is memory that finds it
@@ -110,6 +110,29 @@ def test_a_hidden_object_is_lost_after_a_few_frames_and_found_again_by_memory() 
         assert np.array_equal(result.objects[0].mask, video.truth(t))
         assert (result.objects[0].score > 0) == bool(video.truth(t).any())
     assert "not visible" in results[25].objects[0].message
+
+
+def test_a_hidden_object_that_was_never_settled_is_given_up_when_answers_agree_that_it_is_not_there() -> None:
+    """Its only answer saw a window that was not full: it may have been a mistake, and memory would keep it for ever."""
+    video, client = Video([Square(RED, lambda t: None if t >= 10 else (2, 1 + t % 10))]), InstantClient()
+    session = session_of(client, lost_after_steps=3, overrule_answers=3, retry_s=0.3)
+    session.set_goal("the red square")
+    run(session, video, range(10))
+    client.reasoner = FakeReasoner(lambda request: GREEN)
+    seen = states(run(session, video, range(10, 25)))
+    lost, given_up = seen.index(LOST), seen.index(NOT_FOUND)
+    assert (lost, given_up) == (2, 6)  # asked in frames 10, 13 and 16
+    assert set(seen[given_up:]) == {NOT_FOUND}
+
+
+def test_while_an_answer_is_not_sure_enough_nothing_is_tracked_and_the_message_says_so() -> None:
+    session = session_of(start_presence=1.0)  # the fake segmenter is never as sure as that
+    session.set_goal("the red square")
+    for result in run(session, Video([moving_square()]), range(6)):
+        (found,) = result.objects
+        assert found.state is SEARCHING
+        assert not found.mask.any()
+        assert "asked again" in found.message
 
 
 def test_a_lost_object_that_is_not_settled_is_asked_for_more_often_and_a_fresh_prompt_finds_it() -> None:
