@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -403,14 +404,16 @@ class Session:
             )
         if not all(np.isfinite(prompt.embeddings).all() for prompt in prompts):
             return "the reasoner's prompts are not finite numbers; check its weights"
+        if not all(0.0 <= prompt.confidence <= 1.0 for prompt in prompts):  # False for NaN
+            return "the reasoner's confidences are not within 0 and 1; check its weights"
         return ""
 
     def _apply(self, track: _Track, prompts: tuple[Prompt, ...], request: OpenRequest) -> None:
         """Decode the answer's anchors on their own frames, decide what they mean, act."""
         selected = select_anchors(prompts)
-        embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in selected]).astype(np.float32))
-        anchors = self._tracker.decode_anchors(track.slot, [prompt.step for prompt in selected], embeddings)
-        decision = self._decide(track, anchors, repeats=self._repeats_claim(track, prompts))
+        anchors = self._decode(track, selected)
+        confidences = {prompt.step: prompt.confidence for prompt in selected}
+        decision = self._decide(track, anchors, confidences, repeats=self._repeats_claim(track, prompts))
         track.dispute = decision.dispute
         track.is_doubted = decision.action is Action.HOLD and track.newest_anchor_ns is None
         self._note_claim(track, decision, anchors, prompts)
@@ -439,13 +442,16 @@ class Session:
             track.newest_anchor_ns, track.is_settled, track.is_weak = newest_ns, False, True
             self._ask_again(track)
 
+    def _decode(self, track: _Track, prompts: Sequence[Prompt]) -> DecodedAnchors | None:
+        embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in prompts]).astype(np.float32))
+        return self._tracker.decode_anchors(track.slot, [prompt.step for prompt in prompts], embeddings)
+
     def _repeats_claim(self, track: _Track, prompts: tuple[Prompt, ...]) -> bool:
         """Whether the answer points at what the dispute is about, judged in the frame nearest in time."""
         if track.claim is None:
             return False
         prompt = nearest_prompt(prompts, track.claim.stamp_ns)
-        embeddings = torch.from_numpy(prompt.embeddings.astype(np.float32))[None]
-        decoded = self._tracker.decode_anchors(track.slot, [prompt.step], embeddings)
+        decoded = self._decode(track, [prompt])
         if decoded is None or not decoded.is_present[0]:
             return False
         mask = (decoded.prediction.mask_logits[0] > 0).cpu().numpy()
@@ -457,18 +463,32 @@ class Session:
     ) -> None:
         if decision.dispute.answers == 0 or decision.dispute.says_absent:
             track.claim = None
-        elif decision.action is Action.HOLD and anchors is not None:
-            newest = max(i for i, is_present in enumerate(anchors.is_present) if is_present)
-            stamp_ns = next(prompt.stamp_ns for prompt in prompts if prompt.step == anchors.steps[newest])
-            track.claim = Claim(stamp_ns, (anchors.prediction.mask_logits[newest] > 0).cpu().numpy())
+        elif decision.claimed is not None and anchors is not None:
+            step = anchors.steps[decision.claimed]
+            stamp_ns = next(prompt.stamp_ns for prompt in prompts if prompt.step == step)
+            track.claim = Claim(stamp_ns, (anchors.prediction.mask_logits[decision.claimed] > 0).cpu().numpy())
 
-    def _decide(self, track: _Track, anchors: DecodedAnchors | None, *, repeats: bool) -> Decision:
+    def _decide(
+        self, track: _Track, anchors: DecodedAnchors | None, confidences: dict[int, float], *, repeats: bool
+    ) -> Decision:
+        """`confidences`: the reasoner's own, by step."""
         tracking = self._config.tracking
         evidence = []
         if anchors is not None:
-            is_sure = [sighting.presence >= tracking.start_presence for sighting in anchors.sightings]
-            rows = zip(anchors.is_cached, anchors.is_present, anchors.agreement, is_sure, strict=True)
-            evidence = [AnchorEvidence(*row) for row in rows]
+            believed = [confidences[step] for step in anchors.steps]
+            rows = zip(
+                anchors.is_cached, anchors.is_present, anchors.agreement, anchors.sightings, believed, strict=True
+            )
+            evidence = [
+                AnchorEvidence(
+                    is_cached,
+                    is_present,
+                    agreement,
+                    is_sure=min(sighting.presence, confidence) >= tracking.start_presence,
+                    is_believed=confidence > 0.5,
+                )
+                for is_cached, is_present, agreement, sighting, confidence in rows
+            ]
         sighting = self._tracker.sighting(track.slot)
         situation = Situation(
             state=track.state,

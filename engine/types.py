@@ -115,6 +115,7 @@ class Prompt:
     step: int
     stamp_ns: int
     embeddings: Float[np.ndarray, "n c"]  # float32
+    confidence: float = 1.0  # 0..1, the reasoner's own: that the target is visible in this frame
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,11 +85,17 @@ def read_card(path: Path) -> dict[str, object]:
         raise WeightsError(f"{path} has no readable model card ({error!r}); {REMEDY}") from error
 
 
-def load_model(path: Path, *, device: str = "cpu") -> Virst:
-    """The model of a weights file, in evaluation mode, float32. Raises WeightsError naming cause and remedy."""
+def load_model(path: Path, *, device: str = "cpu", train_on: bool = False) -> Virst:
+    """The model of a weights file, in evaluation mode, float32. Raises WeightsError naming cause and remedy.
+
+    `train_on`: also from a file of before `occ_predictor` was trained; it starts from nothing then.
+    """
     metadata = _read_metadata(path)
     try:
-        model = Virst(VirstConfig.from_json(metadata["config"]))
+        config = VirstConfig.from_json(metadata["config"])
+        if train_on:
+            config = replace(config, fusion=replace(config.fusion, predicts_presence=True))
+        model = Virst(config)
     except Exception as error:  # whatever torch, sam2 or transformers say to sizes that make no sense
         raise WeightsError(f"{path} holds a configuration that we cannot build ({error!r}); {REMEDY}") from error
     try:
@@ -98,6 +105,10 @@ def load_model(path: Path, *, device: str = "cpu") -> Virst:
         raise WeightsError(f"{path} is damaged ({error}); {REMEDY}") from error
     expected = model.state_dict()
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if train_on and (new := {name for name in missing if name.startswith("occ_predictor.")}):
+        log.warning("%s is of an earlier version: occ_predictor starts from nothing", path)
+        tensors |= {name: expected[name] for name in new}
+        missing = missing - new
     shapes = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     for kind, names in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes for", shapes)):
         if names:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from virst_engine.errors import SceneError
 from virst_engine.model.words import END, WordTokenizer, pad_rows
+from virst_engine.sim.expressions import ABSENT_SHARE
 
 MIN_VISIBLE_SHARE = 0.0004  # of the image: about 7 pixels at 128 x 128
 STILL_KINDS = ("attribute", "relation", "superlative", "reasoning", "plural", "absent")  # one frame is enough evidence
@@ -31,6 +32,7 @@ class ClipPlan:
     stride: int = 3  # recorded frames (10 Hz) between frames of a clip: 0.3 s
     kinds: tuple[str, ...] = ()  # of sentences; empty: all that a scene allows
     is_wordless: bool = False  # any objects of the first frame instead of sentences, for pre-training
+    absent_share: float = ABSENT_SHARE  # of sentences whose target does not exist
 
 
 class Sentence(Protocol):
@@ -42,6 +44,8 @@ class Sentence(Protocol):
     def kind(self) -> str: ...
     @property
     def target_ids(self) -> tuple[int, ...]: ...
+    @property
+    def landmark_ids(self) -> tuple[int, ...]: ...
     @property
     def answer(self) -> str: ...
 
@@ -66,7 +70,13 @@ class RecordedScene(Protocol):
     def shapes(self) -> tuple[int, ...]: ...
 
     def sentences(
-        self, query_frame: int, count: int, rng: np.random.Generator, kinds: tuple[str, ...] = ()
+        self,
+        query_frame: int,
+        count: int,
+        rng: np.random.Generator,
+        *,
+        kinds: tuple[str, ...] = (),
+        absent_share: float = ABSENT_SHARE,
     ) -> Sequence[Sentence]: ...
 
 
@@ -84,6 +94,7 @@ class Batch:
     answer_valid: Bool[Tensor, "rows answer"]
     truth: Float[Tensor, "rows f half half"]  # share of each 2 x 2 pixel block covered by the target
     visible: Bool[Tensor, "rows f"]
+    landmark: Float[Tensor, "rows t half half"]  # the same of the object that the target is told by; 0 without one
     colour: Int[Tensor, "clips f quarter quarter"]  # attribute labels of the pixels under a stride-4 grid, 0 background
     shape: Int[Tensor, "clips f quarter quarter"]
     motion: Float[Tensor, "clips t quarter quarter 2"]  # x, y shift of the object there between clip frames, 1/16 side
@@ -98,6 +109,7 @@ class AnyObject:
     """An object without a sentence, for pre-training."""
 
     target_ids: tuple[int, ...]
+    landmark_ids: tuple[int, ...] = ()
     text: str = ""
     kind: str = "object"
     answer: str = ""
@@ -147,6 +159,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
         rng = np.random.default_rng([*self.seed, step])
         plan, t, extra = self.plan, self.plan.clip_frames, self.plan.following_frames
         frames, masks, colours, shapes, motions, sentences, rows, targets = [], [], [], [], [], [], [], []
+        landmarks = []
         target_colours: list[list[int]] = []
         target_shapes: list[list[int]] = []
         for clip in range(plan.clips):
@@ -165,7 +178,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             if plan.is_wordless:
                 said = visible_objects(np.asarray(scene.instance_masks[index[0]]), plan.sentences, rng)
             else:
-                said = scene.sentences(query, plan.sentences, rng, plan.kinds)
+                said = scene.sentences(query, plan.sentences, rng, kinds=plan.kinds, absent_share=plan.absent_share)
             if rng.random() < 0.15 and all(s.kind in STILL_KINDS for s in said):
                 # The camera has just started: the oldest frame stands for those that were never seen.
                 index = np.maximum(index, query - int(rng.integers(0, first_query + 1)))
@@ -182,7 +195,8 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
                 target_colours.append([scene.colours[i] for i in s.target_ids] or [0])
                 target_shapes.append([scene.shapes[i] for i in s.target_ids] or [0])
                 sentences.append(s)
-                targets.append(np.isin(mask, np.array([i + 1 for i in s.target_ids], np.uint8)))
+                targets.append(_covered(mask, s.target_ids))
+                landmarks.append(_covered(mask[:t], s.landmark_ids))
         target = torch.from_numpy(np.stack(targets)).float()
         visible = target.mean((2, 3)) > MIN_VISIBLE_SHARE
         text, text_valid = pad_rows([self.tokenizer.encode(s.text) for s in sentences], left=True)
@@ -199,6 +213,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             answer_valid=answer_valid,
             truth=F.avg_pool2d(target, 2),
             visible=visible,
+            landmark=F.avg_pool2d(torch.from_numpy(np.stack(landmarks)).float(), 2),
             colour=torch.from_numpy(np.stack(colours)),
             shape=torch.from_numpy(np.stack(shapes)),
             motion=torch.from_numpy(np.stack(motions)),
@@ -207,6 +222,10 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
             kinds=tuple(s.kind for s in sentences),
             anchors=anchors,
         )
+
+
+def _covered(masks: UInt8[np.ndarray, "f h w"], ids: tuple[int, ...]) -> Bool[np.ndarray, "f h w"]:
+    return np.isin(masks, np.array([i + 1 for i in ids], np.uint8))
 
 
 def object_motion(masks: UInt8[np.ndarray, "t h w"]) -> Float[np.ndarray, "t h w 2"]:

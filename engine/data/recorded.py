@@ -8,7 +8,7 @@ import numpy as np
 
 from virst_engine.errors import SceneError
 from virst_engine.sim.dataset import ClipShard, open_clips
-from virst_engine.sim.expressions import Expression, sample_expressions
+from virst_engine.sim.expressions import ABSENT_SHARE, Expression, sample_expressions
 from virst_engine.sim.spec import COLOURS, SHAPES, Family
 
 FIRST_EVALUATION_SEED = 1_000_000
@@ -34,14 +34,22 @@ class ShardScene:
         return self._shard.masks[self._index]
 
     def sentences(
-        self, query_frame: int, count: int, rng: np.random.Generator, kinds: tuple[str, ...] = ()
+        self,
+        query_frame: int,
+        count: int,
+        rng: np.random.Generator,
+        *,
+        kinds: tuple[str, ...] = (),
+        absent_share: float = ABSENT_SHARE,
     ) -> Sequence[Expression]:
         """Sentences about the window that ends at `query_frame`; fewer kinds where the scene allows none of `kinds`."""
         recording = self._shard.recording(self._index)
         try:
-            return sample_expressions(recording, rng, count, query_frame, "train", kinds=kinds or None)
+            return sample_expressions(
+                recording, rng, count, query_frame, "train", kinds=kinds or None, absent_share=absent_share
+            )
         except SceneError:
-            return sample_expressions(recording, rng, count, query_frame, "train")
+            return sample_expressions(recording, rng, count, query_frame, "train", absent_share=absent_share)
 
 
 def open_scenes(folder: Path, family: Family | None = None) -> list[ShardScene]:

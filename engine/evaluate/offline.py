@@ -5,7 +5,8 @@ T_seg frames are sampled uniformly from the video (section 3.2); the reasoner an
 K = max(1, floor(T_seg / 4)) of them as anchors; every other frame attends to the alpha anchors nearest in time, future
 ones included, and to its P - 1 predecessors. Masks spread from the earliest anchor to the end and then backwards to the
 start, as SAM 2's video predictor does (sam2/sam2_video_predictor.py, `propagate_in_video`, commit 2b90b9f). An anchor
-frame keeps the mask of its prompt. As published, no memory write is gated: an absent object is remembered as absent.
+frame keeps the mask of its prompt. As published, no memory write is gated: an absent object is remembered as absent,
+and absence is the mask decoder's alone to tell, whatever the prompts' confidence.
 """
 
 from collections.abc import Sequence

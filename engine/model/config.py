@@ -100,6 +100,7 @@ class FusionConfig:
     feature_level: int = -1  # FPN level that is tokenized: -1 = stride 16 (64 x 64 at 1024 px), 0 = stride 4
     tokenizer_strides: tuple[int, ...] = (2, 2, 2)  # 64 x 64 features -> 8 x 8 tokens
     position_in_values: bool = False  # add SAM's dense positional encoding to the second fusion's values (not in VIRST)
+    predicts_presence: bool = False  # `occ_predictor` says whether the target is there; the published one is untrained
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def tabletop_tiny(words: tuple[str, ...], special_tokens: int = 4) -> VirstConfi
         fusion=FusionConfig(
             st_tokens=4, shared_st_embedding=False, initial_heads=6, heads=4, layers=2, feedforward=256,
             feature_level=0, tokenizer_strides=(2, 2, 1), position_in_values=True,  # 32 x 32 -> 8 x 8 tokens, too
+            predicts_presence=True,
         ),
         words=words,
     )  # fmt: skip

@@ -10,10 +10,13 @@ sam2/modeling/sam2_base.py:
 - a prompt is an embedding that stands in place of the point prompt, without padding point (VIRST).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from virst_engine.errors import VirstError
 from virst_engine.model.config import Sam2Config
@@ -61,6 +64,17 @@ class RopeAttention(Attention):
         return self.out_proj(self._recombine_heads(out))
 
 
+class _LinspaceOnCpu(TorchFunctionMode):
+    """Hiera reads its stochastic depths out of a `torch.linspace` (sam2/modeling/backbones/hieradet.py at 2b90b9f):
+    on the meta device there would be nothing to read."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return function(*args, **kwargs)
+
+
 class Sam2(nn.Module):
     """The weights of SAM 2.1 under sam2's own names (those of SAM2Base) and the four stages that use them."""
 
@@ -72,14 +86,15 @@ class Sam2(nn.Module):
         super().__init__()
         c, m, grid = config.channels, config.memory_channels, config.grid
         self.config = config
-        trunk = Hiera(
-            embed_dim=config.embed_dim,
-            num_heads=config.num_heads,
-            stages=config.stages,
-            global_att_blocks=config.global_attention_blocks,
-            window_pos_embed_bkg_spatial_size=(config.position_background, config.position_background),
-            window_spec=config.window_spec,
-        )
+        with _LinspaceOnCpu():
+            trunk = Hiera(
+                embed_dim=config.embed_dim,
+                num_heads=config.num_heads,
+                stages=config.stages,
+                global_att_blocks=config.global_attention_blocks,
+                window_pos_embed_bkg_spatial_size=(config.position_background, config.position_background),
+                window_spec=config.window_spec,
+            )
         neck = FpnNeck(
             position_encoding=PositionEmbeddingSine(c, warmup_cache=False),
             d_model=c,

@@ -30,10 +30,11 @@ class ClipEncoding:
 @dataclass(frozen=True)
 class PromptOutput:
     prompts: Float[Tensor, "b t n c"]
+    presence_logits: Float[Tensor, "b t"]  # > 0: the target is visible in that frame; see `fusion.predicts_presence`
     projected: Float[Tensor, "b n c"]  # [ST] tokens before Second ST-Fusion, the baseline of VIRST's table 4
     attention_logits: Float[Tensor, "b heads n t t hd wd"] | None  # of the last second-fusion layer
     answer_logits: Float[Tensor, "b answer vocabulary"] | None  # next-token logits of a teacher-forced answer
-    visual_hidden: tuple[Float[Tensor, "b v d"], ...]  # visual tokens half-way and after the last layer; with an answer
+    visual_hidden: tuple[Float[Tensor, "b v d"], ...]  # visual tokens after each layer; with an answer only
 
 
 def build_language_model(config: LanguageModelConfig) -> Qwen2Model:
@@ -79,6 +80,7 @@ class Virst(nn.Module):
         self.st_embedding = nn.Parameter(torch.randn(rows, hidden) * 0.02)  # E_ST
         self.initial_seg_fusion_module = InitialStFusion(channels, hidden, fusion)
         self.seg_prompter = SecondStFusion(channels, hidden, fusion)
+        self.occ_predictor = nn.Linear(channels, 1)
 
     def encode_clip(
         self, frames: Float[Tensor, "b t 3 size size"], fusion_maps: Float[Tensor, "b t c h w"]
@@ -150,10 +152,11 @@ class Virst(nn.Module):
         logits = None
         visual_hidden: tuple[Tensor, ...] = ()
         if answer is not None:  # the last [ST] token predicts the answer's first word
-            half_way = understood.hidden_states[self.config.language.layers // 2]
-            visual_hidden = tuple(states[:, text.shape[1] : start] for states in (half_way, hidden))
+            layers = (*understood.hidden_states[1 : self.config.language.layers], hidden)  # the last one normalised
+            visual_hidden = tuple(states[:, text.shape[1] : start] for states in layers)
             logits = self.lm_head(hidden[:, start + n - 1 : start + n - 1 + answer.shape[1]])
-        return PromptOutput(prompts, self.seg_prompter.seg_proj(st), attention, logits, visual_hidden)
+        presence = self.occ_predictor(prompts.mean(dim=2))[..., 0]
+        return PromptOutput(prompts, presence, self.seg_prompter.seg_proj(st), attention, logits, visual_hidden)
 
     def _positions(self, valid: Bool[Tensor, "rows all"], start: int, clip: ClipEncoding) -> Int[Tensor, "rows all"]:
         """Position of every element of the sequence; padding does not count. Visual tokens begin at `start`."""

@@ -171,7 +171,13 @@ def _write_shard_steps(
     np.savez(partial / "truth.npz", **arrays)
     header = {"fps": fps, "width": width, "height": height, "seeds": list(seeds), "specs": specs}
     (partial / "scenes.json").write_text(json.dumps(header))
-    partial.rename(path)
+    try:
+        partial.rename(path)
+    except OSError:
+        if not (path / "scenes.json").exists():
+            raise
+        shutil.rmtree(partial)
+        _check_settings(path, seeds, fps, duration_s, size)  # another process has written the same clips meanwhile
 
 
 class ClipShard:

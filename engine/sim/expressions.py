@@ -48,7 +48,7 @@ class Expression:
 
     `kind` of an absent one is "absent" (`topic` keeps the kind it imitates). `template_id` names the phrasing, such as
     "left_of/2" or, held out, "left_of/h0". `answer` describes the target in the same vocabulary: "red ball",
-    "two boxes", "none".
+    "two boxes", "none". `landmark_ids` is the object that the target is told by ("left of the blue can"), if any.
     """
 
     text: str
@@ -58,6 +58,7 @@ class Expression:
     held_out: bool
     answer: str
     topic: str = ""
+    landmark_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class _Meaning:
     name: str  # of its phrasings, and after a "~" what sets it apart when drawing
     target_ids: tuple[int, ...]
     slots: dict[str, str]
+    landmark_ids: tuple[int, ...] = ()
 
     @property
     def phrasings(self) -> str:
@@ -230,6 +232,7 @@ def _expression(facts: Facts, meaning: _Meaning, text: str, number: int, held_ou
         held_out=held_out,
         answer=describe(facts, meaning.target_ids),
         topic=meaning.kind,
+        landmark_ids=meaning.landmark_ids,
     )
 
 
@@ -252,6 +255,7 @@ class _Meanings:
     def __init__(self, facts: Facts):
         self.f = facts
         self._by_kind: dict[str, tuple[list[_Meaning], list[_Meaning]]] = {}
+        self._landmarks: dict[str, int] = {}  # the one object that answers to a noun
         shown = [o for k, o in enumerate(facts.objects) if facts.ever_shown[k]]
         self.shapes = [s for s in SHAPES if any(o.shape == s for o in shown)]
         self.colours = [c for c in COLOURS if any(o.colour == c for o in shown)]
@@ -278,10 +282,11 @@ class _Meanings:
                 if UNCLEAR in codes:
                     continue
                 ids = tuple(k for k, code in enumerate(codes) if code == YES) if YES in codes else ()
+                landmarks = (self._landmarks[slots["a"]],) if "a" in slots else ()
                 if not ids:
-                    absent.append(_Meaning(kind, name, (), slots))
+                    absent.append(_Meaning(kind, name, (), slots, landmarks))
                 elif (len(ids) > 1) == (kind == "plural") and slots.get("n") in (None, NUMBERS.get(len(ids))):
-                    present.append(_Meaning(kind, name, ids, slots))
+                    present.append(_Meaning(kind, name, ids, slots, landmarks))
             self._by_kind[kind] = present, absent
         return self._by_kind[kind]
 
@@ -312,6 +317,7 @@ class _Meanings:
         for noun in (*self.shape_nouns, *self.look_nouns):
             anchor = the_only(both(self.f.seen_now, noun.is_it))
             if anchor is not None:
+                self._landmarks[noun.one] = anchor
                 yield noun, anchor
 
     def _relation(self) -> Iterator[tuple[str, Tri, dict[str, str]]]:
@@ -400,6 +406,7 @@ class _Meanings:
         for noun in (*self.shape_nouns, *self.look_nouns):
             anchor = the_only(both(self.f.known, noun.is_it))
             if anchor is not None and self.f.episodes[anchor]:
+                self._landmarks[noun.one] = anchor
                 yield noun, anchor
 
     def _order(self) -> Iterator[tuple[str, Tri, dict[str, str]]]:

@@ -6,9 +6,11 @@ frames, so it may point elsewhere by mistake, or because what the words tell ("t
 window. So an object that an answer with a full window has settled is given up only for several answers in a row that
 all point at the same other thing, whether it is seen or hidden: a hidden object comes back by its memory. That there is
 no such object is believed of a settled one only while the segmenter doubts it too. An object that is not settled has
-nothing to lose and takes every answer at once. Where nothing is tracked, the segmenter must be sure of what it sees,
-surer than to go on with it later, and several answers in a row must find the same thing if the last one said that there
-is none: a goal that is not there is asked about again and again, and one mistake would show a mask.
+nothing to lose and takes every answer at once. Where nothing is tracked, both must be sure, the reasoner that the
+sentence means something here and the segmenter of what the prompt shows, surer than to go on with it later, and several
+answers in a row must find the same thing if the last one said that there is none: a goal that is not there is asked
+about again and again, and one mistake would show a mask. A doubt of the reasoner takes no track away with which its own
+prompt agrees.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,8 @@ class AnchorEvidence:
     is_cached: bool  # the frames since then can be replayed
     is_present: bool  # the decoder sees an object there
     agreement: float | None  # IoU with the mask believed there, 0 where the object was believed hidden; None: unknown
-    is_sure: bool = True  # ... sure enough to begin with it
+    is_sure: bool = True  # decoder and reasoner are sure enough to begin with it
+    is_believed: bool = True  # the reasoner thinks that the target is in this frame
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Decision:
     action: Action
     chosen: tuple[int, ...] = ()  # positions in the evidence, oldest first
     dispute: Dispute = Dispute()  # from now on
+    claimed: int | None = None  # position of the anchor that the answer adds to the dispute
 
 
 def anchor_count(clip_frames: int) -> int:
@@ -140,7 +144,10 @@ def decide(
     if not evidence:
         return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
 
-    present = [i for i, e in enumerate(evidence) if e.is_present]
+    seen = [e for e in evidence if e.is_present]
+    if is_known and seen and not seen[-1].is_believed and (seen[-1].agreement or 0.0) >= agree_iou:
+        return Decision(Action.KEEP, dispute=situation.dispute)
+    present = [i for i, e in enumerate(evidence) if e.is_present and e.is_believed]
     dispute = situation.dispute.with_one_more(not present, repeats)
     is_overruled = not situation.is_settled or dispute.answers >= overrule_answers
     if not present:
@@ -166,11 +173,11 @@ def decide(
         if not can_replay:
             return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
         if not is_overruled:
-            return Decision(Action.HOLD, dispute=dispute)
+            return Decision(Action.HOLD, dispute=dispute, claimed=newest)
     if not is_known and not evidence[newest].is_sure:
         return Decision(Action.HOLD, dispute=situation.dispute)
     if situation.state is ObjectState.NOT_FOUND and dispute.answers < confirm_answers:
-        return Decision(Action.HOLD, dispute=dispute)
+        return Decision(Action.HOLD, dispute=dispute, claimed=newest)
     if not can_replay:
         return Decision(Action.JUMP, chosen=(newest,))
     return Decision(Action.START_OVER, chosen=tuple(present))

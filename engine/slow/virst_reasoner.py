@@ -8,7 +8,7 @@ import torch
 
 from virst_engine.errors import WeightsError
 from virst_engine.model.pixels import normalise
-from virst_engine.model.virst import ClipEncoding, Virst
+from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.model.words import WordTokenizer, pad_rows
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
@@ -47,13 +47,20 @@ class VirstReasoner:
         if not self._second_fusion:  # ablation: the projected [ST] tokens, the same for every frame
             embeddings = output.projected[:, None].expand_as(embeddings)
         rows = embeddings[0].float().cpu().numpy()
+        confidences = self._confidences(output)
         prompts = tuple(
-            Prompt(int(step), int(stamp), embedding)
-            for step, stamp, embedding in zip(clip.steps, clip.stamps_ns, rows, strict=True)
+            Prompt(int(step), int(stamp), embedding, confidence)
+            for step, stamp, embedding, confidence in zip(clip.steps, clip.stamps_ns, rows, confidences, strict=True)
         )
         total_ms = (time.perf_counter() - start) * 1e3
         timings = {"encode_clip": encode_ms, "language": total_ms - encode_ms, "total": total_ms}
         return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts, "", timings)
+
+    def _confidences(self, output: PromptOutput) -> list[float]:
+        if not (self._model.config.fusion.predicts_presence and self._second_fusion):
+            return [1.0] * output.prompts.shape[1]
+        confidences: list[float] = output.presence_logits[0].float().sigmoid().tolist()
+        return confidences
 
     def _encode(self, clip: Clip) -> ClipEncoding:
         """What does not depend on the sentence; kept, because goals that are due together share a clip."""

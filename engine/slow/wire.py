@@ -3,7 +3,7 @@
 
 A message is a list of buffers (one ZeroMQ multipart message). The first is a msgpack map of at most MAX_HEADER_BYTES:
 
-    {"version": 1, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
+    {"version": 2, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
 
 and each tensor follows as one buffer, C order, little endian. A request's sentence is a tensor too (UTF-8 bytes), which
 keeps the header small. Everything is declared below and checked before anything is allocated; decoded arrays are
@@ -21,7 +21,7 @@ import numpy as np
 from virst_engine.errors import WireError
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 32 * 1024
 MAX_TENSOR_BYTES = 256 * 1024 * 1024
 MAX_TENSORS = 3
@@ -164,6 +164,7 @@ def _encode_answer(answer: ReasonerAnswer) -> list[Buffer]:
         "timings_ms": _timings({stage: float(spent_ms) for stage, spent_ms in answer.timings_ms.items()}),
         "steps": _times("steps", [int(prompt.step) for prompt in answer.prompts]),
         "stamps_ns": _times("stamps_ns", [int(prompt.stamp_ns) for prompt in answer.prompts]),
+        "confidences": _confidences([float(prompt.confidence) for prompt in answer.prompts]),
     }
     _prompts_or_error(len(answer.prompts), answer.error)
     if not answer.prompts:
@@ -174,21 +175,22 @@ def _encode_answer(answer: ReasonerAnswer) -> list[Buffer]:
 
 
 def _decode_answer(header: dict[str, Any], buffers: Sequence[Buffer]) -> ReasonerAnswer:
-    _fields(header, "request_id", "epoch", "goal_id", "error", "timings_ms", "steps", "stamps_ns")
+    _fields(header, "request_id", "epoch", "goal_id", "error", "timings_ms", "steps", "stamps_ns", "confidences")
     identity = _identity(header["request_id"], header["epoch"], header["goal_id"])
     error = _text("error", header["error"], MAX_ERROR_CHARACTERS)
     timings_ms = _timings(header["timings_ms"])
     steps, stamps_ns = _times("steps", header["steps"]), _times("stamps_ns", header["stamps_ns"])
+    confidences = _confidences(header["confidences"])
     _prompts_or_error(len(steps), error)
     prompts: tuple[Prompt, ...] = ()
     if steps:
         (embeddings,) = _tensors(header["tensors"], buffers, (_PROMPTS,))
-        _same_length(header, prompts=len(embeddings))
+        _same_length(header, prompts=len(embeddings), confidences=len(confidences))
         _finite(embeddings)
-        prompts = tuple(Prompt(*of_frame) for of_frame in zip(steps, stamps_ns, embeddings, strict=True))
+        prompts = tuple(Prompt(*of_frame) for of_frame in zip(steps, stamps_ns, embeddings, confidences, strict=True))
     else:
         _tensors(header["tensors"], buffers, ())
-        _same_length(header)
+        _same_length(header, confidences=len(confidences))
     return ReasonerAnswer(**identity, prompts=prompts, error=error, timings_ms=timings_ms)
 
 
@@ -345,6 +347,14 @@ def _times(name: str, values: Any) -> list[int]:
     if not isinstance(values, list) or len(values) > MAX_FRAMES:
         raise WireError(f"{name}: a list of at most {MAX_FRAMES} integers was expected, got {_show(values)}")
     return [_integer(name, value) for value in values]
+
+
+def _confidences(values: Any) -> list[float]:
+    if not isinstance(values, list) or len(values) > MAX_FRAMES:
+        raise WireError(f"confidences: a list of at most {MAX_FRAMES} floats was expected, got {_show(values)}")
+    if wrong := [value for value in values if not 0.0 <= _number("confidences", value) <= 1.0]:
+        raise WireError(f"confidences: numbers from 0 to 1 were expected, got {_show(wrong[0])}")
+    return values
 
 
 def _timings(timings_ms: Any) -> dict[str, float]:

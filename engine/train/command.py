@@ -75,6 +75,7 @@ def train(
             "scenes": len(scenes),
             "seed": seed,
             "training_hours": round(run.seconds / 3600, 2),
+            "precision": run.precision,
             "device": device if device != "cpu" else f"{torch.get_num_threads()} threads of {platform.machine()}",
             "torch": torch.__version__,
             "steps": run.taken,
@@ -109,7 +110,7 @@ def _start_model(init: Path | None, size: int) -> Virst:
     if init is None:
         config = tabletop_tiny(VOCABULARY)
         return Virst(replace(config, sam2=_sized(config.sam2, size)))
-    loaded = load_model(init)
+    loaded = load_model(init, train_on=True)
     unknown = set(VOCABULARY) - set(loaded.config.words)
     if unknown:
         log.warning("%s does not know %d words of the sentences, for example %r", init, len(unknown), min(unknown))

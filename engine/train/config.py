@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from virst_engine.data.clips import ClipPlan
+from virst_engine.sim.expressions import ABSENT_SHARE
 from virst_engine.sim.grammar import KINDS_FULL
 
 
@@ -15,6 +16,7 @@ class LossWeights:
     bce: float = 2.0
     dice: float = 1.0
     token: float = 0.3
+    presence: float = 1.0  # whether the target is visible, from the prompts before they are decoded (not in VIRST)
     occlusion: float = 1.0  # the paper's 0.05 never learnt absence at this scale
     iou: float = 0.05
     attention: float = 0.5  # second fusion's last attention map against the target's cells (not in VIRST)
@@ -24,6 +26,7 @@ class LossWeights:
     video_attribute: float = 0.2  # and of the video encoder
     query_place: float = 1.0  # row and column of the target, from the [ST] tokens (not in VIRST)
     visual_target: float = 4.0  # whether the target is in a visual token, from the language model (not in VIRST)
+    visual_landmark: float = 4.0  # whether the landmark is in a visual token, half-way through (not in VIRST)
     visual_motion: float = 4.0  # shift of the object in every visual token, before the language model (not in VIRST)
     motion: float = 0.2  # shift of every cell's object, from the video encoder (not in VIRST)
 
@@ -44,6 +47,7 @@ class StageConfig:
     clip_frames: int = 8  # T_seg
     propagation_frames: int = 5  # n_prop of Algorithm 1
     kinds: tuple[str, ...] = ()  # of sentences; empty: all that a scene allows
+    absent_share: float = ABSENT_SHARE  # of sentences whose target does not exist
     warmup_steps: int = 50
     final_rate: float = 0.05  # share of the learning rate left at the end of the cosine
     weights: LossWeights = field(default_factory=LossWeights)
@@ -58,6 +62,7 @@ class StageConfig:
             stride,
             self.kinds,
             is_wordless=self.kind in ("video", "pretraining"),
+            absent_share=self.absent_share,
         )
 
 
@@ -69,7 +74,7 @@ class TrainConfig:
     clip_gradient: float = 1.0
     clip_stride: int = 3  # recorded frames (10 Hz) between frames of a clip: 0.3 s
     checkpoint_every: int = 100
-    bf16: bool = True
+    bf16: bool = True  # where the device computes with it
 
 
 def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
@@ -106,6 +111,12 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
                 "alignment", "image", steps(2000), 1e-3, frozen=encoders, slower=("seg_model.",), clips=16, sentences=6,
                 clip_frames=1, anchors=1, kinds=static, weights=LossWeights(attention=2.0),
             ),
+            # Where a thing is beside another, and that none is there: relations are where absence is hardest to tell.
+            StageConfig(
+                "alignment-landmarks", "image", steps(800), 1e-3, frozen=encoders, slower=("seg_model.",), clips=16,
+                sentences=6, clip_frames=1, anchors=1, kinds=(*static, *3 * ("relation",), "plural"), absent_share=0.45,
+                final_rate=0.3, weights=LossWeights(attention=2.0, occlusion=2.0, presence=2.0),
+            ),
             # Half a clip is enough for everything but the order of events, and costs less. Motion, which few scenes
             # have at any one time, is asked for more often: with a third of the sentences it was not learnt at all.
             StageConfig(
@@ -115,7 +126,8 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
             ),
             StageConfig(
                 "few-image", "image", steps(2000), 7e-4, frozen=encoders, slower=("seg_model.",), anchors=2,
-                kinds=(*KINDS_FULL, *3 * ("motion",)), weights=LossWeights(attention=2.0, occlusion=2.0, iou=0.3),
+                kinds=(*KINDS_FULL, *3 * ("motion",), *3 * ("relation",)), absent_share=0.4,
+                weights=LossWeights(attention=2.0, occlusion=2.0, presence=2.0, iou=0.3),
             ),
             # Longer than n_prop = 5 of the paper: every row of the FIFO memory's temporal encoding has to be seen.
             StageConfig(

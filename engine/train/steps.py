@@ -42,9 +42,15 @@ class ReadOuts(nn.Module):
         self.token_shape = nn.Linear(seg_channels, shapes)
         self.visual_motion = nn.Linear(config.language.hidden, 2)  # of the object in a visual token
         self.query_place = nn.Linear(seg_channels, 2 * PLACES)  # the row and the column of the target
-        self.visual_target = nn.ModuleList(  # whether a visual token shows the target: half-way and in the end
-            nn.Sequential(nn.LayerNorm(config.language.hidden), nn.Linear(config.language.hidden, 1)) for _ in range(2)
-        )
+        hidden, self.layers = config.language.hidden, config.language.layers
+        # What a visual token shows: the landmark half-way through the language model ("the blue can" in "left of the
+        # blue can"), and from then on, told by it, the target.
+        self.visual_landmark = _token_mark(hidden)
+        self.visual_target = nn.ModuleList(_token_mark(hidden) for _ in range(self.layers - self.layers // 2))
+
+
+def _token_mark(hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,8 @@ def query_attribute_losses(heads: ReadOuts, output: PromptOutput, batch: Batch) 
 def place_losses(heads: ReadOuts, output: PromptOutput, batch: Batch, video: VideoEncoderConfig) -> Losses:
     """Where the target is: the [ST] tokens name its row and column in the newest frame, visual tokens mark it.
 
+    Visual tokens mark the landmark first: what is left of it cannot be known before.
+
     Without them the language model learns to pass a sentence's words on, and relations not at all.
     """
     t = batch.clip_frames
@@ -176,20 +184,28 @@ def place_losses(heads: ReadOuts, output: PromptOutput, batch: Batch, video: Vid
     lines = F.adaptive_avg_pool1d(lines, PLACES)
     lines = lines / lines.sum(-1, keepdim=True).clamp(min=1e-6)
     place = -(lines * logits.log_softmax(-1)).sum(-1).mean(1)
-    side = video.grid // video.pool
-    share = F.adaptive_avg_pool2d(batch.truth[:, :t], (side, side)).flatten(1)
-    if video.fine_newest:
-        fine = F.adaptive_avg_pool2d(batch.truth[:, t - 1 : t], (video.grid, video.grid)).flatten(1)
-        share = torch.cat((share, fine), dim=1)
-    shown = (share > MIN_TOKEN_SHARE).float()
-    marked = [
-        F.binary_cross_entropy_with_logits(head(hidden)[..., 0].float(), shown)
-        for head, hidden in zip(heads.visual_target, output.visual_hidden, strict=True)
-    ]
+    half_way = heads.layers // 2
+    told_by = output.visual_hidden[half_way - 1]
+    targets = zip(heads.visual_target, output.visual_hidden[half_way:], strict=True)
+    marked = [_mark_loss(head(hidden), batch.truth[:, :t], video) for head, hidden in targets]
     return {
         "query_place": (place * seen).sum() / seen.sum().clamp(min=1.0),
         "visual_target": torch.stack(marked).mean(),
+        "visual_landmark": _mark_loss(heads.visual_landmark(told_by), batch.landmark, video),
     }
+
+
+def _mark_loss(
+    logits: Float[Tensor, "rows v 1"], covered: Float[Tensor, "rows t h w"], video: VideoEncoderConfig
+) -> Float[Tensor, ""]:
+    """Whether each visual token shows enough of an object. `covered`: share of every place that the object covers."""
+    side = video.grid // video.pool
+    share = F.adaptive_avg_pool2d(covered, (side, side)).flatten(1)
+    if video.fine_newest:
+        fine = F.adaptive_avg_pool2d(covered[:, -1:], (video.grid, video.grid)).flatten(1)
+        share = torch.cat((share, fine), dim=1)
+    shown = (share > MIN_TOKEN_SHARE).float()
+    return F.binary_cross_entropy_with_logits(logits[..., 0].float(), shown)
 
 
 def visual_motion_losses(heads: ReadOuts, clip: ClipEncoding, batch: Batch, video: VideoEncoderConfig) -> Losses:
@@ -313,7 +329,8 @@ def _prompts(model: Virst, clip: ClipEncoding, batch: Batch) -> PromptOutput:
 
 
 def _language_losses(output: PromptOutput, batch: Batch) -> Losses:
-    losses: Losses = {}
+    visible = batch.visible[:, : batch.clip_frames].float()
+    losses: Losses = {"presence": F.binary_cross_entropy_with_logits(output.presence_logits.float(), visible)}
     if output.answer_logits is not None:
         losses["token"] = token_loss(output.answer_logits, batch.answer)
     if output.attention_logits is not None:

@@ -54,6 +54,14 @@ class Progress:
     seconds: float
 
 
+def computes_bf16(device: str) -> bool:
+    """Whether the device has instructions for bfloat16. Emulated it is slower than float32, on a CPU twenty times."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def run_step(stage: StageConfig, model: Virst, heads: ReadOuts, batch: Batch) -> Losses:
     is_encoder_frozen = "seg_model.image_encoder.".startswith(stage.frozen)
     if stage.kind == "video":
@@ -86,6 +94,8 @@ class Trainer:
         self.tokenizer = WordTokenizer(model.config.words)
         self.stage_number, self.step, self.seconds = 0, 0, 0.0
         self.taken: dict[str, int] = {}  # steps of each stage so far
+        self.precision = "bfloat16" if config.bf16 and computes_bf16(device) else "float32"
+        log.info("training in %s", self.precision)
         self._start_stage()
 
     @property
@@ -176,7 +186,7 @@ class Trainer:
             if device_type == "cpu"
             else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         )
-        with torch.autocast(device_type, torch.bfloat16, enabled=self.config.bf16), sdpa_kernel(kernels):
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bfloat16"), sdpa_kernel(kernels):
             losses = run_step(stage, self.model, self.heads, batch)
             loss = weighted(losses, stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
@@ -238,15 +248,20 @@ class Trainer:
         if not is_of_this_model:
             raise WeightsError(f"{self.checkpoint} belongs to a model of another configuration; {remedy}")
         names = [*(stage.name for stage in self.config.stages), FINISHED]
-        if stage_number >= len(names) or stage_name not in (None, names[stage_number]):
+        goes_on = stage_name == FINISHED and set(names[:stage_number]) <= state.get("taken", {}).keys()
+        if stage_number >= len(names) or not (goes_on or stage_name in (None, names[stage_number])):
             raise WeightsError(f"{self.checkpoint} belongs to a run of other stages than {', '.join(names)}; {remedy}")
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+        except RuntimeError as error:  # torch's words for other names or shapes, one line per tensor
+            raise WeightsError(f"{self.checkpoint} is from another version of this program; {remedy}") from error
         self.stage_number, self.step, self.seconds = stage_number, state["step"], state["seconds"]
         self.taken = dict(state.get("taken", {}))
         if self.stage_number < len(self.config.stages):
             self._start_stage()
-            self.optimizer.load_state_dict(state["optimizer"])
+            if stage_name != FINISHED:  # a finished run that goes on with more stages has nothing to say of them
+                self.optimizer.load_state_dict(state["optimizer"])
 
 
 def _agrees(saved: Any, ours: Any) -> bool:

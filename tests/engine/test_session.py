@@ -27,7 +27,7 @@ from tests.fakes import (
 from virst_engine.config import EngineConfig, ReasonerParameters
 from virst_engine.errors import BadFrame, BadGoal, UnknownGoal, VirstError, WireError
 from virst_engine.session import Session
-from virst_engine.types import Frame, FrameResult, ObjectState, Prompt, ReasonerAnswer, ReasonerRequest
+from virst_engine.types import Frame, FrameResult, ObjectState, ReasonerAnswer, ReasonerRequest
 
 SEARCHING, TRACKING, LOST, NOT_FOUND = ObjectState
 Colour = tuple[float, float, float]
@@ -133,6 +133,41 @@ def test_while_an_answer_is_not_sure_enough_nothing_is_tracked_and_the_message_s
         assert found.state is SEARCHING
         assert not found.mask.any()
         assert "asked again" in found.message
+
+
+def test_what_the_reasoner_does_not_believe_in_is_not_tracked_though_the_decoder_sees_it() -> None:
+    confidence = 0.4
+    client = spoiled(lambda answer: with_confidence(answer, confidence))
+    session, video = session_of(client), Video([moving_square()])
+    session.set_goal("the red square")
+    assert states(run(session, video, range(6))) == [NOT_FOUND] * 6
+    confidence = 0.7  # between 0.5 and tracking.start_presence: something may be there
+    doubted = run(session, video, range(6, 21))
+    assert states(doubted) == [NOT_FOUND] * 15
+    assert "asked again" in doubted[-1].objects[0].message
+    confidence = 1.0
+    found = states(run(session, video, range(21, 30)))
+    assert found.index(TRACKING) in range(3, 7)  # two sure answers, three frames apart
+    assert set(found[found.index(TRACKING) :]) == {TRACKING}
+
+
+@pytest.mark.parametrize("frames_before", [6, 30])  # the window is not full, the track is not settled; and full
+def test_a_reasoner_that_loses_faith_does_not_take_away_what_its_own_prompts_show(frames_before: int) -> None:
+    confidence = 1.0
+    client = spoiled(lambda answer: with_confidence(answer, confidence))
+    session, video = session_of(client), Video([moving_square()])
+    session.set_goal("the red square")
+    assert states(run(session, video, range(frames_before)))[-1] is TRACKING
+    confidence = 0.1
+    results = run(session, video, range(frames_before, frames_before + 40))
+    assert set(states(results)) == {TRACKING}
+    for t, result in enumerate(results, frames_before):
+        assert np.array_equal(result.objects[0].mask, video.truth(t))
+
+
+def with_confidence(answer: ReasonerAnswer, confidence: float) -> ReasonerAnswer:
+    prompts = tuple(dataclasses.replace(prompt, confidence=confidence) for prompt in answer.prompts)
+    return dataclasses.replace(answer, prompts=prompts)
 
 
 def test_a_lost_object_that_is_not_settled_is_asked_for_more_often_and_a_fresh_prompt_finds_it() -> None:
@@ -488,7 +523,7 @@ def spoiled(spoil: Callable[[ReasonerAnswer], ReasonerAnswer]) -> InstantClient:
 
 def with_embeddings(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[ReasonerAnswer], ReasonerAnswer]:
     def spoil(answer: ReasonerAnswer) -> ReasonerAnswer:
-        prompts = tuple(Prompt(p.step, p.stamp_ns, change(p.embeddings)) for p in answer.prompts)
+        prompts = tuple(dataclasses.replace(p, embeddings=change(p.embeddings)) for p in answer.prompts)
         return dataclasses.replace(answer, prompts=prompts)
 
     return spoil
@@ -498,6 +533,8 @@ def with_embeddings(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Rea
     ("spoil", "words"),
     [
         (lambda a: dataclasses.replace(a, prompts=(), error="no word of it is known"), "no word of it is known"),
+        (lambda a: with_confidence(a, float("nan")), "confidences are not within 0 and 1"),
+        (lambda a: with_confidence(a, 3.0), "confidences are not within 0 and 1"),
         (lambda a: dataclasses.replace(a, prompts=()), "no prompts"),
         (with_embeddings(lambda e: e[:, :5]), "n x 8"),
         (with_embeddings(lambda e: np.full_like(e, np.nan)), "not finite"),

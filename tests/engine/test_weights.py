@@ -16,6 +16,7 @@ from tests.engine.model.small_models import SMALL, small_virst
 from virst_engine.backends.base import Stages
 from virst_engine.config import ModelParameters
 from virst_engine.errors import WeightsError
+from virst_engine.model.config import VirstConfig
 from virst_engine.model.virst import Virst
 from virst_engine.slow.reasoner import Reasoner
 from virst_engine.weights import (
@@ -43,6 +44,27 @@ def path(model: Virst, tmp_path: Path) -> Path:
     file = tmp_path / "folder" / "small.safetensors"
     save_model(model, file, CARD)
     return file
+
+
+def test_training_goes_on_from_weights_of_before_occ_predictor(
+    path: Path, model: Virst, caplog: pytest.LogCaptureFixture
+) -> None:
+    def age(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        for name in ("occ_predictor.weight", "occ_predictor.bias"):
+            del tensors[name]
+        metadata["config"] = metadata["config"].replace(', "predicts_presence": false', "")
+
+    rewrite(path, age)
+    assert "lacks 2 tensors, for example occ_predictor.bias" in refused(path)
+    loaded = load_model(path, train_on=True)
+    assert "occ_predictor starts from nothing" in caplog.text
+    assert loaded.config.fusion.predicts_presence
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.half().float())
+    assert not load_model_config(path).fusion.predicts_presence
+
+
+def load_model_config(path: Path) -> VirstConfig:
+    return VirstConfig.from_json(parts_of(path)[1]["config"])
 
 
 def parts_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

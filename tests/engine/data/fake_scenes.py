@@ -20,6 +20,7 @@ class Said:
     kind: str
     target_ids: tuple[int, ...]
     answer: str
+    landmark_ids: tuple[int, ...] = ()
 
 
 THE_BALL = Said("the red ball", "attribute", (0,), "red ball")
@@ -50,12 +51,18 @@ class FakeScene:
                 frame[area], mask[area] = colour, value
             mask[:, -1] = ARM
             frame[0, 0] = (number, t, 0)
-        self.asked: list[tuple[int, int, tuple[str, ...]]] = []
+        self.asked: list[tuple[int, int, tuple[str, ...], float]] = []
 
     def sentences(
-        self, query_frame: int, count: int, rng: np.random.Generator, kinds: tuple[str, ...] = ()
+        self,
+        query_frame: int,
+        count: int,
+        rng: np.random.Generator,
+        *,
+        kinds: tuple[str, ...] = (),
+        absent_share: float = 0.0,
     ) -> Sequence[Said]:
-        self.asked.append((query_frame, count, kinds))
+        self.asked.append((query_frame, count, kinds, absent_share))
         return [self._said[int(rng.integers(len(self._said)))] for _ in range(count)]
 
 

@@ -66,7 +66,7 @@ def test_frames_of_a_clip_are_evenly_spaced_and_the_sentence_is_about_the_newest
         scene.asked.clear()
         frames = shown(source[step])[0]
         assert np.diff(frames).tolist() == [STRIDE] * 3
-        assert scene.asked == [(frames[-1], 3, ())]
+        assert scene.asked == [(frames[-1], 3, (), PLAN.absent_share)]
         assert frames[0] >= 0
         assert frames[-1] < FRAMES
     newest = {shown(source[step])[0][-1] for step in range(200)}
@@ -207,8 +207,18 @@ def test_propagation_frames_stop_at_the_end_of_the_recording() -> None:
 
 def test_only_the_stages_kinds_are_asked_for() -> None:
     scene = FakeScene(0)
-    _ = source_of(replace(PLAN, kinds=("attribute", "relation")), [scene])[0]
-    assert {kinds for _, _, kinds in scene.asked} == {("attribute", "relation")}
+    _ = source_of(replace(PLAN, kinds=("attribute", "relation"), absent_share=0.4), [scene])[0]
+    assert {(kinds, absent_share) for _, _, kinds, absent_share in scene.asked} == {(("attribute", "relation"), 0.4)}
+
+
+def test_the_landmark_is_shown_in_the_frames_of_the_clip() -> None:
+    """The red ball is told by the blue box; the sentences that name no other object have no landmark."""
+    told = replace(THE_BALL, kind=THE_BOX.kind, landmark_ids=(1,))
+    batch = source_of(PLAN, [FakeScene(0, [told])])[0]
+    boxes = source_of(PLAN, [FakeScene(0, [THE_BOX])])[0]
+    assert torch.equal(batch.landmark, boxes.truth[:, : PLAN.clip_frames])
+    assert float(batch.landmark.sum()) > 0
+    assert float(boxes.landmark.sum()) == 0
 
 
 def test_object_motion_is_the_shift_of_the_centroid() -> None:

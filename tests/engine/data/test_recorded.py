@@ -92,10 +92,16 @@ def test_sentences_are_drawn_anew_from_training_phrasings_and_can_be_read(folder
 def test_kinds_are_kept_to_where_the_scene_allows_them(folder: Path) -> None:
     scene = open_scenes(folder)[0]
     rng = np.random.default_rng(0)
-    assert {s.kind for s in scene.sentences(22, 12, rng, ("attribute",))} <= {"attribute", "absent"}
-    kinds = {s.kind for s in scene.sentences(22, 6, rng, ("event",))}  # nothing happens: any kind will do
+    assert {s.kind for s in scene.sentences(22, 12, rng, kinds=("attribute",))} <= {"attribute", "absent"}
+    kinds = {s.kind for s in scene.sentences(22, 6, rng, kinds=("event",))}  # nothing happens: any kind will do
     assert kinds
     assert kinds <= {*KINDS_PLAIN, "absent", "event"}
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, False), (1.0, True)])
+def test_as_many_sentences_as_asked_for_mean_nothing(folder: Path, share: float, expected: bool) -> None:
+    said = open_scenes(folder)[0].sentences(22, 8, np.random.default_rng(0), absent_share=share)
+    assert {s.kind == "absent" for s in said} == {expected}
 
 
 def test_a_batch_of_recorded_scenes(folder: Path) -> None:

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -39,6 +41,31 @@ def test_shards_hold_the_recordings(clips):
     assert got.arrays().keys() == expected.arrays().keys()
     for name, values in expected.arrays().items():
         np.testing.assert_array_equal(got.arrays()[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("seconds", [2.4, 0.3])
+def test_a_shard_that_another_process_finishes_first_is_kept_if_it_is_the_same(clips, tmp_path, seconds):
+    first = open_clips(clips)[0].path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "SHARD_SCENES", 2)
+
+        def write():
+            write_clips(
+                tmp_path,
+                range(20, 22),
+                "plain",
+                duration_s=seconds,
+                size=(64, 48),
+                workers=1,
+                progress=lambda done, of: shutil.copytree(first, tmp_path / first.name) if done == 1 else None,
+            )
+
+        if seconds == 2.4:
+            write()
+        else:
+            with pytest.raises(SceneError, match="choose another folder"):
+                write()
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 
 def test_sentences_need_no_images(clips):

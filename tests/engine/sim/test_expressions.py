@@ -139,6 +139,21 @@ def test_singular_plural_and_absent(rendered):
     assert {"attribute", "relation", "superlative", "reasoning", "plural", "absent"} <= kinds
 
 
+def test_the_landmark_is_what_the_sentence_tells_the_target_by(rendered):
+    told = 0
+    for recording in rendered:
+        for e in all_of(recording):
+            if not any("{a}" in phrasing for phrasing in PHRASINGS[e.template_id.partition("/")[0]].train):
+                assert e.landmark_ids == (), e
+                continue
+            (landmark,) = e.landmark_ids
+            assert landmark not in e.target_ids, e
+            *_, colour, shape = re.findall(NOUN, e.text)[-1]  # the landmark's noun is the last one
+            assert landmark in fitting(recording, colour or None, shape), e
+            told += 1
+    assert told >= 50
+
+
 def test_a_given_sentence_is_understood_as_it_was_meant(rendered):
     for recording in (rendered[0], rendered[4]):
         for e in all_of(recording)[::37]:

@@ -19,6 +19,8 @@ from virst_engine.types import ObjectState, Prompt
 
 AGREES, DIFFERS = AnchorEvidence(True, True, 0.8), AnchorEvidence(True, True, 0.1)
 UNKNOWN, ABSENT = AnchorEvidence(True, True, None), AnchorEvidence(True, False, None)
+DOUBTED, DOUBTED_AGREES = replace(UNKNOWN, is_believed=False), replace(AGREES, is_believed=False)
+DOUBTED_DIFFERS = replace(DIFFERS, is_believed=False)
 EVICTED, EVICTED_AGREES = AnchorEvidence(False, True, None), AnchorEvidence(False, True, 0.8)
 CONFIDENT = Situation(ObjectState.TRACKING, is_visible=True, is_confident=True, is_settled=True)
 UNSURE = replace(CONFIDENT, is_confident=False)
@@ -36,9 +38,9 @@ NOT_FOUND = replace(SEARCHING, state=ObjectState.NOT_FOUND)
 @pytest.mark.parametrize(
     ("dispute", "repeats", "expected"),
     [
-        (Dispute(), False, Decision(Action.HOLD, (), Dispute(1))),
+        (Dispute(), False, Decision(Action.HOLD, (), Dispute(1), claimed=0)),
         (Dispute(1), True, Decision(Action.START_OVER, (0,))),
-        (Dispute(1), False, Decision(Action.HOLD, (), Dispute(1))),
+        (Dispute(1), False, Decision(Action.HOLD, (), Dispute(1), claimed=0)),
     ],
 )
 def test_what_was_not_found_is_believed_when_answers_agree(dispute: Dispute, repeats: bool, expected: Decision) -> None:
@@ -73,15 +75,15 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         ([AGREES, UNKNOWN], CONFIDENT, Decision(Action.INSERT, (0, 1))),
         ([EVICTED_AGREES], CONTRADICTED, Decision(Action.INSERT, (0,))),  # nothing to replay, so nothing is missing
         ([AGREES, ABSENT], CONFIDENT, Decision(Action.INSERT, (0,))),
-        ([AGREES, DIFFERS], CONFIDENT, Decision(Action.HOLD, (), Dispute(1))),
+        ([AGREES, DIFFERS], CONFIDENT, Decision(Action.HOLD, (), Dispute(1), claimed=1)),
         ([AGREES, DIFFERS], CONTRADICTED, Decision(Action.START_OVER, (0, 1))),
-        ([DIFFERS], UNSURE, Decision(Action.HOLD, (), Dispute(1))),
+        ([DIFFERS], UNSURE, Decision(Action.HOLD, (), Dispute(1), claimed=0)),
         ([DIFFERS], UNSETTLED, Decision(Action.START_OVER, (0,))),
         ([ABSENT, ABSENT], CONFIDENT, Decision(Action.HOLD, (), Dispute(1, True))),
         ([ABSENT, ABSENT], SAID_ABSENT, Decision(Action.HOLD, (), Dispute(2, True))),  # we see it well
         ([ABSENT, ABSENT], UNSURE_SAID_ABSENT, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT, ABSENT], CONTRADICTED, Decision(Action.HOLD, (), Dispute(1, True))),  # they say different things
-        ([DIFFERS], SAID_ABSENT, Decision(Action.HOLD, (), Dispute(1))),
+        ([DIFFERS], SAID_ABSENT, Decision(Action.HOLD, (), Dispute(1), claimed=0)),
         ([ABSENT], UNSETTLED, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT], UNSURE, Decision(Action.HOLD, (), Dispute(1, True))),
         ([ABSENT], LOST, Decision(Action.KEEP)),
@@ -90,7 +92,7 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         ([ABSENT], HIDDEN, Decision(Action.KEEP, (), Dispute(1))),
         ([ABSENT], SEARCHING, Decision(Action.DECLARE_ABSENT)),
         ([ABSENT], NOT_FOUND, Decision(Action.DECLARE_ABSENT)),
-        ([DIFFERS, DIFFERS], LOST, Decision(Action.HOLD, (), Dispute(1))),
+        ([DIFFERS, DIFFERS], LOST, Decision(Action.HOLD, (), Dispute(1), claimed=1)),
         ([DIFFERS, DIFFERS], LOST_DISPUTED, Decision(Action.START_OVER, (0, 1))),
         ([DIFFERS, DIFFERS], LOST_UNSETTLED, Decision(Action.START_OVER, (0, 1))),
         ([AGREES], LOST, Decision(Action.INSERT, (0,))),  # asked while it was still seen
@@ -102,6 +104,19 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         ([EVICTED], NOT_FOUND, Decision(Action.JUMP, (0,))),
         ([EVICTED], CONTRADICTED, Decision(Action.ASK_AGAIN, (), Dispute(1))),
         ([EVICTED], LOST, Decision(Action.ASK_AGAIN)),
+        # What the reasoner does not believe itself begins nothing, takes nothing away that its prompt agrees with, ...
+        ([DOUBTED, DOUBTED], SEARCHING, Decision(Action.DECLARE_ABSENT)),
+        ([DOUBTED, UNKNOWN], SEARCHING, Decision(Action.START_OVER, (1,))),
+        ([DOUBTED_AGREES, DOUBTED_AGREES], CONFIDENT, Decision(Action.KEEP)),
+        ([AGREES, DOUBTED_AGREES], CONTRADICTED, Decision(Action.KEEP, (), Dispute(1))),
+        ([DOUBTED_AGREES], UNSETTLED, Decision(Action.KEEP)),
+        ([DOUBTED_AGREES], UNSURE_SAID_ABSENT, Decision(Action.KEEP, (), Dispute(1, True))),
+        ([DOUBTED_AGREES, AGREES], CONFIDENT, Decision(Action.INSERT, (1,))),
+        # ... and says that it is not there where its prompt finds something else.
+        ([DOUBTED_DIFFERS], CONFIDENT, Decision(Action.HOLD, (), Dispute(1, True))),
+        ([DOUBTED_DIFFERS], UNSURE_SAID_ABSENT, Decision(Action.DECLARE_ABSENT)),
+        ([DOUBTED_DIFFERS], UNSETTLED, Decision(Action.DECLARE_ABSENT)),
+        ([DOUBTED_DIFFERS], LOST, Decision(Action.KEEP)),
         ([], CONTRADICTED, Decision(Action.ASK_AGAIN, (), Dispute(1))),
         ([], SEARCHING, Decision(Action.ASK_AGAIN)),
     ],
@@ -122,7 +137,7 @@ def test_as_many_answers_as_configured_must_disagree_in_a_row() -> None:
 
 @pytest.mark.parametrize("situation", [CONTRADICTED, UNSURE, LOST_DISPUTED, HIDDEN])
 def test_answers_that_point_at_different_things_do_not_add_up(situation: Situation) -> None:
-    assert decided([DIFFERS], situation, repeats=False) == Decision(Action.HOLD, (), Dispute(1))
+    assert decided([DIFFERS], situation, repeats=False) == Decision(Action.HOLD, (), Dispute(1), claimed=0)
 
 
 def square(y: int, x: int, side: int = 4) -> np.ndarray:

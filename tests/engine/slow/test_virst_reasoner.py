@@ -61,6 +61,30 @@ def test_prompts_are_those_of_the_model(model: Virst) -> None:
         assert np.allclose(prompt.embeddings, wanted.numpy(), atol=1e-5)
 
 
+def test_the_confidence_of_a_prompt_is_the_probability_of_presence_in_its_frame() -> None:
+    model = small_virst(with_fusion(predicts_presence=True))
+    model.occ_predictor.load_state_dict({"weight": torch.randn(1, C), "bias": torch.tensor([0.3])})
+    request = request_of()
+    answer = VirstReasoner(model).answer(request)
+    tokens = torch.tensor([WordTokenizer(SMALL.words).encode(request.sentence)])
+    with torch.no_grad():
+        frames = normalise(torch.from_numpy(request.clip.frames_rgb_u8))[None]
+        clip = model.encode_clip(frames, torch.from_numpy(request.clip.fusion).float()[None])
+        output = model.prompts(clip, torch.tensor([0]), tokens, torch.ones_like(tokens).bool())
+    expected = output.presence_logits[0].sigmoid().tolist()
+    assert len(set(expected)) == T
+    assert [prompt.confidence for prompt in answer.prompts] == pytest.approx(expected, abs=1e-5)
+    by_hand = output.prompts[0].mean(1) @ model.occ_predictor.weight[0] + 0.3
+    assert torch.allclose(output.presence_logits[0], by_hand.detach(), atol=1e-5)
+
+
+def test_a_reasoner_that_was_not_taught_presence_leaves_it_to_the_decoder(model: Virst) -> None:
+    """As the published checkpoint, whose `occ_predictor` was never trained; and without the fusion it reads."""
+    taught = small_virst(with_fusion(predicts_presence=True))
+    for reasoner in (VirstReasoner(model), VirstReasoner(taught, second_fusion=False)):
+        assert [prompt.confidence for prompt in reasoner.answer(request_of()).prompts] == [1.0] * T
+
+
 def test_the_same_request_gets_the_same_answer(model: Virst) -> None:
     reasoner = VirstReasoner(model.train())
     one, other = reasoner.answer(request_of()), reasoner.answer(request_of())

@@ -35,7 +35,7 @@ def small_request(sentence="the red ball", frames=2, goal_id="goal-1"):
 
 def small_answer(frames=2, **changes):
     embeddings = np.arange(frames * 6, dtype=np.float32).reshape(frames, 3, 2)
-    prompts = tuple(Prompt(step, step * 10, embeddings[step]) for step in range(frames))
+    prompts = tuple(Prompt(step, step * 10, embeddings[step], 1.0 / (1 + step)) for step in range(frames))
     return replace(ReasonerAnswer(7, 1, "goal-1", prompts, timings_ms={"fusion": 1.5}), **changes)
 
 
@@ -75,7 +75,7 @@ def answers(draw):
         return ReasonerAnswer(*identity, (), draw(NAMES.filter(bool)), timings)
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     finite = arrays.arrays(np.float32, shape, elements=st.floats(-(2.0**99), 2.0**99, width=32))
-    prompts = st.builds(Prompt, step=INTEGERS, stamp_ns=INTEGERS, embeddings=finite)
+    prompts = st.builds(Prompt, step=INTEGERS, stamp_ns=INTEGERS, embeddings=finite, confidence=st.floats(0.0, 1.0))
     return ReasonerAnswer(*identity, tuple(draw(st.lists(prompts, min_size=1, max_size=9))), "", timings)
 
 
@@ -97,7 +97,8 @@ def test_answers_arrive_as_they_left(answer):
     arrived = wire.decode(travel(answer))
 
     assert replace(arrived, prompts=()) == replace(answer, prompts=())
-    assert [(p.step, p.stamp_ns) for p in arrived.prompts] == [(p.step, p.stamp_ns) for p in answer.prompts]
+    named = [[(p.step, p.stamp_ns, p.confidence) for p in each.prompts] for each in (arrived, answer)]
+    assert named[0] == named[1]
     for got, sent in zip(arrived.prompts, answer.prompts, strict=True):
         assert (got.embeddings.dtype, got.embeddings.tobytes()) == (np.float32, sent.embeddings.tobytes())
 
@@ -149,11 +150,11 @@ REQUEST, ANSWER = travel(small_request()), travel(small_answer())
         ([b"\xc1"], "header"),
         ([msgpack.packb([1, 2])], "header"),
         ([b"x" * (wire.MAX_HEADER_BYTES + 1)], "header"),
-        ([msgpack.packb({b"version": 1})], "header"),
-        ([msgpack.packb({"version": 1, "kind": "hello", "tensors": [], "more": b"raw"})], "header"),
+        ([msgpack.packb({b"version": 2})], "header"),
+        ([msgpack.packb({"version": 2, "kind": "hello", "tensors": [], "more": b"raw"})], "header"),
         ([b"\x91" * 2000], "header"),  # 2000 lists in each other
         ([b"\xdd\xff\xff\xff\xff"], "header"),  # a list of four billion entries
-        (with_header(REQUEST, version=2), "version.*install the same virst_ros"),
+        (with_header(REQUEST, version=1), "version.*install the same virst_ros"),
         (with_header(REQUEST, version=...), "version"),
         (with_header(REQUEST, version=True), "version"),
         (with_header(REQUEST, kind="python"), "kind"),
@@ -180,7 +181,13 @@ REQUEST, ANSWER = travel(small_request()), travel(small_answer())
         ([REQUEST[0], b"\xff" * len(REQUEST[1]), *REQUEST[2:]], "sentence: not UTF-8"),
         (with_header(ANSWER, steps=[], stamps_ns=[]), "prompts: an answer has either"),
         (with_header(ANSWER, error="broken"), "prompts: an answer has either"),
+        (with_header([ANSWER[0]], error="broken", steps=[], stamps_ns=[], tensors=[]), "confidences: 2 entries for 0"),
         (with_header(ANSWER, steps=[0], stamps_ns=[0]), "prompts: 2 entries for 1 steps"),
+        (with_header(ANSWER, confidences=[1.0]), "confidences: 1 entries for 2 steps"),
+        (with_header(ANSWER, confidences=[1.0, -0.1]), "confidences: numbers from 0 to 1"),
+        (with_header(ANSWER, confidences=[1.0, "sure"]), "confidences"),
+        (with_header(ANSWER, confidences={}), "confidences: a list"),
+        (with_header(ANSWER, confidences=...), "confidences"),
         (with_header(ANSWER, timings_ms={"fusion": "long"}), "timings_ms"),
         (with_header(ANSWER, timings_ms={"fusion": float("nan")}), "timings_ms"),
         ([ANSWER[0], np.full(12, np.nan, np.float32).tobytes()], "prompts: embeddings must be finite"),
@@ -226,6 +233,8 @@ def test_a_tensor_outside_its_declared_bounds_is_rejected(spec):
         (replace(small_request(), epoch=-1), "epoch"),
         (small_answer(prompts=()), "prompts"),
         (small_answer(prompts=(Prompt(0, 0, np.full((1, 2), np.inf, np.float32)),)), "finite"),
+        (small_answer(prompts=(Prompt(0, 0, np.zeros((1, 2), np.float32), 1.5),)), "confidences: numbers from 0 to 1"),
+        (small_answer(prompts=(Prompt(0, 0, np.zeros((1, 2), np.float32), np.nan),)), "confidences"),
         (
             small_answer(prompts=tuple(Prompt(n, n, np.zeros((n, 2), np.float32)) for n in (1, 2))),
             "prompts: all embeddings",

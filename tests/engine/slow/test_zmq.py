@@ -197,7 +197,7 @@ def test_garbage_is_refused_counted_and_harms_nobody(endpoint, caplog):
         [b""],
         [b""] * 500,
         good[:2],
-        [msgpack.packb({"version": 2, "kind": "hello", "tensors": []})],
+        [msgpack.packb({"version": 1, "kind": "hello", "tensors": []})],
         [bytes(part) for part in wire.encode(wire.Heartbeat("x", 0.0, 0))],
     ]
     with server_thread(endpoint), raw_peer(endpoint) as peer, connected(endpoint) as client:
@@ -213,7 +213,7 @@ def test_garbage_is_refused_counted_and_harms_nobody(endpoint, caplog):
 
 def test_garbage_from_a_reasoner_is_dropped_and_reported(endpoint, caplog):
     valid = [bytes(part) for part in wire.encode(wire.Heartbeat("x", 0.0, 0))]
-    other_version = [msgpack.packb({"version": 2, "kind": "heartbeat", "tensors": []})]
+    other_version = [msgpack.packb({"version": 1, "kind": "heartbeat", "tensors": []})]
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router, connected(endpoint) as client:
         router.linger = 0
         router.bind(endpoint)

@@ -230,7 +230,7 @@ def test_query_attributes_by_hand() -> None:
     logits = torch.tensor([[[40.0, 40.0]], [[-40.0, -40.0]]])
     heads.token_colour.forward = lambda projected: logits
     heads.token_shape.forward = lambda projected: torch.full_like(logits, -40.0)
-    output = PromptOutput(torch.zeros(2, 1, 1, C), torch.zeros(2, 1, C), None, None, ())
+    output = PromptOutput(torch.zeros(2, 1, 1, C), torch.zeros(2, 1), torch.zeros(2, 1, C), None, None, ())
     assert float(steps.query_attribute_losses(heads, output, batch)["query_attribute"]) < 1e-6
     heads.token_colour.forward = lambda projected: -logits
     assert float(steps.query_attribute_losses(heads, output, batch)["query_attribute"]) == pytest.approx(20.0)
@@ -263,7 +263,10 @@ def test_visual_tokens_have_to_carry_the_motion_before_the_language_model_reads_
 
 
 def test_place_losses_by_hand() -> None:
-    """The target fills the lower right quarter of the newest frame: the last of four visual tokens per frame has it."""
+    """The target fills the lower right quarter of the newest frame: the last of four visual tokens per frame has it.
+
+    The landmark fills the upper left quarter of the oldest one.
+    """
     _, heads = parts()
     batch = batch_of(replace(IMAGE, sentences=1))
     rows, t = batch.truth.shape[0], batch.clip_frames
@@ -272,19 +275,24 @@ def test_place_losses_by_hand() -> None:
     truth[:, t - 1, half:, half:] = 1.0
     visible = torch.zeros_like(batch.visible)
     visible[0, t - 1] = True
-    batch = replace(batch, truth=truth, visible=visible)
+    landmark = torch.zeros_like(batch.landmark)
+    landmark[:, 0, :half, :half] = 1.0
+    batch = replace(batch, truth=truth, visible=visible, landmark=landmark)
     place = torch.full((rows, 1, 2, steps.PLACES), -60.0)
     place[0, :, :, steps.PLACES // 2 :] = 0.0  # row 1 is wrong, but its target is not to be seen
     marked = torch.full((rows, 4 * t, 1), -60.0)
     marked[:, -1] = 60.0
     heads.query_place.forward = lambda projected: place.flatten(2)
-    for head in heads.visual_target:
-        head.forward = lambda hidden: marked
     hidden = torch.zeros(rows, 4 * t, SMALL.language.hidden)
-    output = PromptOutput(torch.zeros(rows, t, 1, C), torch.zeros(rows, 1, C), None, None, (hidden, hidden))
+    for head in heads.visual_target:
+        head.forward = lambda states: marked
+    heads.visual_landmark.forward = lambda states: marked.flip(1)
+    presence = torch.zeros(rows, t)
+    output = PromptOutput(torch.zeros(rows, t, 1, C), presence, torch.zeros(rows, 1, C), None, None, (hidden, hidden))
     losses = steps.place_losses(heads, output, batch, SMALL.video)
     assert float(losses["query_place"]) == pytest.approx(np.log(steps.PLACES / 2), abs=1e-5)  # spread over half of them
     assert float(losses["visual_target"]) < 1e-6
+    assert float(losses["visual_landmark"]) < 1e-6
     marked[:, 0] = 60.0
     assert float(steps.place_losses(heads, output, batch, SMALL.video)["visual_target"]) == pytest.approx(
         60.0 / (4 * t), rel=1e-4
@@ -294,6 +302,36 @@ def test_place_losses_by_hand() -> None:
     marked[:, [4 * t + cell for cell in (10, 11, 14, 15)]] = 60.0  # the quarter's cells among the details
     fine = replace(SMALL.video, fine_newest=True)
     assert float(steps.place_losses(heads, output, batch, fine)["visual_target"]) < 1e-6
+
+
+def test_visual_tokens_mark_the_landmark_before_the_target() -> None:
+    """What tells the target is known half-way: no loss on the target reads that state, only the landmark's does."""
+    _, heads = parts()
+    batch = batch_of(IMAGE)
+    rows, t = batch.truth.shape[:2]
+    hidden = [torch.randn(rows, 4 * t, SMALL.language.hidden, requires_grad=True) for _ in range(2)]
+    zeros = torch.zeros(rows, t, 1, C), torch.zeros(rows, t), torch.zeros(rows, 1, C)
+    losses = steps.place_losses(heads, PromptOutput(*zeros, None, None, tuple(hidden)), batch, SMALL.video)
+    for name, reads in (("visual_landmark", [True, False]), ("visual_target", [False, True])):
+        gradients = torch.autograd.grad(losses[name], hidden, allow_unused=True, retain_graph=True)
+        assert [gradient is not None for gradient in gradients] == reads
+
+
+def test_presence_is_learnt_from_every_frame_of_the_clip() -> None:
+    model, heads = parts()
+    batch = batch_of(IMAGE)
+    image_step(model, heads, batch, train_segmenter=True)[0]["presence"].backward()
+    names = learning(model)
+    assert {"occ_predictor.weight", "seg_prompter.decoder.0.ff.0.weight"} <= names
+    assert "language_model.layers.0.self_attn.q_proj.weight" in names
+    assert not [name for name in names if name.startswith("seg_model.sam_mask_decoder.")]
+    visible = batch.visible[:, : batch.clip_frames]
+    for sign, expected in ((60.0, 0.0), (-60.0, 60.0)):
+        logits = sign * (2.0 * visible.float() - 1.0)
+        rows, t = logits.shape
+        output = PromptOutput(torch.zeros(rows, t, 1, C), logits, torch.zeros(rows, 1, C), None, None, ())
+        losses = steps._language_losses(output, batch)
+        assert float(losses["presence"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_place_losses_teach_the_language_model_to_look() -> None:

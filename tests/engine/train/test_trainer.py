@@ -3,6 +3,7 @@
 
 import math
 import pickle
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -116,10 +117,31 @@ def test_curves_count_steps_over_all_stages(whole_run: tuple[Trainer, list[Progr
     assert {tag.split("/")[0] for tag, _, _ in curves.points} == {stage.name for stage in STAGES}
 
 
-def test_training_in_bfloat16_stays_finite(tmp_path: Path) -> None:
+def test_training_in_bfloat16_stays_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virst_engine.train.trainer.computes_bf16", lambda device: True)
     reports: list[Progress] = []
-    trainer_of(tmp_path, [replace(stage, steps=1) for stage in STAGES], bf16=True).run(reports.append)
+    trainer = trainer_of(tmp_path, [replace(stage, steps=1) for stage in STAGES], bf16=True)
+    trainer.run(reports.append)
+    assert trainer.precision == "bfloat16"
     assert all(math.isfinite(value) for report in reports for value in report.losses.values())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ({"avx2": True, "avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"neon": True, "bf16": True}, "bfloat16"),
+        ({}, "float32"),
+    ],
+)
+def test_bfloat16_is_used_where_the_processor_computes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert trainer_of(tmp_path, bf16=True).precision == precision
+    assert trainer_of(tmp_path, bf16=False).precision == "float32"
 
 
 @pytest.mark.parametrize("frozen", [(ENCODER,), ("seg_model.",), ("video_encoder.", "language_model.")])
@@ -250,6 +272,29 @@ def test_a_checkpoint_of_another_model_or_of_other_stages_is_refused(tmp_path: P
         trainer_of(tmp_path, STAGES).resume()
 
 
+def test_a_finished_run_goes_on_with_more_stages(tmp_path: Path) -> None:
+    first, both = STAGES[1:2], STAGES[1:3]
+    trainer_of(tmp_path, first).run()
+    trainer = trainer_of(tmp_path, both)
+    trainer.resume()
+    reports: list[Progress] = []
+    assert trainer.run(reports.append)
+    assert {report.stage for report in reports} == {STAGES[2].name}
+    assert trainer.taken == {stage.name: stage.steps for stage in both}
+    with pytest.raises(WeightsError, match="other stages"):
+        trainer_of(tmp_path, [STAGES[0], *STAGES[2:]]).resume()
+
+
+def test_a_checkpoint_with_other_tensors_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.save()
+    state = torch.load(trainer.checkpoint, weights_only=True)
+    del state["model"]["occ_predictor.weight"]
+    torch.save(state, trainer.checkpoint)
+    with pytest.raises(WeightsError, match="another version of this program; start without --resume"):
+        trainer_of(tmp_path).resume()
+
+
 def test_a_checkpoint_from_before_a_field_was_added_is_resumed(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     trainer.save()
@@ -304,7 +349,8 @@ def test_the_shipped_schedule_has_pretraining_and_the_papers_three_stages() -> N
     stages = tabletop_tiny_training().stages
     assert [stage.kind for stage in stages[:2]] == ["video", "pretraining"]
     papers = list(stages[2:])
-    order = list(dict.fromkeys(stage.name.removesuffix("-names").removesuffix("-short") for stage in papers))
+    suffixes = re.compile("-(names|landmarks|short)$")
+    order = list(dict.fromkeys(suffixes.sub("", stage.name) for stage in papers))
     assert order == ["alignment", "few-image", "propagation"]
     assert [stage.kind for stage in papers] == ["image"] * (len(papers) - 1) + ["propagation"]
     assert len({stage.name for stage in stages}) == len(stages)  # a resumed run finds its place by name
