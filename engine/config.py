@@ -98,8 +98,8 @@ class TrackingParameters:
     )
     start_presence: float = parameter(
         0.8,
-        "probability of presence, the reasoner's and the mask decoder's, from which an answer begins a track; one that is "
-        "tracked goes on down to 0.5",
+        "probability of presence, the reasoner's and the mask decoder's, from which an answer begins a track; one that "
+        "is tracked goes on down to 0.5",
         low=0.0,
         high=1.0,
         live=True,
