@@ -33,6 +33,7 @@ class ClipPlan:
     kinds: tuple[str, ...] = ()  # of sentences; empty: all that a scene allows
     is_wordless: bool = False  # any objects of the first frame instead of sentences, for pre-training
     absent_share: float = ABSENT_SHARE  # of sentences whose target does not exist
+    mirrored_share: float = 0.0  # of scenes that are shown mirrored, left and right changed in their sentences
 
 
 class Sentence(Protocol):
@@ -40,6 +41,8 @@ class Sentence(Protocol):
 
     @property
     def text(self) -> str: ...
+    @property
+    def mirrored_text(self) -> str: ...
     @property
     def kind(self) -> str: ...
     @property
@@ -111,6 +114,7 @@ class AnyObject:
     target_ids: tuple[int, ...]
     landmark_ids: tuple[int, ...] = ()
     text: str = ""
+    mirrored_text: str = ""
     kind: str = "object"
     answer: str = ""
 
@@ -160,6 +164,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
         plan, t, extra = self.plan, self.plan.clip_frames, self.plan.following_frames
         frames, masks, colours, shapes, motions, sentences, rows, targets = [], [], [], [], [], [], [], []
         landmarks = []
+        texts: list[str] = []
         target_colours: list[list[int]] = []
         target_shapes: list[list[int]] = []
         for clip in range(plan.clips):
@@ -183,8 +188,10 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
                 # The camera has just started: the oldest frame stands for those that were never seen.
                 index = np.maximum(index, query - int(rng.integers(0, first_query + 1)))
             index = np.concatenate([index, np.array(propagation_frames(query, extra, count - 1, rng), dtype=int)])
-            mask = np.asarray(scene.instance_masks[index])
-            frames.append(np.asarray(scene.frames_rgb_u8[index]))
+            is_mirrored = rng.random() < plan.mirrored_share
+            columns = slice(None, None, -1 if is_mirrored else 1)
+            mask = np.asarray(scene.instance_masks[index])[:, :, columns]
+            frames.append(np.asarray(scene.frames_rgb_u8[index])[:, :, columns])
             masks.append(mask)
             small = mask[:, 2::4, 2::4]
             colours.append(_labels(small, scene.colours))
@@ -195,11 +202,12 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
                 target_colours.append([scene.colours[i] for i in s.target_ids] or [0])
                 target_shapes.append([scene.shapes[i] for i in s.target_ids] or [0])
                 sentences.append(s)
+                texts.append(s.mirrored_text if is_mirrored else s.text)
                 targets.append(_covered(mask, s.target_ids))
                 landmarks.append(_covered(mask[:t], s.landmark_ids))
         target = torch.from_numpy(np.stack(targets)).float()
         visible = target.mean((2, 3)) > MIN_VISIBLE_SHARE
-        text, text_valid = pad_rows([self.tokenizer.encode(s.text) for s in sentences], left=True)
+        text, text_valid = pad_rows([self.tokenizer.encode(words) for words in texts], left=True)
         answer, answer_valid = pad_rows([[*self.tokenizer.encode(s.answer), END] for s in sentences])
         anchors = anchor_frames(t, plan.anchors, rng)
         return Batch(

@@ -6,6 +6,7 @@ object answers to it and none is in doubt; a plural one when two or more do; an 
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ SPLITS = ("train", "held-out", "all")
 WINDOW_FRAMES = 22  # 2.1 s at 10 Hz: eight frames 0.3 s apart
 ABSENT_SHARE = 0.22
 PREFIX_SHARE = 0.3
+OTHER_SIDE = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
 GENERIC = "generic"  # stands for object, thing or one until a sentence is made
 
 # a few meanings of a kind are easy to come by; these are drawn less often than the others of their kind
@@ -59,6 +61,13 @@ class Expression:
     answer: str
     topic: str = ""
     landmark_ids: tuple[int, ...] = ()
+
+    @property
+    def mirrored_text(self) -> str:
+        """The sentence that means the same objects when the images are mirrored: left and right change places."""
+        if not re.search("left|right", self.template_id):
+            return self.text  # "the ball that left and came back" names no side
+        return " ".join(OTHER_SIDE.get(word, word) for word in self.text.split())
 
 
 @dataclass(frozen=True)

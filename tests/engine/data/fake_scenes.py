@@ -22,6 +22,10 @@ class Said:
     answer: str
     landmark_ids: tuple[int, ...] = ()
 
+    @property
+    def mirrored_text(self) -> str:
+        return " ".join({"red": "blue", "blue": "red"}.get(word, word) for word in self.text.split())
+
 
 THE_BALL = Said("the red ball", "attribute", (0,), "red ball")
 THE_BOX = Said("the blue box", "motion", (1,), "blue box")

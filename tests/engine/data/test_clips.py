@@ -75,9 +75,30 @@ def test_frames_of_a_clip_are_evenly_spaced_and_the_sentence_is_about_the_newest
 
 def test_the_full_size_clip_spans_2_1_seconds_of_10_hz_frames() -> None:
     scene = FakeScene(0, [THE_BOX])
-    stage = StageConfig("few-image", "image", 1, 1e-3, clips=1, sentences=1)
+    stage = StageConfig("few-image", "image", 1, 1e-3, clips=1, sentences=1, mirrored_share=0.0)
     frames = shown(source_of(stage.clip_plan(TrainConfig((stage,)).clip_stride), [scene])[0])[0]
     assert [frame - frames[0] for frame in frames] == [0, 3, 6, 9, 12, 15, 18, 21]
+
+
+def test_a_mirrored_scene_is_another_scene_with_another_sentence() -> None:
+    words = WordTokenizer(WORDS)
+    told = replace(THE_BALL, landmark_ids=(1,))
+    plain, mirrored = (
+        source_of(replace(PROPAGATION, mirrored_share=share), [FakeScene(0, [told])])[3] for share in (0.0, 1.0)
+    )
+    assert torch.equal(mirrored.frames_rgb_u8, plain.frames_rgb_u8.flip(3))
+    assert torch.equal(mirrored.instance_masks, plain.instance_masks.flip(-1))
+    assert torch.equal(mirrored.truth, plain.truth.flip(-1))
+    assert torch.equal(mirrored.landmark, plain.landmark.flip(-1))
+    assert torch.equal(mirrored.visible, plain.visible)
+    assert plain.text[plain.text_valid].tolist()[:3] == words.encode(told.text)
+    assert mirrored.text[mirrored.text_valid].tolist()[:3] == words.encode("the blue ball")
+    assert torch.equal(mirrored.answer, plain.answer)  # the same object, whose name has no side
+    # It moves to the right, and to the left in a mirror.
+    assert plain.motion[..., 0].max() > 0.5
+    assert plain.motion[..., 0].min() >= 0
+    assert mirrored.motion[..., 0].min() < -0.5
+    assert mirrored.motion[..., 0].max() <= 0
 
 
 def test_now_and_then_the_camera_has_just_started() -> None:

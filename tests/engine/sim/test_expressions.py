@@ -3,6 +3,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,26 @@ def test_the_landmark_is_what_the_sentence_tells_the_target_by(rendered):
             assert landmark in fitting(recording, colour or None, shape), e
             told += 1
     assert told >= 50
+
+
+def test_mirrored_text_means_the_same_objects_in_the_mirrored_picture(rendered):
+    changed = set()
+    for recording in rendered:
+        centre_px = np.array((recording.width, 0)) - recording.centre_px * np.array((1, -1))
+        # The camera's own axes are left alone: no sentence here asks which side of it a place in the world is.
+        mirrored = replace(recording, centre_px=centre_px.astype(recording.centre_px.dtype))
+        for e in all_of(recording):
+            if e.mirrored_text == e.text:
+                assert not re.search(r"\b(left|right)", e.text) or e.template_id.startswith("came_back"), e
+                continue
+            name = e.template_id.partition("/")[0]
+            if name in changed and len(e.text) % 7:
+                continue  # enough of its like
+            found = find_meaning(mirrored, e.mirrored_text, query_frame=QUERY)
+            assert found is not None, e
+            assert found.target_ids == e.target_ids, (e, found)
+            changed.add(name)
+    assert changed >= {"left_of", "right_of", "leftmost", "rightmost", "moving_left", "moving_right", "all_left_of"}
 
 
 def test_a_given_sentence_is_understood_as_it_was_meant(rendered):
