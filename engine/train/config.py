@@ -118,7 +118,8 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
             StageConfig(
                 "alignment-landmarks", "image", steps(1400), 1e-3, frozen=encoders[1:], slower=("seg_model.",),
                 clips=16, sentences=6, clip_frames=1, anchors=1,
-                kinds=(*static, *2 * ("relation",), "attribute", "plural"), absent_share=0.45, final_rate=0.3, weights=LossWeights(attention=2.0, occlusion=2.0, presence=2.0),
+                kinds=(*static, *2 * ("relation",), "attribute", "plural"), absent_share=0.45, final_rate=0.3,
+                weights=LossWeights(attention=2.0, occlusion=2.0, presence=2.0),
             ),
             # Half a clip is enough for everything but the order of events, and costs less. Motion, which few scenes
             # have at any one time, is asked for more often: with a third of the sentences it was not learnt at all.
