@@ -97,7 +97,7 @@ class TrackingParameters:
         live=True,
     )
     start_presence: float = parameter(
-        0.9,
+        0.93,
         "probability of presence, the reasoner's and the mask decoder's, from which an answer begins a track; one that "
         "is tracked goes on down to 0.5",
         low=0.0,
