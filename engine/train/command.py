@@ -70,7 +70,7 @@ def train(
     if export is not None:
         card = {
             "model": model.config.name,
-            "command": " ".join(["virst train", *sys.argv[2:]]),
+            "command": " ".join(["virst train", *map(_without_folder, sys.argv[2:])]),
             "finished": finished,
             "scenes": len(scenes),
             "seed": seed,
@@ -83,6 +83,11 @@ def train(
         }
         save_model(model, export, card)
         log.info("wrote %s", export)
+
+
+def _without_folder(word: str) -> str:
+    """An argument as the card tells it: where a machine keeps its files is nobody's business."""
+    return word if word.startswith("-") else Path(word).name
 
 
 def keep_freed_memory() -> None:

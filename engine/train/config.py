@@ -114,7 +114,7 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
                 clip_frames=1, anchors=1, kinds=static, weights=LossWeights(attention=2.0),
             ),
             # Where a thing is beside another, and that none is there: relations are where absence is hardest to tell.
-            # The image encoder learns on: single frames show it the most scenes.
+            # The image encoder learns on here: single frames show it the most scenes.
             StageConfig(
                 "alignment-landmarks", "image", steps(1400), 1e-3, frozen=encoders[1:], slower=("seg_model.",),
                 clips=16, sentences=6, clip_frames=1, anchors=1,
@@ -128,7 +128,7 @@ def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:
                 clip_frames=4, anchors=2, kinds=(*static, *6 * ("motion",), "plural"), final_rate=0.6,
                 weights=LossWeights(attention=2.0),
             ),
-            # Here the video encoder does.
+            # The video encoder learns on, slowly: the language model has to go on understanding it.
             StageConfig(
                 "few-image", "image", steps(2000), 7e-4, frozen=encoders[:1], slower=("seg_model.", encoders[1]),
                 anchors=2, kinds=(*KINDS_FULL, *static, "relation", *2 * ("motion",)), absent_share=0.42,

@@ -12,7 +12,7 @@ from virst_engine.session import Session
 from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.slow.reasoner import InProcessClient
 from virst_engine.types import Frame, ObjectState
-from virst_engine.weights import load_model, load_reasoner, load_stages, weights_path
+from virst_engine.weights import load_model, load_reasoner, load_stages, read_card, weights_path
 from virst_ros.demo.recorded_run import RecordedRun, load_recording
 
 WINDOW = 45  # frames at 20 Hz: the reasoner's clip is full
@@ -35,6 +35,7 @@ def test_the_file_is_small_and_fits_the_code() -> None:
     path = weights_path(ModelParameters())
     assert path.stat().st_size <= 20e6
     assert load_model(path).config == tabletop_tiny(VOCABULARY)
+    assert "/" not in str(read_card(path)["command"])  # no folders of the machine it was made on
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.engine.data.fake_scenes import ALL, BALL, BLUE, BOX, FRAMES, NOTHING, RED, THE_BALL, THE_BOX, FakeScene
+from tests.engine.data.fake_scenes import ALL, ARM, BALL, BLUE, BOX, FRAMES, NOTHING, RED, THE_BALL, THE_BOX, FakeScene
 from tests.engine.model.small_models import WORDS
 from virst_engine.data.clips import (
     MIN_VISIBLE_SHARE,
@@ -99,6 +99,21 @@ def test_a_mirrored_scene_is_another_scene_with_another_sentence() -> None:
     assert plain.motion[..., 0].min() >= 0
     assert mirrored.motion[..., 0].min() < -0.5
     assert mirrored.motion[..., 0].max() <= 0
+
+
+def test_each_scene_of_a_batch_is_mirrored_with_its_own_sentences_or_not_at_all() -> None:
+    words = WordTokenizer(WORDS)
+    plain, mirrored = words.encode(THE_BALL.text), words.encode(THE_BALL.mirrored_text)
+    seen = set()
+    source = source_of(replace(PLAN, mirrored_share=0.5), [FakeScene(0, [THE_BALL])])
+    for step in STEPS:
+        batch = source[step]
+        is_mirrored = (batch.instance_masks[:, 0, 0, 0] == ARM).tolist()  # the arm covers the last column
+        seen.add(tuple(is_mirrored))
+        for row, clip in enumerate(batch.clip_of_row.tolist()):
+            said = batch.text[row][batch.text_valid[row]].tolist()
+            assert said[: len(plain)] == (mirrored if is_mirrored[clip] else plain)
+    assert seen == {(False, False), (False, True), (True, False), (True, True)}
 
 
 def test_now_and_then_the_camera_has_just_started() -> None:

@@ -53,6 +53,7 @@ def test_all_stages_end_in_weights_with_a_card(tmp_path: Path) -> None:
     assert card["scenes"] == 2
     assert card["steps"] == {stage.name: 1 for stage in short().stages}
     assert str(card["command"]).startswith("virst train")
+    assert "/" not in str(card["command"])  # no folders of the machine it was made on
     loaded = load_model(file)
     assert loaded.config == tabletop_tiny(VOCABULARY)
     assert (tmp_path / "checkpoint.pt").is_file()

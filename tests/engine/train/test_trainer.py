@@ -345,6 +345,13 @@ def test_slower_parameters_learn_at_a_quarter_of_the_rate(tmp_path: Path) -> Non
     assert shares == {trainer._learning_rate(STAGES[1], 1)}
 
 
+def test_a_stage_hands_its_shares_to_its_clips() -> None:
+    stage = replace(STAGES[1], absent_share=0.1, mirrored_share=0.3)
+    plan = stage.clip_plan(stride=2)
+    assert (plan.absent_share, plan.mirrored_share, plan.stride) == (0.1, 0.3, 2)
+    assert {stage.mirrored_share for stage in tabletop_tiny_training().stages} == {0.5}
+
+
 def test_the_shipped_schedule_has_pretraining_and_the_papers_three_stages() -> None:
     stages = tabletop_tiny_training().stages
     assert [stage.kind for stage in stages[:2]] == ["video", "pretraining"]
