@@ -6,7 +6,6 @@ object answers to it and none is in doubt; a plural one when two or more do; an 
 """
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,7 +64,8 @@ class Expression:
     @property
     def mirrored_text(self) -> str:
         """The sentence that means the same objects when the images are mirrored: left and right change places."""
-        if not re.search("left|right", self.template_id):
+        name = self.template_id.partition("/")[0]
+        if not OTHER_SIDE.keys() & set(name.split("_")):
             return self.text  # "the ball that left and came back" names no side
         return " ".join(OTHER_SIDE.get(word, word) for word in self.text.split())
 

@@ -4,6 +4,7 @@
 import ctypes
 import logging
 import platform
+import re
 import sys
 import time
 from dataclasses import replace
@@ -87,7 +88,7 @@ def train(
 
 def _without_folder(word: str) -> str:
     """An argument as the card tells it: where a machine keeps its files is nobody's business."""
-    return word if word.startswith("-") else Path(word).name
+    return re.sub(r"[^=]*/", "", word)
 
 
 def keep_freed_memory() -> None:
