@@ -15,9 +15,12 @@ from rclpy.executors import (
     ShutdownException,
     SingleThreadedExecutor,
 )
+from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.impl.rcutils_logger import RcutilsLogger
 
 from virst_ros.log_bridge import LogBridge
+
+RCLError = rclpy_implementation.RCLError
 
 
 class OwnNode(Protocol):
@@ -68,4 +71,9 @@ def spin_until_shutdown(executor: Executor) -> None:
             # executor builds its wait set ends the spin. The next wait set no longer has it.
             continue
         except (KeyboardInterrupt, ExternalShutdownException, ShutdownException):
+            return
+        except RCLError:
+            # The same end: a signal shuts the context down between rclpy's look at it and the wait set built on it.
+            if executor.context.ok():
+                raise
             return

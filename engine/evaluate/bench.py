@@ -22,9 +22,9 @@ from virst_engine.evaluate.modes import FirstAnswerOnly
 from virst_engine.evaluate.provenance import command_line, device_description, versions
 from virst_engine.evaluate.settings import FIRST_EVALUATION_SEED, EvaluationSettings
 from virst_engine.session import Session
-from virst_engine.slow.reasoner import InProcessClient, Reasoner
+from virst_engine.slow.reasoner import InProcessClient, Reasoner, ReasonerClient
 from virst_engine.timing import percentiles, resident_mib
-from virst_engine.types import Frame, ObjectState
+from virst_engine.types import Frame, ObjectState, ReasonerAnswer, ReasonerRequest
 
 logger = logging.getLogger(__name__)
 
@@ -176,15 +176,14 @@ def paced_run(
     """
     from virst_engine.slow.zmq_client import ZmqReasonerClient
 
-    client = ZmqReasonerClient(config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys)
+    client = _TimedClient(ZmqReasonerClient(config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys))
     age_ms: list[float] = []
-    latency_s: set[float] = set()
     tracked = 0
     with Session(config, stages, client) as session:
         _wait_for_reasoner(client.status)
         begin_s, number, goal_after, answered_s = time.monotonic(), -1, round(2.2 * rate_hz), float("inf")
         while (now_s := time.monotonic()) < answered_s + SETTLE_S + seconds:
-            if number > goal_after and now_s - begin_s > FIRST_ANSWER_S and not latency_s:
+            if number > goal_after and now_s - begin_s > FIRST_ANSWER_S and not client.latency_ms:
                 raise VirstError(f"the reasoner did not answer its first request within {FIRST_ANSWER_S:g} s")
             due = int((now_s - begin_s) * rate_hz)
             if due <= number:
@@ -199,15 +198,13 @@ def paced_run(
             if captured_s > answered_s + SETTLE_S:
                 age_ms.append(1e3 * (finished_s - captured_s))
                 tracked += sum(found.state is ObjectState.TRACKING for found in result.objects)
-            latency_s |= {value for found in result.objects if (value := found.reasoner_latency_s) == value}
-            if latency_s and answered_s == float("inf"):
+            if client.latency_ms and answered_s == float("inf"):
                 answered_s = finished_s
-    known = sorted(latency_s)
     return {
         "fps": round(len(age_ms) / seconds, 2),
         "age_ms": percentiles(age_ms),
-        "reasoner_latency_ms": percentiles([1e3 * value for value in known]) if known else None,
-        "answers": len(known),
+        "reasoner_latency_ms": percentiles(client.latency_ms),
+        "answers": len(client.latency_ms),
         "tracked_percent": round(100 * tracked / len(age_ms), 1),
         "rate_hz": rate_hz,
         "frames": len(age_ms),
@@ -287,6 +284,26 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+class _TimedClient:
+    """A `ReasonerClient` that notes how long each answer took, until the session fetched it."""
+
+    def __init__(self, client: ReasonerClient) -> None:
+        self._client = client
+        self._asked_s: dict[int, float] = {}
+        self.latency_ms: list[float] = []
+        self.cancel, self.status, self.close = client.cancel, client.status, client.close
+
+    def submit(self, request: ReasonerRequest) -> None:
+        self._asked_s[request.request_id] = time.monotonic()
+        self._client.submit(request)
+
+    def poll(self) -> list[ReasonerAnswer]:
+        answers = self._client.poll()
+        for answer in answers:
+            self.latency_ms.append(1e3 * (time.monotonic() - self._asked_s.pop(answer.request_id)))
+        return answers
 
 
 class _Steps:
