@@ -22,6 +22,10 @@ class WeightsError(VirstError):
     """Weights that are missing, damaged or made for another model."""
 
 
+class CheckpointError(WeightsError):
+    """A published checkpoint (SAM 2.1) that is missing, damaged, unsafe or of another model or size."""
+
+
 class WireError(VirstError):
     """A message that breaks the reasoner's wire protocol. It is dropped."""
 
@@ -32,3 +36,19 @@ class EndpointError(VirstError):
 
 class SceneError(VirstError):
     """A simulated scene or recording that cannot be made, found or read."""
+
+
+class BackendError(VirstError):
+    """A backend that cannot run the model here: package, device, precision or stages are missing or do not fit."""
+
+
+class ExportError(VirstError):
+    """Exported stages that differ from the model, or cannot be written or read."""
+
+
+class EngineMismatch(BackendError):
+    """A compiled engine that is stale, or was built for another GPU, model or version. It is not used."""
+
+
+class BadPrompt(VirstError):
+    """A box, point or mask that cannot be used: outside the image, for a frame that is gone, no free object."""

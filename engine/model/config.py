@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+SAM2_1_SIZES = ("tiny", "small", "base-plus", "large")  # a user writes sam2.1-tiny and so on
+
 
 @dataclass(frozen=True)
 class Sam2Config:
@@ -31,6 +33,11 @@ class Sam2Config:
     dropout: float = 0.1
     multimask_prompted: bool = True  # three masks, best predicted IoU, where a prompt is given
     multimask_tracking: bool = True
+    # Where one mask is wanted and is not stable, the best of the three instead (dynamic_multimask_via_stability).
+    dynamic_multimask: bool = False
+    stability_delta: float = 0.05
+    stability_threshold: float = 0.98
+    memory_pool: int = 1  # pool x pool cells of a memory become one key; 2 = EfficientTAM's cross attention
 
     @property
     def grid(self) -> int:
@@ -136,6 +143,48 @@ def _from_dict(kind: Any, raw: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"unknown fields of {kind.__name__}: {', '.join(sorted(unknown))}")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+
+
+def sam2_1(size: str, image_size: int = 1024) -> Sam2Config:
+    """SAM 2.1 in one of `SAM2_1_SIZES`: the numbers of sam2's configs/sam2.1/sam2.1_hiera_{t,s,b+,l}.yaml.
+
+    `image_size`: side of the square input in pixels; the weights are the same for all. SAM 2 was trained at 1024.
+    Raises ValueError for another size, and for an image that the windows of the trunk (8 x 8 cells of 4 pixels) do not
+    fill.
+    """
+    if image_size < 32 or image_size % 32:
+        raise ValueError(f"the image size of SAM 2.1 must be a multiple of 32, 32 or more, got {image_size}")
+    if size == "tiny":
+        return Sam2Config(
+            image_size=image_size,
+            embed_dim=96,
+            num_heads=1,
+            stages=(1, 2, 7, 2),
+            global_attention_blocks=(5, 7, 9),
+            window_spec=(8, 4, 14, 7),
+        )
+    if size == "small":
+        return Sam2Config(
+            image_size=image_size,
+            embed_dim=96,
+            num_heads=1,
+            stages=(1, 2, 11, 2),
+            global_attention_blocks=(7, 10, 13),
+            window_spec=(8, 4, 14, 7),
+        )
+    if size == "base-plus":
+        return Sam2Config(
+            image_size=image_size,
+            embed_dim=112,
+            num_heads=2,
+            stages=(2, 3, 16, 3),
+            global_attention_blocks=(12, 16, 20),
+            window_spec=(8, 4, 14, 7),
+            position_background=14,
+        )
+    if size == "large":
+        return Sam2Config(image_size=image_size)
+    raise ValueError(f"the size of SAM 2.1 must be one of {', '.join(SAM2_1_SIZES)}, got {size!r}")
 
 
 def tabletop_tiny(words: tuple[str, ...], special_tokens: int = 4) -> VirstConfig:
