@@ -2,7 +2,7 @@
 """Dimensions of the networks. The same classes build `tabletop-tiny` and the full-size model; only these differ."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 SAM2_1_SIZES = ("tiny", "small", "base-plus", "large")  # a user writes sam2.1-tiny and so on
@@ -154,9 +154,10 @@ def sam2_1(size: str, image_size: int = 1024) -> Sam2Config:
     """
     if image_size < 32 or image_size % 32:
         raise ValueError(f"the image size of SAM 2.1 must be a multiple of 32, 32 or more, got {image_size}")
+    common = Sam2Config(image_size=image_size)  # the sizes differ in their trunks only
     if size == "tiny":
-        return Sam2Config(
-            image_size=image_size,
+        return replace(
+            common,
             embed_dim=96,
             num_heads=1,
             stages=(1, 2, 7, 2),
@@ -164,8 +165,8 @@ def sam2_1(size: str, image_size: int = 1024) -> Sam2Config:
             window_spec=(8, 4, 14, 7),
         )
     if size == "small":
-        return Sam2Config(
-            image_size=image_size,
+        return replace(
+            common,
             embed_dim=96,
             num_heads=1,
             stages=(1, 2, 11, 2),
@@ -173,8 +174,8 @@ def sam2_1(size: str, image_size: int = 1024) -> Sam2Config:
             window_spec=(8, 4, 14, 7),
         )
     if size == "base-plus":
-        return Sam2Config(
-            image_size=image_size,
+        return replace(
+            common,
             embed_dim=112,
             num_heads=2,
             stages=(2, 3, 16, 3),
@@ -183,7 +184,7 @@ def sam2_1(size: str, image_size: int = 1024) -> Sam2Config:
             position_background=14,
         )
     if size == "large":
-        return Sam2Config(image_size=image_size)
+        return common
     raise ValueError(f"the size of SAM 2.1 must be one of {', '.join(SAM2_1_SIZES)}, got {size!r}")
 
 
