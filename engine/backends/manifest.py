@@ -94,9 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an export folder. Raises ExportError when there is none, or it is not one that we can use."""
     path = folder / FILE
     if not path.is_file():
-        raise ExportError(
-            f"{folder} is no export folder: it has no {FILE}; make one: virst export MODEL --out {folder}"
-        )
+        raise ExportError(f"{folder} is no export folder: it has no {FILE}. Make one: virst export MODEL --out DIR")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
@@ -109,7 +107,8 @@ def read_manifest(folder: Path) -> Manifest:
     if missing:
         raise ExportError(f"{path} lacks the stage {missing[0]}; {REMEDY}")
     if manifest.precision not in PRECISIONS:
-        raise ExportError(f"{path}: precision must be one of {', '.join(PRECISIONS)}, got {manifest.precision!r}")
+        known = ", ".join(PRECISIONS)
+        raise ExportError(f"{path}: precision must be one of {known}, got {manifest.precision!r}; {REMEDY}")
     return manifest
 
 

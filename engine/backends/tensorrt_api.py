@@ -70,9 +70,8 @@ class TensorRt:
     def title(self) -> str:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
 
-    def platform_here(self, device: torch.device) -> Platform:
-        """This machine's GPU. Raises BackendError without one."""
-        gpu, target = gpu_here(device)
+    def platform(self, gpu: str, target: str) -> Platform:
+        """This TensorRT on a GPU of that name and compute capability."""
         return Platform(self.flavour, self.version, gpu, (target,))
 
     def dtype(self, name: str) -> Any:

@@ -26,7 +26,7 @@ from virst_engine.backends.engine_store import (
     writable_root,
 )
 from virst_engine.backends.manifest import STAGES, TensorSpec, read_manifest, stage_path
-from virst_engine.backends.tensorrt_api import TENSORRT, TENSORRT_RTX, Platform, TensorRt, load_tensorrt
+from virst_engine.backends.tensorrt_api import TENSORRT, TENSORRT_RTX, Platform, TensorRt, gpu_here, load_tensorrt
 from virst_engine.errors import BackendError, EngineMismatch, ExportError
 
 log = logging.getLogger(__name__)
@@ -230,11 +230,11 @@ def _platform(trt: TensorRt, targets: tuple[str, ...], device: str) -> Platform:
     if not trt.is_rtx:
         if targets:
             raise BackendError("--target is for TensorRT-RTX: TensorRT compiles for the GPU that it runs on; add --rtx")
-        return trt.platform_here(torch.device(device))
+        return trt.platform(*gpu_here(torch.device(device)))
     known = trt.known_targets()
     if not targets and not torch.cuda.is_available():
         raise BackendError(f"no GPU here: say what to compile for with --target, one or more of {', '.join(known)}")
-    wanted = targets or trt.platform_here(torch.device(device)).targets
+    wanted = targets or gpu_here(torch.device(device))[1:]
     unknown = [target for target in wanted if target not in known]
     if unknown:
         raise BackendError(
