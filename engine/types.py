@@ -59,6 +59,16 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True)
+class PromptTokens:
+    """What the mask decoder reads of the prompts of o objects, whatever they were made from."""
+
+    sparse: Float[Tensor, "o n c"]  # embedded points and box corners, or VIRST's embeddings in their place
+    valid: Bool[Tensor, "o n"] | None = None  # rows that are there; None: all of them
+    multimask: Bool[Tensor, " o"] | None = None  # three masks, best predicted IoU; None: as the model is configured
+    dense: Float[Tensor, "o c h w"] | None = None  # what a mask prompt adds to the features, less no_mask_embed
+
+
+@dataclass(frozen=True)
 class MaskPrediction:
     """The mask decoder's word on each object in one frame."""
 
@@ -128,6 +138,41 @@ class ReasonerAnswer:
     prompts: tuple[Prompt, ...]  # one per frame of the clip, oldest first
     error: str = ""
     timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClickPrompt:
+    """A box, points, or both, in pixels of the camera's image; x to the right, y down, from the top left corner.
+
+    Raises ValueError for what is neither, and for labels other than 0 and 1.
+    """
+
+    points_px: Float[np.ndarray, "p 2"] | None = None  # x, y
+    labels: Int[np.ndarray, " p"] | None = None  # 1: on the object, 0: not on it; None: all 1
+    box_px: tuple[float, float, float, float] | None = None  # left, top, right, bottom
+
+    def __post_init__(self) -> None:
+        points = np.zeros((0, 2), np.float32) if self.points_px is None else np.asarray(self.points_px, np.float32)
+        labels = np.ones(len(points), np.int64) if self.labels is None else np.asarray(self.labels, np.int64)
+        if points.ndim != 2 or points.shape[1] != 2 or labels.shape != (len(points),):
+            raise ValueError(f"points must be p x 2 with p labels, got {points.shape} and {labels.shape}")
+        if not len(points) and self.box_px is None:
+            raise ValueError("a prompt needs points, a box, or both")
+        if not np.isin(labels, (0, 1)).all():
+            raise ValueError("labels must be 1 (on the object) or 0 (not on it)")
+        if not np.isfinite(points).all() or not np.isfinite(self.box_px or 0.0).all():
+            raise ValueError("coordinates must be finite numbers of pixels")
+        if self.box_px is not None and not (self.box_px[0] < self.box_px[2] and self.box_px[1] < self.box_px[3]):
+            raise ValueError(f"a box is left, top, right, bottom with left < right and top < bottom, got {self.box_px}")
+        object.__setattr__(self, "points_px", points)
+        object.__setattr__(self, "labels", labels)
+
+
+@dataclass(frozen=True)
+class MaskPrompt:
+    """The object's mask itself, at the camera's size; all False: the object is not in this frame."""
+
+    mask: Bool[np.ndarray, "height width"]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from virst_engine.types import (
     MemoryEntry,
     MemoryTensors,
     Prompt,
+    PromptTokens,
     ReasonerAnswer,
     ReasonerRequest,
     StageSizes,
@@ -70,15 +71,18 @@ class FakeStages:
         return conditioned
 
     def mask_decoder(
-        self, features: ImageFeatures, conditioned: torch.Tensor | None, prompts: torch.Tensor | None
+        self, features: ImageFeatures, conditioned: torch.Tensor | None, prompts: PromptTokens | None
     ) -> MaskPrediction:
         self.calls["mask_decoder"] += 1
         rgb = features.high_res_s0  # b 3 16 16
         if prompts is not None:
             assert conditioned is None
-            wanted = prompts[:, 0, :3]
+            told = prompts.sparse[:, 0]
+            wanted = torch.stack([_colour_at(rgb, row) if row[7] > 0 else row[:3] for row in told])
             codes = read_code(features)
-            assert torch.allclose(codes.expand(len(prompts)), prompts[:, 0, 3], atol=1e-4), "a prompt on another frame"
+            assert told[:, 7].any() or torch.allclose(codes.expand(len(told)), told[:, 3], atol=1e-4), (
+                "a prompt on another frame"
+            )
         else:
             assert conditioned is not None
             wanted = conditioned[:, :3].mean(dim=(2, 3))
@@ -91,11 +95,36 @@ class FakeStages:
         pointer[:, :3], pointer[:, 4] = colour, present
         return MaskPrediction(logits, torch.full((len(wanted),), self.iou), 8.0 * present - 4.0, pointer)
 
-    def memory_encoder(self, features: ImageFeatures, prediction: MaskPrediction) -> MemoryEntry:
+    def click_tokens(self, points: torch.Tensor, labels: torch.Tensor) -> PromptTokens:
+        """Channels 4 and 5: where to look for the colour, 0..1; channel 7: that this is a click."""
+        self.calls["click_tokens"] = self.calls.get("click_tokens", 0) + 1
+        inside = (labels > 0).float()[..., None]
+        tokens = torch.zeros(len(points), 1, 8)
+        tokens[:, 0, 4:6] = (points * inside).sum(dim=1) / inside.sum(dim=1) / SIDE  # the middle of a box's corners
+        tokens[:, 0, 7] = 1.0
+        return PromptTokens(tokens)
+
+    def mask_prediction(self, features: ImageFeatures, mask: torch.Tensor) -> MaskPrediction:
+        small = F.avg_pool2d(mask, 2)[:, 0]
+        present = (small.flatten(1).amax(dim=1) > 0).float()
+        colour = (features.high_res_s0 * small[:, None]).sum(dim=(2, 3)) / small.sum(dim=(1, 2)).clamp(min=1)[:, None]
+        pointer = torch.zeros(len(mask), 8)
+        pointer[:, :3], pointer[:, 4] = colour, present
+        return MaskPrediction(small * 20 - 10, torch.ones(len(mask)), 20 * present - 10, pointer)
+
+    def memory_encoder(
+        self, features: ImageFeatures, prediction: MaskPrediction, binarize: torch.Tensor | None = None
+    ) -> MemoryEntry:
         self.calls["memory_encoder"] += 1
         mask = (prediction.mask_logits > 0).float()[:, None]
         spatial = torch.cat((features.high_res_s0 * mask, mask), dim=1)
         return MemoryEntry(F.avg_pool2d(spatial, 4), prediction.pointer)
+
+
+def _colour_at(rgb: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    side = rgb.shape[-1]
+    x, y = (int(min(max(float(value), 0.0), 0.999) * side) for value in token[4:6])
+    return rgb[0, :, y, x]
 
 
 def read_code(features: ImageFeatures) -> torch.Tensor:

@@ -2,22 +2,65 @@
 """The stages run by torch, on any of its devices."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from virst_engine.errors import BackendError
 from virst_engine.model.sam2 import Sam2
-from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, StageSizes
+from virst_engine.types import (
+    ImageFeatures,
+    MaskPrediction,
+    MemoryEntry,
+    MemoryTensors,
+    PromptTokens,
+    StageSizes,
+)
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAFE_IN_FP16 = ("image_encoder", "memory_attention")  # in the others fp16 errors grow through the recurrent memory
 
 
 class TorchStages:
-    """`Stages` on a Sam2 in evaluation mode. Inputs must be on the model's device; no gradients are kept."""
+    """`Stages` on a Sam2 in evaluation mode. Inputs must be on the model's device; no gradients are kept.
 
-    def __init__(self, sam2: Sam2, *, fusion_level: int, video_size: int) -> None:
+    What goes in and comes out is float32, whatever the stages compute in.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        sam2: Sam2,
+        *,
+        fusion_level: int = -1,
+        video_size: int = 128,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ) -> None:
+        """`compiled`: by torch.compile, with CUDA graphs on a GPU; the first calls take minutes.
+
+        Raises BackendError for a precision that this device has only emulated.
+        """
         self._sam2 = sam2.eval()
+        self._prompts = sam2.prompts
         self._fusion_level = fusion_level
         self.sizes: StageSizes = replace(sam2.sizes, video_size=video_size)
+        self.precision = precision
+        self._dtype = PRECISIONS[precision]
+        if self._dtype is not None and self.device.type == "cpu" and not cpu_computes_in(self._dtype):
+            raise BackendError(f"this CPU computes {precision} only by emulation, 20 times slower; set fp32")
+        self._encode_image: Any = sam2.encode_image
+        self._attend_memory: Any = sam2.attend_memory
+        self._decode_mask: Any = sam2.decode_mask
+        self._encode_memory: Any = sam2.encode_memory
+        if compiled:
+            for stage in ("_encode_image", "_attend_memory", "_decode_mask", "_encode_memory"):
+                mode = "max-autotune" if self.device.type == "cuda" else "default"
+                setattr(self, stage, torch.compile(getattr(self, stage), mode=mode, dynamic=False))
+        self._is_compiled = compiled
 
     @property
     def device(self) -> torch.device:
@@ -25,25 +68,66 @@ class TorchStages:
 
     @torch.inference_mode()
     def image_encoder(self, pixels: Float[Tensor, "b 3 size size"]) -> ImageFeatures:
-        return self._sam2.encode_image(pixels, self._fusion_level)
+        with self._computing("image_encoder"):
+            features = self._encode_image(pixels, self._fusion_level)
+        return _as_float(features)
 
     @torch.inference_mode()
     def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
-        return self._sam2.attend_memory(features, memory)
+        with self._computing("memory_attention"):
+            conditioned: Tensor = self._attend_memory(features, memory)
+        return conditioned.float()
 
     @torch.inference_mode()
     def mask_decoder(
         self,
         features: ImageFeatures,
         conditioned: Float[Tensor, "o c h w"] | None,
-        prompts: Float[Tensor, "o n c"] | None,
+        prompts: PromptTokens | None,
     ) -> MaskPrediction:
         if conditioned is None:
             if prompts is None:
                 raise ValueError("mask_decoder needs memory-conditioned features or prompts, got neither")
-            conditioned = self._sam2.without_memory(features).expand(prompts.shape[0], -1, -1, -1)
-        return self._sam2.decode_mask(features, conditioned, prompts)
+            conditioned = self._prompts.without_memory(features).expand(prompts.sparse.shape[0], -1, -1, -1)
+        with self._computing("mask_decoder"):
+            prediction = self._decode_mask(features, conditioned, prompts)
+        return _as_float(prediction)
 
     @torch.inference_mode()
-    def memory_encoder(self, features: ImageFeatures, prediction: MaskPrediction) -> MemoryEntry:
-        return self._sam2.encode_memory(features, prediction)
+    def memory_encoder(
+        self, features: ImageFeatures, prediction: MaskPrediction, binarize: Bool[Tensor, " o"] | None = None
+    ) -> MemoryEntry:
+        with self._computing("memory_encoder"):
+            entry = self._encode_memory(features, prediction, binarize)
+        return _as_float(entry)
+
+    @torch.inference_mode()
+    def click_tokens(self, points: Float[Tensor, "o p 2"], labels: Int[Tensor, "o p"]) -> PromptTokens:
+        return self._prompts.clicks(points, labels)
+
+    @torch.inference_mode()
+    def mask_prediction(self, features: ImageFeatures, mask: Float[Tensor, "o 1 size size"]) -> MaskPrediction:
+        # The decoder looks at the bare features here (SAM2Base._use_mask_as_output), not at those without memory.
+        bare = features.top.expand(mask.shape[0], -1, -1, -1)
+        decoded = self.mask_decoder(features, bare, self._prompts.mask(mask))
+        return self._prompts.mask_as_output(mask, decoded)
+
+    def _computing(self, stage: str) -> Any:
+        """Autocast to what this stage may compute in."""
+        if self._is_compiled and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        dtype = self._dtype
+        if dtype is torch.float16 and stage not in SAFE_IN_FP16:
+            dtype = None
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for it; without them torch emulates it."""
+    if dtype is torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(dtype is torch.float16 and torch.cpu._is_amx_fp16_supported())
+
+
+def _as_float(values: Any) -> Any:
+    return replace(values, **{name: x.float() for name, x in vars(values).items() if x.is_floating_point()})

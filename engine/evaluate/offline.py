@@ -27,6 +27,7 @@ from virst_engine.types import (
     MaskPrediction,
     MemoryEntry,
     MemoryTensors,
+    PromptTokens,
     ReasonerRequest,
     StageSizes,
 )
@@ -122,7 +123,7 @@ def segment_whole_video(
     for position in positions:
         t = sampled[position]
         prompts = torch.from_numpy(embeddings[:, position]).to(features[t].top.device)
-        predictions[t] = stages.mask_decoder(features[t], None, prompts)
+        predictions[t] = stages.mask_decoder(features[t], None, PromptTokens(prompts))
         anchors[t] = stages.memory_encoder(features[t], predictions[t])
     first = min(anchors)
     for order, backwards in ((range(first, len(frames)), False), (range(first, -1, -1), True)):

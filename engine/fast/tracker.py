@@ -24,7 +24,7 @@ from virst_engine.fast.feature_ring import FeatureRing
 from virst_engine.fast.memory_bank import MemoryBank
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
 from virst_engine.timing import StageTimer
-from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry
+from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry, PromptTokens
 
 logger = logging.getLogger(__name__)
 
@@ -138,17 +138,18 @@ class Tracker:
 
     @torch.inference_mode()
     def decode_anchors(self, slot: int, steps: Sequence[int], prompts: Float[Tensor, "k n c"]) -> DecodedAnchors | None:
-        """Decode the prompts whose frames are still cached; None when none is. Nothing is remembered yet.
+        """Decode the reasoner's prompts whose frames are still cached; None when none is. Nothing is remembered yet.
 
         Args:
             steps: each prompt's frame, ascending.
+            prompts: embeddings that stand in place of points.
         """
         kept = [i for i, step in enumerate(steps) if self._ring.has(step) or self._ring.has_pinned(slot, step)]
         if not kept:
             return None
         kept_steps = tuple(steps[i] for i in kept)
         features = self._ring.gather(kept_steps, slot)
-        prediction = self._stages.mask_decoder(features, None, prompts[kept].to(self._device))
+        prediction = self._stages.mask_decoder(features, None, PromptTokens(prompts[kept].to(self._device)))
         sightings = self._look(prediction, kept_steps)
         return DecodedAnchors(
             steps=kept_steps,

@@ -23,11 +23,17 @@ def rotate(
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def axial_angles(dim: int, width: int, height: int, theta: float = 10000.0) -> Float[Tensor, "tokens pairs"]:
-    """SAM 2's axial RoPE: the first dim/4 pairs turn with x, the others with y (sam2 compute_axial_cis)."""
+def axial_angles(
+    dim: int, width: int, height: int, theta: float = 10000.0, *, stride: int = 1
+) -> Float[Tensor, "tokens pairs"]:
+    """SAM 2's axial RoPE: the first dim/4 pairs turn with x, the others with y (sam2 compute_axial_cis).
+
+    With `stride`, each token stands in the middle of stride x stride cells.
+    """
     frequency = 1.0 / (theta ** (torch.arange(0, dim, 4)[: dim // 4].float() / dim))
     token = torch.arange(width * height)
     x, y = (token % width).float(), torch.div(token, width, rounding_mode="floor").float()
+    x, y = (stride * axis + (stride - 1) / 2 for axis in (x, y))
     return torch.cat((torch.outer(x, frequency), torch.outer(y, frequency)), dim=-1)
 
 

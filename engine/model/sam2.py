@@ -6,22 +6,25 @@ SAM2Base keeps in dictionaries, the caller keeps: memory comes in as `MemoryTens
 sam2/modeling/sam2_base.py:
 - memories sit in a fixed number of slots with a key mask instead of a concatenation that grows
   (`_prepare_memory_conditioned_features`); masked softmax makes the result the same;
-- RoPE is real-valued (engine/model/rope.py);
-- a prompt is an embedding that stands in place of the point prompt, without padding point (VIRST).
+- RoPE is real-valued, on halves instead of pairs of channels (`RopeAttention`);
+- of the decoder's four masks only the one that is wanted is drawn;
+- prompts come as tokens: embedded points, or VIRST's embeddings in their place, without padding point.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from virst_engine.errors import VirstError
 from virst_engine.model.config import Sam2Config
-from virst_engine.model.rope import axial_angles, rotate
-from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, StageSizes
+from virst_engine.model.rope import axial_angles
+from virst_engine.model.sam2_prompts import PromptTables
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, PromptTokens, StageSizes
 
 try:
     from sam2.modeling.backbones.hieradet import Hiera
@@ -39,29 +42,52 @@ except ModuleNotFoundError as error:
     ) from error
 
 NO_OBJECT_LOGIT = -1024.0  # NO_OBJ_SCORE: the mask of an object that is not there
+# Score of a key that is not there: its weight is exactly 0, and a row without any key stays finite, in float16 too.
+NO_KEY = -30000.0
 MEMORY_MASK_SCALE, MEMORY_MASK_BIAS = 20.0, -10.0  # sigmoid_scale_for_mem_enc, sigmoid_bias_for_mem_enc
 
 
-class RopeAttention(Attention):
-    """sam2's RoPEAttention with its parameter names, real-valued tables and an optional key mask."""
+Rope = tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]  # cosines, sines
 
-    def forward(
+
+class RopeAttention(Attention):
+    """sam2's RoPEAttention (one head) with its parameter names, real-valued tables and an optional key mask.
+
+    Channels 2i and 2i + 1 turn together. Here the projections' rows are taken in another order, evens before odds, for
+    queries and keys alike: scores stay the same, and a rotation works on two halves that lie side by side.
+    """
+
+    halves: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.num_heads == 1, "SAM 2's memory attention has one head"
+        order = torch.arange(self.internal_dim)
+        self.register_buffer("halves", torch.cat((order[0::2], order[1::2])), persistent=False)
+
+    def project(self, layer: nn.Linear, x: Float[Tensor, "b tokens ck"]) -> Float[Tensor, "b tokens c"]:
+        """Queries or keys, evens before odds."""
+        return F.linear(x, layer.weight[self.halves], layer.bias[self.halves])
+
+    def attend(
         self,
-        q: Float[Tensor, "b queries c"],
-        k: Float[Tensor, "b keys ck"],
-        v: Float[Tensor, "b keys ck"],
-        query_angles: Float[Tensor, "queries pairs"],
-        key_angles: Float[Tensor, "keys pairs"],
-        key_valid: Bool[Tensor, "b keys"] | None = None,
-    ) -> Float[Tensor, "b queries c"]:
-        q = self._separate_heads(self.q_proj(q), self.num_heads)
-        k = self._separate_heads(self.k_proj(k), self.num_heads)
-        v = self._separate_heads(self.v_proj(v), self.num_heads)
-        q = rotate(q, query_angles.cos().to(q.dtype), query_angles.sin().to(q.dtype))
-        k = rotate(k, key_angles.cos().to(k.dtype), key_angles.sin().to(k.dtype))
-        mask = None if key_valid is None else key_valid[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0)
-        return self.out_proj(self._recombine_heads(out))
+        q: Float[Tensor, "o queries c"],
+        k: Float[Tensor, "o keys c"],
+        v: Float[Tensor, "o keys ck"],
+        bias: Float[Tensor, "o keys"] | None = None,
+    ) -> Float[Tensor, "o queries c"]:
+        """`q` and `k` projected and rotated, `v` not projected yet; `bias` is added to the scores."""
+        mask = None if bias is None else bias[:, None, None, :]
+        p = self.dropout_p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], self.v_proj(v)[:, None], mask, dropout_p=p)
+        return self.out_proj(out[:, 0])
+
+
+def rotate_halves(x: Float[Tensor, "*batch tokens c"], rope: Rope) -> Float[Tensor, "*batch tokens c"]:
+    """Rotate channel i of the first half with channel i of the second."""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 class _LinspaceOnCpu(TorchFunctionMode):
@@ -78,9 +104,13 @@ class _LinspaceOnCpu(TorchFunctionMode):
 class Sam2(nn.Module):
     """The weights of SAM 2.1 under sam2's own names (those of SAM2Base) and the four stages that use them."""
 
-    grid_angles: Tensor
+    grid_cos: Tensor
+    grid_sin: Tensor
+    memory_cos: Tensor
+    memory_sin: Tensor
     grid_position: Tensor
     memory_position: Tensor
+    dense_position: Tensor
 
     def __init__(self, config: Sam2Config) -> None:
         super().__init__()
@@ -149,15 +179,27 @@ class Sam2(nn.Module):
         nn.init.trunc_normal_(self.no_obj_embed_spatial, std=0.02)
 
         # Constants of a fixed input size: non-persistent, so that they are no part of a checkpoint.
-        self.register_buffer("grid_angles", axial_angles(c, grid, grid), persistent=False)
-        self.register_buffer(
-            "grid_position", neck.position_encoding._pe(1, torch.device("cpu"), grid, grid), persistent=False
-        )
-        self.register_buffer(
-            "memory_position",
-            self.memory_encoder.position_encoding._pe(1, torch.device("cpu"), grid, grid),
-            persistent=False,
-        )
+        side = grid // config.memory_pool
+        here = torch.device("cpu")
+        angles = axial_angles(c, grid, grid)
+        # A pooled key stands in the middle of its cells.
+        memory_angles = axial_angles(c, side, side, stride=config.memory_pool)
+        memory_position = self.memory_encoder.position_encoding._pe(1, here, grid, grid)
+        constants = {
+            "grid_cos": angles.cos(),
+            "grid_sin": angles.sin(),
+            "memory_cos": memory_angles.cos(),
+            "memory_sin": memory_angles.sin(),
+            "grid_position": neck.position_encoding._pe(1, here, grid, grid),
+            "memory_position": F.avg_pool2d(memory_position, config.memory_pool),
+        }
+        for name, table in constants.items():
+            self.register_buffer(name, table, persistent=False)
+
+    @property
+    def prompts(self) -> PromptTables:
+        """The parts that turn clicks and masks into tokens; they share this model's weights."""
+        return PromptTables(self.sam_prompt_encoder, self.mask_downsample, self.no_mem_embed, self.no_obj_ptr)
 
     @property
     def sizes(self) -> StageSizes:
@@ -184,49 +226,66 @@ class Sam2(nn.Module):
     def attend_memory(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
         """Memory attention (SAM2Base._prepare_memory_conditioned_features), fixed slots and a key mask.
 
-        A row without any valid memory gives finite numbers without meaning.
+        A row without any valid memory gives finite numbers without meaning. Up to the first cross attention the objects
+        of a frame do not differ: that much is computed once for all of them.
         """
-        objects, slots, m, h, w = memory.spatial.shape
-        c = self.config.channels
-        spatial = memory.spatial.flatten(3).transpose(2, 3)  # o s hw m
+        objects, slots = memory.spatial.shape[:2]
+        keys, position, bias = self._memory_keys(memory)
+        grid_rope, memory_rope = (self.grid_cos, self.grid_sin), (self.memory_cos, self.memory_sin)
+        cells = self.memory_cos.shape[0]
+
+        net = self.memory_attention
+        x = (features.top + 0.1 * self.grid_position).flatten(2).transpose(1, 2)
+        for layer in net.layers:
+            attention, y = layer.self_attn, layer.norm1(x)
+            q = rotate_halves(attention.project(attention.q_proj, y), grid_rope)
+            k = rotate_halves(attention.project(attention.k_proj, y), grid_rope)
+            x = x + layer.dropout1(attention.attend(q, k, y))
+
+            attention, y = layer.cross_attn_image, layer.norm2(x)
+            q = rotate_halves(attention.project(attention.q_proj, y), grid_rope).expand(objects, -1, -1)
+            k = attention.project(attention.k_proj, keys + position)
+            spatial = rotate_halves(k[:, : slots * cells].unflatten(1, (slots, cells)), memory_rope)
+            k = torch.cat((spatial.flatten(1, 2), k[:, slots * cells :]), dim=1)  # pointers have no place
+            x = x + layer.dropout2(attention.attend(q, k, keys, bias.to(q.dtype)))
+
+            y = layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm3(x)))))
+            x = x + layer.dropout3(y)
+        return net.norm(x).transpose(1, 2).reshape(objects, *features.top.shape[1:])
+
+    def _memory_keys(
+        self, memory: MemoryTensors
+    ) -> tuple[Float[Tensor, "o keys m"], Float[Tensor, "o keys m"], Float[Tensor, "o keys"]]:
+        """Memories as tokens (slot by slot, then pointers), where and when they are, and the bias of their scores."""
+        c, m, pool = self.config.channels, self.config.memory_channels, self.config.memory_pool
+        spatial = memory.spatial
+        if pool > 1:
+            spatial = F.avg_pool2d(spatial.flatten(0, 1), pool).unflatten(0, spatial.shape[:2])
+        spatial = spatial.flatten(3).transpose(2, 3)  # o s cells m
         temporal = self.maskmem_tpos_enc[:, 0, 0][memory.spatial_tpos]  # o s m
-        position = self.memory_position.flatten(2).transpose(1, 2)[:, None] + temporal[:, :, None]  # o s hw m
+        place = self.memory_position.flatten(2).transpose(1, 2)[:, None] + temporal[:, :, None]  # o s cells m
 
         splits = c // m  # one pointer becomes c / mem_dim tokens
-        rows = memory.pointers.shape[1]
-        pointers = memory.pointers.reshape(objects, rows * splits, m)
+        pointers = memory.pointers.reshape(memory.pointers.shape[0], -1, m)
         distance = memory.pointer_distance
         if self.config.pointer_distance_limit:  # a live stream goes on for hours, training clips do not
             distance = distance.clamp(max=self.config.pointer_distance_limit)
-        pointer_time = get_1d_sine_pe(distance / (self.config.max_pointers - 1), dim=c)
-        pointer_position = self.obj_ptr_tpos_proj(pointer_time.to(pointers.dtype)).repeat_interleave(splits, dim=1)
+        time = get_1d_sine_pe(distance / (self.config.max_pointers - 1), dim=c)
+        age = self.obj_ptr_tpos_proj(time.to(pointers.dtype)).repeat_interleave(splits, dim=1)
 
-        keys = torch.cat((spatial.flatten(1, 2), pointers), dim=1)
-        key_position = torch.cat((position.flatten(1, 2), pointer_position), dim=1)
         valid = torch.cat(
             (
-                memory.spatial_valid.repeat_interleave(h * w, dim=1),
+                memory.spatial_valid.repeat_interleave(spatial.shape[2], dim=1),
                 memory.pointer_valid.repeat_interleave(splits, dim=1),
             ),
             dim=1,
         )
-        # A softmax over no key at all is NaN; such a row is not used by anyone, it only has to stay finite.
-        valid = valid | ~valid.any(dim=1, keepdim=True)
-        key_angles = torch.cat((self.grid_angles.repeat(slots, 1), self.grid_angles.new_zeros(rows * splits, c // 2)))
-
-        net = self.memory_attention
-        x = features.top + 0.1 * self.grid_position
-        x = x.flatten(2).transpose(1, 2).expand(objects, -1, -1)
-        for layer in net.layers:
-            y = layer.norm1(x)
-            x = x + layer.dropout1(layer.self_attn(y, y, y, self.grid_angles, self.grid_angles))
-            y = layer.norm2(x)
-            x = x + layer.dropout2(
-                layer.cross_attn_image(y, keys + key_position, keys, self.grid_angles, key_angles, valid)
-            )
-            y = layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm3(x)))))
-            x = x + layer.dropout3(y)
-        return net.norm(x).transpose(1, 2).reshape(objects, c, h, w)
+        # A pooled key speaks for pool * pool cells: the logarithm of their number keeps its share of the softmax.
+        share = torch.full_like(valid, 2 * math.log(pool), dtype=torch.float32)
+        share[:, -pointers.shape[1] :] = 0.0
+        bias = torch.where(valid, share, NO_KEY)
+        keys = torch.cat((spatial.flatten(1, 2), pointers), dim=1)
+        return keys, torch.cat((place.flatten(1, 2), age), dim=1), bias
 
     def without_memory(self, features: ImageFeatures) -> Float[Tensor, "b c h w"]:
         """Features of a frame that is decoded from its prompt alone (directly_add_no_mem_embed)."""
@@ -236,40 +295,154 @@ class Sam2(nn.Module):
         self,
         features: ImageFeatures,
         conditioned: Float[Tensor, "o c h w"],
-        prompts: Float[Tensor, "o n c"] | None,
+        prompts: PromptTokens | None,
     ) -> MaskPrediction:
-        """Mask decoder on conditioned features (SAM2Base._forward_sam_heads); `prompts` None: an empty prompt."""
-        objects = conditioned.shape[0]
-        # No prompt: SAM 2's empty point and its padding point, both labelled -1.
-        empty = self.sam_prompt_encoder.not_a_point_embed.weight.expand(objects, 2, -1)
-        sparse = empty if prompts is None else prompts
-        multimask = self.config.multimask_tracking if prompts is None else self.config.multimask_prompted
-        dense = self.sam_prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(conditioned)
-        high_res = [level.expand(objects, -1, -1, -1) for level in (features.high_res_s0, features.high_res_s1)]
-        masks, ious, tokens, score = self.sam_mask_decoder(
-            image_embeddings=conditioned,
-            image_pe=self.sam_prompt_encoder.get_dense_pe().to(conditioned.dtype),
-            sparse_prompt_embeddings=sparse.to(conditioned.dtype),
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask,
-            repeat_image=False,
-            high_res_features=high_res,
-        )
-        best = ious.argmax(dim=1)
-        row = torch.arange(objects, device=best.device)
-        present = (score > 0).to(tokens.dtype)
-        token = tokens[row, best] if tokens.shape[1] > 1 else tokens[:, 0]
-        pointer = present * self.obj_ptr_proj(token) + (1 - present) * self.no_obj_ptr
-        return MaskPrediction(masks[row, best], ious[row, best], score[:, 0], pointer)
+        """Mask decoder on conditioned features (SAM2Base._forward_sam_heads); `prompts` None: an empty prompt.
 
-    def encode_memory(self, features: ImageFeatures, prediction: MaskPrediction) -> MemoryEntry:
-        """Memory encoder (SAM2Base._encode_new_memory): soft mask, scaled; absent objects get no_obj_embed_spatial."""
+        Which of the four masks it is, is known before they are drawn: only that one is (two, where the stability of the
+        single mask decides). `mask_logits` of an absent object are not erased.
+        """
+        decoder, objects = self.sam_mask_decoder, conditioned.shape[0]
+        if prompts is None:
+            # SAM 2's empty point and its padding point, both labelled -1.
+            prompts = PromptTokens(self.sam_prompt_encoder.not_a_point_embed.weight.expand(objects, 2, -1))
+            default = self.config.multimask_tracking
+        else:
+            default = self.config.multimask_prompted
+        dense = self.sam_prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        if prompts.dense is not None:
+            dense = dense + prompts.dense
+        own = torch.cat((decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight))
+        tokens = torch.cat((own.expand(objects, -1, -1), prompts.sparse.to(own.dtype)), dim=1)
+        bias = None
+        if prompts.valid is not None:
+            valid = torch.cat((prompts.valid.new_ones(objects, own.shape[0]), prompts.valid), dim=1)
+            bias = torch.where(valid, 0.0, NO_KEY).to(tokens.dtype)
+        position = self.sam_prompt_encoder.get_dense_pe().to(tokens.dtype).flatten(2).transpose(1, 2)
+        image = (conditioned + dense).flatten(2).transpose(1, 2)
+        tokens, image = two_way_transformer(decoder.transformer, tokens, image, position, bias)
+
+        score = decoder.pred_obj_score_head(tokens[:, 0])[:, 0]
+        ious = decoder.iou_prediction_head(tokens[:, 1])
+        mask_tokens = tokens[:, 2 : 2 + decoder.num_mask_tokens]
+        upscaled = self._upscale(image.transpose(1, 2).reshape(conditioned.shape), features)
+        if prompts.multimask is None and not default and not self.config.dynamic_multimask:
+            logits = _draw(decoder, mask_tokens[:, :1], upscaled)[:, 0]
+            iou, token = ious[:, 0], mask_tokens[:, 0]
+        else:
+            multimask = prompts.multimask
+            if multimask is None:
+                multimask = torch.full_like(score, float(default)).bool()
+            logits, iou, token = self._choose_mask(ious, mask_tokens, upscaled, multimask)
+        present = (score > 0).to(token.dtype)[:, None]
+        pointer = present * self.obj_ptr_proj(token) + (1 - present) * self.no_obj_ptr
+        return MaskPrediction(logits, iou, score, pointer)
+
+    def _upscale(self, image: Float[Tensor, "o c h w"], features: ImageFeatures) -> Float[Tensor, "o cs hm wm"]:
+        grow1, norm, activation1, grow2, activation2 = self.sam_mask_decoder.output_upscaling
+        x = activation1(norm(grow1(image) + features.high_res_s1))
+        upscaled: Tensor = activation2(grow2(x) + features.high_res_s0)
+        return upscaled
+
+    def _choose_mask(
+        self,
+        ious: Float[Tensor, "o masks"],
+        tokens: Float[Tensor, "o masks c"],
+        upscaled: Float[Tensor, "o cs hm wm"],
+        multimask: Bool[Tensor, " o"],
+    ) -> tuple[Float[Tensor, "o hm wm"], Float[Tensor, " o"], Float[Tensor, "o c"]]:
+        """The best of the three masks or the single one; logits, predicted IoU, token (for the object pointer).
+
+        With `dynamic_multimask` a single mask that is not stable gives way to the best of the three, but for its token
+        (MaskDecoder._dynamic_multimask_via_stability).
+        """
+        decoder = self.sam_mask_decoder
+        best = ious[:, 1:].argmax(dim=1) + 1
+        best_iou = ious.gather(1, best[:, None])[:, 0]
+        drawn = _draw(decoder, tokens, upscaled, chosen=torch.stack((torch.zeros_like(best), best), dim=1))
+        takes_best = multimask
+        if self.config.dynamic_multimask:
+            single, delta = drawn[:, 0].flatten(1), self.config.stability_delta
+            union = (single > -delta).float().sum(dim=1)
+            stability = torch.where(union > 0, (single > delta).float().sum(dim=1) / union.clamp(min=1.0), 1.0)
+            takes_best = multimask | (stability < self.config.stability_threshold)
+        logits = torch.where(takes_best[:, None, None], drawn[:, 1], drawn[:, 0])
+        best_token = tokens.gather(1, best[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
+        token = torch.where(multimask[:, None], best_token, tokens[:, 0])
+        return logits, torch.where(takes_best, best_iou, ious[:, 0]), token
+
+    def encode_memory(
+        self, features: ImageFeatures, prediction: MaskPrediction, binarize: Bool[Tensor, " o"] | None = None
+    ) -> MemoryEntry:
+        """Memory encoder (SAM2Base._encode_new_memory): soft mask, scaled; absent objects get no_obj_embed_spatial.
+
+        Args:
+            binarize: objects whose mask a user has seen and approved (binarize_mask_from_pts_for_mem_enc): 0 or 1.
+        """
         present = (prediction.object_score_logits > 0)[:, None, None, None]
         logits = torch.where(present, prediction.mask_logits[:, None], NO_OBJECT_LOGIT)
         size = (self.config.image_size, self.config.image_size)
-        masks = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).to(logits.dtype)
-        masks = torch.sigmoid(masks) * MEMORY_MASK_SCALE + MEMORY_MASK_BIAS
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).to(logits.dtype)
+        masks = torch.sigmoid(logits)
+        if binarize is not None:
+            masks = torch.where(binarize[:, None, None, None], (logits > 0).to(masks.dtype), masks)
+        masks = masks * MEMORY_MASK_SCALE + MEMORY_MASK_BIAS
         top = features.top.expand(masks.shape[0], -1, -1, -1)
         spatial = self.memory_encoder(top, masks, skip_mask_sigmoid=True)["vision_features"]
         spatial = spatial + (~present).to(spatial.dtype) * self.no_obj_embed_spatial[..., None, None]
         return MemoryEntry(spatial, prediction.pointer)
+
+
+def two_way_transformer(
+    net: TwoWayTransformer,
+    tokens: Float[Tensor, "o t c"],
+    image: Float[Tensor, "o hw c"],
+    image_position: Float[Tensor, "1 hw c"],
+    token_bias: Float[Tensor, "o t"] | None,
+) -> tuple[Float[Tensor, "o t c"], Float[Tensor, "o hw c"]]:
+    """sam2's TwoWayTransformer (modeling/sam/transformer.py) with a bias on tokens as keys: NO_KEY is no token."""
+    position = tokens
+    for block in net.layers:
+        if block.skip_first_layer_pe:
+            tokens = _attend(block.self_attn, tokens, tokens, tokens, token_bias)
+        else:
+            q = tokens + position
+            tokens = tokens + _attend(block.self_attn, q, q, tokens, token_bias)
+        tokens = block.norm1(tokens)
+        k = image + image_position
+        tokens = block.norm2(tokens + _attend(block.cross_attn_token_to_image, tokens + position, k, image))
+        tokens = block.norm3(tokens + block.mlp(tokens))
+        q = tokens + position
+        image = block.norm4(image + _attend(block.cross_attn_image_to_token, k, q, tokens, token_bias))
+    k = image + image_position
+    tokens = tokens + _attend(net.final_attn_token_to_image, tokens + position, k, image)
+    return net.norm_final_attn(tokens), image
+
+
+def _attend(
+    attention: Attention,
+    q: Float[Tensor, "o queries c"],
+    k: Float[Tensor, "o keys c"],
+    v: Float[Tensor, "o keys c"],
+    key_bias: Float[Tensor, "o keys"] | None = None,
+) -> Float[Tensor, "o queries c"]:
+    projected = ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v))
+    q, k, v = (layer(x).unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for layer, x in projected)
+    mask = None if key_bias is None else key_bias[:, None, None, :]
+    out: Tensor = attention.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+    return out
+
+
+def _draw(
+    decoder: MaskDecoder,
+    tokens: Float[Tensor, "o masks c"],
+    upscaled: Float[Tensor, "o cs hm wm"],
+    *,
+    chosen: Int[Tensor, "o drawn"] | None = None,
+) -> Float[Tensor, "o drawn hm wm"]:
+    """The masks of mask tokens 0, 1, ..., or of the chosen ones; each token has a hypernetwork of its own."""
+    networks = decoder.output_hypernetworks_mlps[: tokens.shape[1]]
+    weights = torch.stack([network(tokens[:, i]) for i, network in enumerate(networks)], dim=1)
+    if chosen is not None:
+        weights = weights.gather(1, chosen[:, :, None].expand(-1, -1, weights.shape[2]))
+    return (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])

@@ -14,7 +14,7 @@ from virst_engine.model.pixels import normalise
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.train.config import LossWeights
 from virst_engine.train.losses import attention_loss, attribute_loss, mask_losses, token_loss
-from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, PromptTokens
 
 Losses = dict[str, Float[Tensor, ""]]
 MIN_TOKEN_SHARE = 0.04  # of a token's pixels: from there it is expected to know the object
@@ -247,7 +247,9 @@ def image_step(model: Virst, heads: ReadOuts, batch: Batch, *, train_segmenter: 
     flat = (batch.clip_of_row[:, None] * encoded.frames + index).flatten()
     features = encoded.of(flat)
     conditioned = model.seg_model.without_memory(features)
-    prediction = model.seg_model.decode_mask(features, conditioned, output.prompts[:, index].flatten(0, 1))
+    prediction = model.seg_model.decode_mask(
+        features, conditioned, PromptTokens(output.prompts[:, index].flatten(0, 1))
+    )
     losses |= mask_losses(prediction, batch.truth[:, index].flatten(0, 1), batch.visible[:, index].flatten())
     newest = torch.arange(rows, device=index.device) * k + k - 1
     return losses, _rows(prediction, newest)
@@ -267,7 +269,7 @@ def propagation_step(model: Virst, heads: ReadOuts, batch: Batch) -> tuple[Losse
     for frame in batch.anchors:
         features = encoded.of(batch.clip_of_row * encoded.frames + frame)
         prediction = model.seg_model.decode_mask(
-            features, model.seg_model.without_memory(features), output.prompts[:, frame]
+            features, model.seg_model.without_memory(features), PromptTokens(output.prompts[:, frame])
         )
         total.append(mask_losses(prediction, batch.truth[:, frame], batch.visible[:, frame]))
         # A model that has not learnt presence yet would remember nothing: here the truth decides what is written.
@@ -291,7 +293,7 @@ def pretraining_step(
     memory = TrainingMemory(model)
     features = encoded.of(batch.clip_of_row * encoded.frames)
     prediction = model.seg_model.decode_mask(
-        features, model.seg_model.without_memory(features), _point_prompts(model, batch)
+        features, model.seg_model.without_memory(features), PromptTokens(_point_prompts(model, batch))
     )
     total = [mask_losses(prediction, batch.truth[:, 0], batch.visible[:, 0])]
     memory.remember_anchor(_step_of(batch, 0), _remembered(model, features, prediction), batch.visible[:, 0])

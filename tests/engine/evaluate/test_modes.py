@@ -94,7 +94,7 @@ def test_first_anchor_only_decodes_the_goal_frame_alone(mode):
     class Stages(FakeStages):
         def mask_decoder(self, features, conditioned, prompts):
             if prompts is not None:
-                decoded.append(len(prompts))
+                decoded.append(len(prompts.sparse))
             return super().mask_decoder(features, conditioned, prompts)
 
     config = small_config(period_s=0.2, clip_spacing_s=0.1, clip_frames=8)

@@ -11,7 +11,7 @@ from virst_engine.errors import BadFrame
 from virst_engine.fast.postprocess import mask_at_size
 from virst_engine.fast.preprocess import Preprocess
 from virst_engine.fast.tracker import DecodedAnchors, Tracker
-from virst_engine.types import Frame, ImageFeatures, MemoryEntry, MemoryTensors
+from virst_engine.types import Frame, ImageFeatures, MemoryEntry, MemoryTensors, PromptTokens
 
 Colour = tuple[float, float, float]
 
@@ -73,7 +73,7 @@ def batch_run(video: Video, frames: int, anchor_steps: list[int], colour: Colour
     features = [stages.image_encoder(preprocess(video.frame(t).image_rgb_u8)) for t in range(frames)]
     anchors, history, logits = [], [], []
     for step in anchor_steps:
-        prediction = stages.mask_decoder(features[step], None, prompt(features[step], colour))
+        prediction = stages.mask_decoder(features[step], None, PromptTokens(prompt(features[step], colour)))
         anchors.append(Remembered(step, stages.memory_encoder(features[step], prediction)))
     logits.append(prediction.mask_logits[0])
     for t in range(anchor_steps[-1] + 1, frames):

@@ -12,7 +12,15 @@ from virst_engine.config import MemoryParameters, TrackingParameters
 from virst_engine.fast.tracker import DecodedAnchors, Tracker
 from virst_engine.model.config import tabletop_tiny
 from virst_engine.model.sam2 import Sam2
-from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, StageSizes
+from virst_engine.types import (
+    Frame,
+    ImageFeatures,
+    MaskPrediction,
+    MemoryEntry,
+    MemoryTensors,
+    PromptTokens,
+    StageSizes,
+)
 
 
 class AlwaysVisible:
@@ -29,15 +37,23 @@ class AlwaysVisible:
         return self._stages.memory_attention(features, memory)
 
     def mask_decoder(
-        self, features: ImageFeatures, conditioned: torch.Tensor | None, prompts: torch.Tensor | None
+        self, features: ImageFeatures, conditioned: torch.Tensor | None, prompts: PromptTokens | None
     ) -> MaskPrediction:
         made = self._stages.mask_decoder(features, conditioned, prompts)
         logits = made.mask_logits - made.mask_logits.mean(dim=(1, 2), keepdim=True)  # some pixels are always inside
         score = torch.full_like(made.object_score_logits, 3.0)
         return dataclasses.replace(made, mask_logits=logits, object_score_logits=score, iou=torch.ones_like(made.iou))
 
-    def memory_encoder(self, features: ImageFeatures, prediction: MaskPrediction) -> MemoryEntry:
-        return self._stages.memory_encoder(features, prediction)
+    def memory_encoder(
+        self, features: ImageFeatures, prediction: MaskPrediction, binarize: torch.Tensor | None = None
+    ) -> MemoryEntry:
+        return self._stages.memory_encoder(features, prediction, binarize)
+
+    def click_tokens(self, points: torch.Tensor, labels: torch.Tensor) -> PromptTokens:
+        return self._stages.click_tokens(points, labels)
+
+    def mask_prediction(self, features: ImageFeatures, mask: torch.Tensor) -> MaskPrediction:
+        return self._stages.mask_prediction(features, mask)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from tests.engine.model.small_models import SMALL_SAM2, liven
 from virst_engine.model.config import Sam2Config, tabletop_tiny
 from virst_engine.model.sam2 import Sam2
-from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors, PromptTokens
 
 # SAM2Base builds its mask decoder with these widths, whatever its configuration says.
 BUILT_IN = {"decoder_feedforward": 2048, "iou_hidden": 256}
@@ -275,7 +275,7 @@ def test_a_prompt_stands_in_place_of_sam2s_embedded_points(pair: Pair) -> None:
         point_inputs={"point_coords": points, "point_labels": labels},
         multimask_output=pair.config.multimask_prompted,
     )
-    ours = pair.ours.decode_mask(pair.features, conditioned, prompts)
+    ours = pair.ours.decode_mask(pair.features, conditioned, PromptTokens(prompts))
     assert_same_prediction(ours, theirs)
     assert not torch.allclose(ours.mask_logits, pair.ours.decode_mask(pair.features, conditioned, None).mask_logits)
 
@@ -289,7 +289,7 @@ def test_three_masks_or_one_are_chosen_for_prompts_and_for_tracking_apart(prompt
     points, labels = torch.rand(4, 1, 2) * 64, torch.ones(4, 1, dtype=torch.int32)
     prompts = pair.reference.sam_prompt_encoder._embed_points(points, labels, pad=True) if prompted else None
     inputs = {"point_inputs": {"point_coords": points, "point_labels": labels}} if prompted else {}
-    ours = pair.ours.decode_mask(pair.features, conditioned, prompts)
+    ours = pair.ours.decode_mask(pair.features, conditioned, None if prompts is None else PromptTokens(prompts))
     assert_same_prediction(ours, pair.heads(conditioned, multimask_output=False, **inputs))
     three = pair.heads(conditioned, multimask_output=True, **inputs)[2].amax(dim=1)
     assert not torch.allclose(ours.iou, three, atol=1e-4)

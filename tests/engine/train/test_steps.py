@@ -26,7 +26,7 @@ from virst_engine.train.steps import (
     weighted,
 )
 from virst_engine.train.trainer import run_step
-from virst_engine.types import MaskPrediction, MemoryEntry, MemoryTensors
+from virst_engine.types import MaskPrediction, MemoryEntry, MemoryTensors, PromptTokens
 
 C, M, GRID, P = SMALL.sam2.channels, SMALL.sam2.memory_channels, SMALL.sam2.grid, SMALL.sam2.memory_frames
 IMAGE = StageConfig("image", "image", 5, 1e-3, clips=2, sentences=2, clip_frames=3, anchors=2)
@@ -88,7 +88,7 @@ def test_image_step_decodes_the_anchors_with_their_own_prompts_and_features() ->
     for row, clip in enumerate(batch.clip_of_row.tolist()):
         features = encoded.of(torch.tensor([clip * 3 + frame]))
         alone = model.seg_model.decode_mask(
-            features, model.seg_model.without_memory(features), prompts[row : row + 1, frame]
+            features, model.seg_model.without_memory(features), PromptTokens(prompts[row : row + 1, frame])
         )
         assert torch.allclose(newest.mask_logits[row], alone.mask_logits[0], atol=1e-4)
 
