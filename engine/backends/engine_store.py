@@ -99,7 +99,9 @@ def writable_root(folder: Path) -> Path:
     raise BackendError(f"neither {roots[0]} nor {roots[1]} can be written to; make one of them writable")
 
 
-def save_engine(folder: Path, record: EngineRecord, plan: bytes, build_s: float) -> Path:
+def save_engine(
+    folder: Path, record: EngineRecord, plan: bytes, *, build_s: float = 0.0, fused_attentions: int = 0
+) -> Path:
     """Write an engine and, after it, its record; a reader never sees half of either."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.file_name
@@ -107,7 +109,8 @@ def save_engine(folder: Path, record: EngineRecord, plan: bytes, build_s: float)
         "key": record.key,
         "engine_sha256": hashlib.sha256(plan).hexdigest(),
         "engine_bytes": len(plan),
-        "build_s": round(build_s, 2),
+        "build_s": build_s,
+        "fused_attentions": fused_attentions,
     }
     _write(path, plan)
     _write(path.with_suffix(".json"), (json.dumps({**asdict(record), **facts}, indent=1) + "\n").encode())
@@ -125,6 +128,12 @@ def read_record(path: Path) -> EngineRecord:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineMismatch(f"{sidecar} is no record of an engine ({error}). {rebuild('DIR')}") from error
     return record
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """How the engine of a valid record came out: build_s, fused_attentions, engine_bytes."""
+    values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return {name: values[name] for name in ("build_s", "fused_attentions", "engine_bytes")}
 
 
 def read_engine(path: Path) -> bytes:

@@ -86,7 +86,9 @@ class TensorRt:
         return self.module.Builder(self.logger)
 
     def network(self, builder: Any) -> Any:
-        return builder.create_network(1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        # TensorRT 11 has nothing else, and says that this flag will go.
+        flag = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return builder.create_network(0 if flag is None else 1 << int(flag))
 
     def parse(self, network: Any, onnx_file: Path) -> list[str]:
         """Read an ONNX file into the network; the parser's errors, none when it succeeded."""

@@ -20,6 +20,7 @@ from virst_engine.backends.engine_store import (
     EngineRecord,
     folder_key,
     read_engine,
+    read_facts,
     read_record,
     record_of,
     save_engine,
@@ -46,8 +47,9 @@ class BuiltEngine:
     path: Path
     record: EngineRecord
     kept: bool  # it was there already
-    build_s: float
+    build_s: float  # when it was built
     fused_attentions: int
+    engine_bytes: int
 
 
 def build_engines(
@@ -99,15 +101,15 @@ def build_engines(
         path = store / record.file_name
         if not force and _is_there(path, record):
             on_step(done, len(jobs), f"{what}: kept")
-            built.append(BuiltEngine(path, record, kept=True, build_s=0.0, fused_attentions=0))
+            built.append(BuiltEngine(path, record, True, **read_facts(path)))
             continue
         on_step(done, len(jobs), what)
         started = time.perf_counter()
         plan, fused = compile_stage(trt, onnx_files[stage], record, workspace_mib)
         seconds = time.perf_counter() - started
-        path = save_engine(store, record, plan, seconds)
+        path = save_engine(store, record, plan, build_s=round(seconds, 2), fused_attentions=fused)
         log.info("%s: %.1f s, %.1f MB, %d fused attentions", path, seconds, len(plan) / 1e6, fused)
-        built.append(BuiltEngine(path, record, kept=False, build_s=seconds, fused_attentions=fused))
+        built.append(BuiltEngine(path, record, False, **read_facts(path)))
     on_step(len(jobs), len(jobs), "done")
     return tuple(built)
 
@@ -174,11 +176,17 @@ def require_fused_attention(trt: Any, network: Any) -> int:
             turned.first_transpose = trt.Permutation([0, 1, 3, 2])
             keys = turned.get_output(0)
         queries, values = scores.get_input(0), average.get_input(1)
+        width, value_width = queries.shape[-1], values.shape[-1]
+        if width != value_width:
+            raise _cannot_fuse(softmax, f"queries have {width} channels and values {value_width}")
         attention = network.add_attention(queries, keys, values, trt.AttentionNormalizationOp.SOFTMAX, False)
         attention.decomposable = False
         if mask is not None:
             attention.mask = mask
-        for layer, i in readers[average.get_output(0).name]:
+        after = readers[average.get_output(0).name]
+        if not after:  # nothing would use the new one
+            raise _cannot_fuse(softmax, "what it averages is an output of the whole stage")
+        for layer, i in after:
             layer.set_input(i, attention.get_output(0))
     return len(softmaxes)
 
@@ -218,10 +226,14 @@ def _average(trt: Any, readers: dict[str, list[tuple[Any, int]]], softmax: Any) 
 
 
 def _not_attention(softmax: Any, beside: Any) -> ExportError:
-    what = "nothing" if beside is None else f"{beside.name} ({str(beside.type).split('.')[-1]})"
+    what = "nothing" if beside is None else f"{beside.name} ({beside.type.name})"
+    return _cannot_fuse(softmax, f"it stands beside {what}, not between two matrix products")
+
+
+def _cannot_fuse(softmax: Any, why: str) -> ExportError:
     return ExportError(
-        f"{softmax.name} does not stand between two matrix products but beside {what}: it cannot become one fused "
-        "attention; export the model again with this version, or build with --allow-unfused"
+        f"{softmax.name} cannot become one fused attention: {why}; export the model again with this version, "
+        "or build with --allow-unfused"
     )
 
 

@@ -276,8 +276,8 @@ def fake_tensorrt(flavour: str, version: str, kernels: dict[str, Kernel] | None 
     module.IElementWiseLayer, module.IShuffleLayer = IElementWiseLayer, IShuffleLayer
     module.Permutation = list
     module.MemoryPoolType = enum.IntEnum("MemoryPoolType", "WORKSPACE", start=0)
-    # 10 still has EXPLICIT_BATCH; 11 knows strongly typed networks alone.
-    flags = {"STRONGLY_TYPED": 1} if is_rtx or major >= 11 else {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}
+    # 11 and RTX know strongly typed networks alone.
+    flags = {"STRONGLY_TYPED": 0} if is_rtx or major >= 11 else {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}
     module.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", flags)
     if has_attention:
         module.AttentionNormalizationOp = enum.IntEnum("AttentionNormalizationOp", "NONE SOFTMAX", start=0)

@@ -45,7 +45,7 @@ def store(folder: Path, manifest: Manifest, platform: Platform, objects: tuple[i
     for stage in STAGES:
         for n in objects:
             record = record_of(manifest, stage, n, platform, attention="free")
-            save_engine(root, record, f"{stage} {n}".encode(), 0.1)
+            save_engine(root, record, f"{stage} {n}".encode())
     return root
 
 
@@ -174,7 +174,7 @@ def test_an_interrupted_write_leaves_the_engine_of_before(
 
     monkeypatch.setattr(Path, "replace", fails)
     with pytest.raises(KeyboardInterrupt):
-        save_engine(root, record, b"a new one", 1.0)
+        save_engine(root, record, b"a new one")
     assert read_engine(root / record.file_name) == b"mask_decoder 1"
     assert not list(root.glob("*.partial*"))
 

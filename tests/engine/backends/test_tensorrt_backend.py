@@ -61,7 +61,7 @@ def store_engines(trt: TensorRt, manifest: Manifest, folder: Path, buckets: tupl
             }
             plan = {"version": [trt.flavour, trt.version], "kernel": stage, "tensors": tensors}
             root = folder / "engines" / folder_key(manifest, platform)
-            save_engine(root, record, json.dumps(plan).encode(), 0.0)
+            save_engine(root, record, json.dumps(plan).encode())
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_an_engine_with_other_tensors_than_its_record_is_refused(
     platform = trt.platform(*HostMemory().describe())
     record = record_of(manifest, "memory_encoder", 1, platform, attention="free")
     plan = {"version": [trt.flavour, trt.version], "kernel": "", "tensors": {"top": ["HALF", [1], "in"]}}
-    save_engine(tmp_path / "engines" / folder_key(manifest, platform), record, json.dumps(plan).encode(), 0.0)
+    save_engine(tmp_path / "engines" / folder_key(manifest, platform), record, json.dumps(plan).encode())
     with pytest.raises(EngineMismatch, match="binarize is None, its record says"):
         TensorRtStages(tmp_path, tensorrt=trt, gpu=HostMemory())
 
@@ -219,7 +219,7 @@ def test_engines_for_different_numbers_of_objects_are_refused(manifest: Manifest
         path.rename(path.with_name(f"gone{path.suffix}"))
     platform = trt.platform(*HostMemory().describe())
     record = record_of(manifest, "memory_encoder", 3, platform, attention="free")
-    save_engine(tmp_path / "engines" / folder_key(manifest, platform), record, b"{}", 0.0)
+    save_engine(tmp_path / "engines" / folder_key(manifest, platform), record, b"{}")
     with pytest.raises(EngineMismatch, match="are for different numbers of objects"):
         TensorRtStages(tmp_path, tensorrt=trt, gpu=HostMemory())
 
