@@ -148,7 +148,9 @@ def compile_stage(trt: TensorRt, onnx_file: Path, record: EngineRecord, workspac
 def require_fused_attention(trt: Any, network: Any) -> int:
     """Replace each MatMul - (Add) - Softmax - MatMul of a parsed network by an IAttention that must not be decomposed.
 
-    What is added to the scores becomes its mask. The old layers stay behind without a use.
+    What is added to the scores becomes its mask. The queries of a single head are dealt to two heads that share its
+    keys: the same numbers, and the one form in which TensorRT-RTX 1.7 has a kernel for fewer than 2 ** 24 scores too.
+    The old layers stay behind without a use.
 
     Returns:
         How many there were.
@@ -179,16 +181,29 @@ def require_fused_attention(trt: Any, network: Any) -> int:
         width, value_width = queries.shape[-1], values.shape[-1]
         if width != value_width:
             raise _cannot_fuse(softmax, f"queries have {width} channels and values {value_width}")
+        shape = tuple(queries.shape)
+        splits = shape[1] == 1 and shape[2] % 2 == 0 and (mask is None or mask.shape[2] == 1)
+        if splits:
+            queries = _reshaped(network, queries, (shape[0], 2, shape[2] // 2, shape[3]))
         attention = network.add_attention(queries, keys, values, trt.AttentionNormalizationOp.SOFTMAX, False)
         attention.decomposable = False
         if mask is not None:
             attention.mask = mask
+        result = attention.get_output(0)
+        if splits:
+            result = _reshaped(network, result, shape)
         after = readers[average.get_output(0).name]
         if not after:  # nothing would use the new one
             raise _cannot_fuse(softmax, "what it averages is an output of the whole stage")
         for layer, i in after:
-            layer.set_input(i, attention.get_output(0))
+            layer.set_input(i, result)
     return len(softmaxes)
+
+
+def _reshaped(network: Any, tensor: Any, shape: tuple[int, ...]) -> Any:
+    layer = network.add_shuffle(tensor)
+    layer.reshape_dims = shape
+    return layer.get_output(0)
 
 
 def _scores_and_mask(trt: Any, producers: dict[str, Any], softmax: Any) -> tuple[Any, Any]:

@@ -93,9 +93,20 @@ class IShuffleLayer(ILayer):
     def first_transpose(self, permutation: Any) -> None:
         self._own["first_transpose"] = permutation
 
+        self._output.shape = tuple(self._inputs[0].shape[i] for i in permutation)
+
     @property
     def second_transpose(self) -> Any:
         return self._own["second_transpose"]
+
+    @property
+    def reshape_dims(self) -> Any:
+        return self._output.shape
+
+    @reshape_dims.setter
+    def reshape_dims(self, shape: Any) -> None:
+        assert math.prod(shape) == math.prod(self._inputs[0].shape)
+        self._output.shape = tuple(shape)
 
 
 class IAttention:
@@ -132,8 +143,7 @@ class Network:
         return self.layers[index]
 
     def add_shuffle(self, input: FakeTensor) -> IShuffleLayer:
-        shape = (*input.shape[:-2], input.shape[-1], input.shape[-2])
-        out = FakeTensor(f"shuffle_{len(self.layers)}", input.dtype, shape)
+        out = FakeTensor(f"shuffle_{len(self.layers)}", input.dtype, input.shape)
         identity = {"first_transpose": list(range(8)), "second_transpose": list(range(8))}
         layer = IShuffleLayer(out.name, LayerType.SHUFFLE, [input], out, identity)
         self.layers.append(layer)

@@ -154,13 +154,41 @@ def test_the_products_around_each_softmax_become_one_attention(tmp_path: Path) -
     own, cross = network.attentions
     assert not own.decomposable
     assert not cross.decomposable
-    assert (own.inputs[0].name, own.inputs[2].name, own.mask) == ("q", "v", None)
-    assert own.inputs[1].shape == (1, 1, 16, 32)  # keys, turned back
-    assert cross.mask.name == "bias"
-    assert (cross.inputs[0].name, cross.inputs[2].name) == ("attention_0", "memory_v")
-    layers = {layer.name: layer for layer in network.layers}
-    assert layers["out"].get_input(0).name == "attention_1"
-    assert layers["scores"].get_input(0).name == "attention_0"
+    made = {layer.get_output(0).name: layer for layer in network.layers}
+
+    def source(tensor: Any) -> str:
+        """What was reshaped or turned into it."""
+        return made[tensor.name].get_input(0).name
+
+    for attention in (own, cross):  # one head's queries dealt to two, over the same keys
+        assert attention.inputs[0].shape == (1, 2, 8, 32)
+    assert (source(own.inputs[0]), own.inputs[2].name, own.mask) == ("q", "v", None)
+    assert (source(own.inputs[1]), own.inputs[1].shape) == ("kt", (1, 1, 16, 32))
+    assert (source(cross.inputs[1]), cross.inputs[1].shape) == ("memory_kt", (1, 1, 80, 32))
+    assert (cross.inputs[2].name, cross.mask.name) == ("memory_v", "bias")
+    # The first one's result is the second one's query, and the second one's goes where the old product's went.
+    assert source(made[source(cross.inputs[0])].get_output(0)) == "attention_0"
+    last = made["out"].get_input(0)
+    assert (source(last), last.shape) == ("attention_1", (1, 1, 16, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "query_shape"),
+    [
+        ({"q": [1, 2, 16, 32], "self_average": [1, 2, 16, 32]}, (1, 2, 16, 32)),  # has two heads
+        ({"q": [1, 1, 15, 32], "self_average": [1, 1, 15, 32]}, (1, 1, 15, 32)),  # cannot be halved
+        ({"bias": [1, 1, 16, 80]}, (1, 1, 16, 32)),  # a mask for each query
+    ],
+)
+def test_queries_that_cannot_be_dealt_to_two_heads_stay_together(
+    change: dict[str, list[int]], query_shape: tuple[int, ...]
+) -> None:
+    layers = attention_layers("float16")
+    for layer in layers:
+        layer[4] = change.get(layer[1], layer[4])
+    network = parsed(layers)
+    require_fused_attention(fake_tensorrt("tensorrt", "11.1.0"), network)
+    assert network.attentions[1].inputs[0].shape == query_shape
 
 
 def parsed(layers: list[list[Any]]) -> AttentionNetwork:
@@ -337,11 +365,14 @@ KERNEL = b"_gemm_mha_v2"  # in a plan: one fused attention kernel
 SOFTMAX = b"MaxrSubExpSum"  # a softmax of its own, between two products that write and read the scores
 
 
-def attention_onnx(path: Path, dtype: str, *, values: int = 256, nan_check: bool = False) -> EngineRecord:
-    """The core of SAM 2's memory attention at 1024 pixels, with its key mask, for two objects."""
+def attention_onnx(
+    path: Path, dtype: str, *, objects: int = 1, grid: int = 64, values: int = 256, nan_check: bool = False
+) -> EngineRecord:
+    """The core of SAM 2's memory attention with its key mask: 9 memories and 18 pointers; grid 64 is 1024 pixels."""
     onnx = pytest.importorskip("onnx")
-    keys = 9 * 4096 + 18 * 4
-    shapes = {"q": [2, 1, 4096, 256], "k": [2, 1, keys, 256], "v": [2, 1, keys, values], "bias": [2, 1, 1, keys]}
+    o, queries = objects, grid * grid
+    keys = 9 * queries + 18 * 4
+    shapes = {"q": [o, 1, queries, 256], "k": [o, 1, keys, 256], "v": [o, 1, keys, values], "bias": [o, 1, 1, keys]}
     kind = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}[dtype]
 
     def value(name: str, shape: list[int]) -> Any:
@@ -359,13 +390,13 @@ def attention_onnx(path: Path, dtype: str, *, values: int = 256, nan_check: bool
         nodes += [node("IsNaN", ["p"], ["isnan"]), node("Where", ["isnan", "zero", "p"], ["p2"])]
     nodes += [node("MatMul", ["p2" if nan_check else "p", "v"], ["average"]), node("Relu", ["average"], ["out"])]
     constants = [onnx.helper.make_tensor(name, kind, [], [x]) for name, x in (("scale", 1 / 16), ("zero", 0.0))]
-    out = [2, 1, 4096, values]
+    out = [o, 1, queries, values]
     graph = onnx.helper.make_graph(
         nodes, "core", [value(*item) for item in shapes.items()], [value("out", out)], constants
     )
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8), path)
     return EngineRecord(
-        model="core", weights_sha256="", onnx_sha256="", stage="memory_attention", objects=2,
+        model="core", weights_sha256="", onnx_sha256="", stage="memory_attention", objects=o,
         precision={"float32": "fp32", "float16": "fp16"}[dtype],
         inputs={name: TensorSpec(dtype, tuple(shape)) for name, shape in shapes.items()},
         outputs={"out": TensorSpec(dtype, tuple(out))},
@@ -373,12 +404,21 @@ def attention_onnx(path: Path, dtype: str, *, values: int = 256, nan_check: bool
     )  # fmt: skip
 
 
-def test_rtx_has_a_fused_kernel_for_memory_attention_at_full_size(rtx: TensorRt, tmp_path: Path) -> None:
-    record = attention_onnx(tmp_path / "core.onnx", "float16")
+@pytest.mark.parametrize("grid", [64, 48, 32, 8], ids=["1024 px", "768 px", "512 px", "128 px"])
+@pytest.mark.parametrize("objects", [1, 8])
+def test_rtx_has_a_fused_kernel_for_memory_attention(rtx: TensorRt, tmp_path: Path, grid: int, objects: int) -> None:
+    record = attention_onnx(tmp_path / "core.onnx", "float16", objects=objects, grid=grid)
     plan, fused = compile_stage(rtx, tmp_path / "core.onnx", record)
     assert fused == 1
     assert KERNEL in plan
     assert SOFTMAX not in plan
+
+
+def test_rtx_on_its_own_would_not_fuse_one_object_at_512_pixels(rtx: TensorRt, tmp_path: Path) -> None:
+    """Why queries are dealt to two heads."""
+    record = attention_onnx(tmp_path / "core.onnx", "float16", grid=32)
+    plan, _ = compile_stage(rtx, tmp_path / "core.onnx", replace(record, attention="free"))
+    assert SOFTMAX in plan
 
 
 def test_rtx_refuses_what_it_would_have_to_decompose(rtx: TensorRt, tmp_path: Path) -> None:
