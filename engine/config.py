@@ -68,6 +68,11 @@ class MemoryParameters:
     min_write_iou: float = parameter(
         0.5, "a mask below this predicted IoU is not remembered", low=0.0, high=1.0, live=True
     )
+    rules: str = parameter(
+        "stream",
+        "stream: only good masks are remembered; sam2: every frame is, as in SAM 2's own predictor",
+        choices=("stream", "sam2"),
+    )
     # 128 KiB a frame for tabletop-tiny; a clip's 2.1 s at 60 Hz fit in.
     ring_steps: int = parameter(128, "frames whose features are cached for late answers", low=2, high=4096)
 

@@ -42,11 +42,17 @@ class FeatureRing:
         self._no_fusion = torch.zeros((rows, 0, 1, 1), device=device)
         self._steps = [NO_STEP] * rows
         self._stamps_ns = [0] * capacity
+        self._image_sizes = [(0, 0)] * capacity
         self._masks = torch.zeros((rows, slots, mask_side, mask_side), dtype=torch.bool, device=device)
         self._is_known = np.zeros((rows, slots), dtype=np.bool_)
 
-    def push(self, step: int, stamp_ns: int, features: ImageFeatures) -> ImageFeatures:
-        """Copy the features of the newest frame (b = 1) in and view them; the frame `capacity` steps ago is gone."""
+    def push(
+        self, step: int, stamp_ns: int, features: ImageFeatures, image_size: tuple[int, int] = (0, 0)
+    ) -> ImageFeatures:
+        """Copy the features of the newest frame (b = 1) in and view them; the frame `capacity` steps ago is gone.
+
+        `image_size`: height and width of the camera's image.
+        """
         row = step % self._capacity
         for name in CACHED:
             new = getattr(features, name)
@@ -54,7 +60,7 @@ class FeatureRing:
                 shape = (len(self._steps), *new.shape[1:])
                 self._buffers[name] = torch.zeros(shape, dtype=new.dtype, device=new.device)
             self._buffers[name][row].copy_(new[0])
-        self._steps[row], self._stamps_ns[row] = step, stamp_ns
+        self._steps[row], self._stamps_ns[row], self._image_sizes[row] = step, stamp_ns, image_size
         self._is_known[row] = False
         return self._view(row)
 
@@ -92,6 +98,10 @@ class FeatureRing:
 
     def stamp_ns(self, step: int) -> int | None:
         return self._stamps_ns[step % self._capacity] if self.has(step) else None
+
+    def image_size(self, step: int) -> tuple[int, int] | None:
+        """Height and width of the camera's image of that step; None once evicted."""
+        return self._image_sizes[step % self._capacity] if self.has(step) else None
 
     def features(self, step: int) -> ImageFeatures | None:
         """A view of one frame's features, valid until `capacity` more frames are pushed; None once evicted."""

@@ -6,7 +6,9 @@ attends to the alpha anchors nearest in time and to the P - 1 recent entries (VI
 encodings of SAM 2: anchors all share row P - 1 of maskmem_tpos_enc, the recent entry k writes ago has row k - 1
 (sam2/modeling/sam2_base.py, `_prepare_memory_conditioned_features`, commit 2b90b9f).
 
-Departures from SAM 2:
+Departures from SAM 2 (`memory.rules` "stream"; with "sam2" only the cap and causality are left):
+- Memories are kept in float32, not rounded to bfloat16.
+- Anchors are capped: the first one and the newest ones are kept.
 - Causal: an anchor of a later step than the frame is never attended.
 - Writes are gated by the caller, and "k frames back" means k *writes* back, as in SAMURAI: an object that was hidden
   for a second still has its last P - 1 views. Without gating both meanings are the same.
@@ -46,11 +48,14 @@ class MemoryBank:
                 f"memory.recent_frames must be < the model's {sizes.memory_frames} memory frames, got {self._recent}"
             )
         self._attended = parameters.anchors_attended
+        self._read_by_step = parameters.rules == "sam2"
         self._anchor_tpos = sizes.memory_frames - 1
         # Anchors first, then the ring: one gather reads both.
         columns = self._anchors + self._recent
         shape = (rows, columns, sizes.memory_channels, sizes.grid, sizes.grid)
-        self._spatial = torch.zeros(shape, device=device, dtype=dtype)
+        # SAM2VideoPredictor rounds memories to bfloat16 (_run_single_frame_inference), whatever it computes in.
+        kept = torch.bfloat16 if self._read_by_step else dtype
+        self._dtype, self._spatial = dtype, torch.zeros(shape, device=device, dtype=kept)
         self._pointer = torch.zeros((rows, self._anchors + self._pointers, sizes.channels), device=device, dtype=dtype)
         self._anchor_steps = np.full((rows, self._anchors), EMPTY, dtype=np.int64)
         self._recent_steps = np.full((rows, self._recent), EMPTY, dtype=np.int64)
@@ -78,6 +83,9 @@ class MemoryBank:
         self._spatial[slot, column].copy_(entry.spatial[entry_row])
         self._pointer[slot, column].copy_(entry.pointer[entry_row])
         steps[column] = step
+        if self._read_by_step:  # SAM 2: a frame is an anchor or a recent one
+            for recent in (self._recent_steps[slot], self._pointer_steps[slot]):
+                recent[recent == step] = EMPTY
 
     def remember_recent(self, slot: int, step: int, entry: MemoryEntry, entry_row: int = 0) -> None:
         """Push row `entry_row` of `entry` into the ring of recent frames; the oldest entry falls out."""
@@ -97,6 +105,17 @@ class MemoryBank:
         self._pointer_steps[slot] = EMPTY
         self._writes[slot] = 0
 
+    def forget_recent(self, slot: int) -> None:
+        """Only anchors are remembered: what was tracked is not worth it."""
+        self._recent_steps[slot] = EMPTY
+        self._pointer_steps[slot] = EMPTY
+        self._writes[slot] = 0
+
+    def forget_anchors_after(self, slot: int, step: int) -> None:
+        """No anchor of a later step is remembered."""
+        steps = self._anchor_steps[slot]
+        steps[steps > step] = EMPTY
+
     def copy_slot(self, source: int, target: int) -> None:
         """Make `target` remember what `source` does, and nothing else."""
         for buffer in (self._spatial, self._pointer):
@@ -105,7 +124,7 @@ class MemoryBank:
             table[target] = table[source]
 
     def is_empty(self, slot: int) -> bool:
-        return bool(self._anchor_steps[slot, 0] == EMPTY and self._writes[slot] == 0)
+        return bool((self._anchor_steps[slot] == EMPTY).all() and self._writes[slot] == 0)
 
     def anchor_steps(self, slot: int) -> list[int]:
         """Steps of the anchors kept, ascending."""
@@ -126,10 +145,9 @@ class MemoryBank:
         anchors_valid = np.take_along_axis(usable, anchors, axis=1)
         anchors_age = np.take_along_axis(age, anchors, axis=1)
 
-        writes = self._writes[rows]
         back = np.arange(1, self._recent + 1)
-        recent, recent_valid = (writes - back) % self._recent, writes >= back
-        columns = np.concatenate((anchors, self._anchors + recent), axis=1)
+        recent, recent_valid, _ = self._recent_columns(step, rows, back, self._recent_steps, anchors, anchors_valid)
+        columns = np.concatenate((anchors, recent), axis=1)
         valid = np.concatenate((anchors_valid, recent_valid), axis=1)
         tpos = np.empty_like(columns)
         tpos[:, : self._attended], tpos[:, self._attended :] = self._anchor_tpos, back - 1
@@ -137,21 +155,50 @@ class MemoryBank:
         pointers, pointers_valid, distance = anchors, anchors_valid, anchors_age
         if self._pointers:
             back = np.arange(1, self._pointers + 1)
-            recent, recent_valid = (writes - back) % self._pointers, writes >= back
-            recent_age = step - np.take_along_axis(self._pointer_steps[rows[:, 0]], recent, axis=1)
-            pointers = np.concatenate((anchors, self._anchors + recent), axis=1)
+            recent, recent_valid, recent_age = self._recent_columns(
+                step, rows, back, self._pointer_steps, anchors, anchors_valid
+            )
+            pointers = np.concatenate((anchors, recent), axis=1)
             pointers_valid = np.concatenate((anchors_valid, recent_valid), axis=1)
             distance = np.concatenate((anchors_age, recent_age), axis=1)
         distance = np.where(pointers_valid, distance, 0).astype(np.float32)
 
         return MemoryTensors(
-            spatial=_gather(self._spatial, rows, columns),
+            spatial=_gather(self._spatial, rows, columns).to(self._dtype),
             spatial_tpos=self._on_device(tpos),
             spatial_valid=self._on_device(valid),
             pointers=_gather(self._pointer, rows, pointers),
             pointer_distance=self._on_device(distance),
             pointer_valid=self._on_device(pointers_valid),
         )
+
+    def _recent_columns(
+        self,
+        step: int,
+        rows: np.ndarray,
+        back: np.ndarray,
+        ring_steps: np.ndarray,
+        anchors: np.ndarray,
+        anchors_valid: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of what happened `back` before this step: its column, whether there is any, its age in steps.
+
+        `back` counts writes; with `memory.rules` "sam2" it counts steps, and an anchor that is not attended as one
+        stands for its frame (unselected_cond_outputs).
+        """
+        steps, ring = ring_steps[rows[:, 0]], ring_steps.shape[1]
+        if not self._read_by_step:
+            writes = self._writes[rows]
+            column = (writes - back) % ring
+            return self._anchors + column, writes >= back, step - np.take_along_axis(steps, column, axis=1)
+        anchor_steps = self._anchor_steps[rows[:, 0]].copy()
+        attended = np.where(anchors_valid, anchors, self._anchors)
+        spare = np.concatenate((anchor_steps, np.full((len(rows), 1), EMPTY)), axis=1)
+        np.put_along_axis(spare, attended, EMPTY, axis=1)
+        known = np.concatenate((spare[:, : self._anchors], steps), axis=1)
+        wanted = step - back
+        found = (known[:, None, :] == wanted[None, :, None]) & (wanted >= 0)[None, :, None]
+        return found.argmax(axis=2), found.any(axis=2), np.broadcast_to(back, (len(rows), len(back)))
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._spatial.device, non_blocking=True)

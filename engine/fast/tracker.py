@@ -20,11 +20,13 @@ from torch import Tensor
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import MemoryParameters, TrackingParameters
+from virst_engine.errors import BadPrompt
 from virst_engine.fast.feature_ring import FeatureRing
 from virst_engine.fast.memory_bank import MemoryBank
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
+from virst_engine.fast.prompts import decode_prompt
 from virst_engine.timing import StageTimer
-from virst_engine.types import Frame, ImageFeatures, MaskPrediction, MemoryEntry, PromptTokens
+from virst_engine.types import ClickPrompt, Frame, ImageFeatures, MaskPrediction, MaskPrompt, MemoryEntry, PromptTokens
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class DecodedAnchors:
     features: ImageFeatures
     prediction: MaskPrediction
     sightings: tuple[Sighting, ...]
+    is_approved: bool = False  # a user's own prompt, not the reasoner's: its mask is remembered as 0 or 1
 
 
 class Tracker:
@@ -100,6 +103,8 @@ class Tracker:
     def reconfigure(self, memory: MemoryParameters, tracking: TrackingParameters) -> None:
         """Take the live parameters of these from the next frame on; sizes of buffers stay as they were built."""
         self._min_write_iou, self._replay_steps = memory.min_write_iou, tracking.replay_steps
+        self._agree_iou = tracking.agree_iou
+        self._remembers_all = memory.rules == "sam2"
 
     @property
     def memory(self) -> MemoryBank:
@@ -125,7 +130,7 @@ class Tracker:
 
         self._step += 1
         # From here on the cached copy, as in a replay: its layout in memory decides on the last bits of what follows.
-        features = self._ring.push(self._step, frame.stamp_ns, encoded)
+        features = self._ring.push(self._step, frame.stamp_ns, encoded, frame.image_rgb_u8.shape[:2])
         slots = [slot for slot in range(self._slots) if not self._memory.is_empty(slot)]
         if slots:
             self._propagate(self._step, features, slots, timer)
@@ -162,6 +167,41 @@ class Tracker:
         )
 
     @torch.inference_mode()
+    def prompt(self, slot: int, step: int, prompt: ClickPrompt | MaskPrompt) -> Sighting:
+        """Decode a user's prompt on the cached features of its own frame, and track what it shows from there.
+
+        On the newest frame the object is there at once. On an older one the frames since then are replayed, and the
+        object of before, if there is one, stays until the replay is through (`catch_up`). Earlier anchors stay; what
+        was tracked after a frame that the prompt contradicts is forgotten.
+
+        Raises:
+            BadPrompt: the frame is gone, or the prompt does not fit its image; nothing has changed.
+        """
+        features, size = self._ring.features(step), self._ring.image_size(step)
+        if features is None or size is None:
+            raise BadPrompt(
+                f"the frame of step {step} is not cached; those of steps {self._ring.oldest_step()} to {self._step} "
+                "are: prompt a newer one, or raise memory.ring_steps"
+            )
+        prediction = decode_prompt(self._stages, features, prompt, size, self._device)
+        (sighting,) = self._look(prediction, [step])
+        believed = self._agreement(slot, sighting)
+        anchors = DecodedAnchors(
+            (step,), (True,), (sighting.is_present,), (believed,), features, prediction, (sighting,), is_approved=True
+        )
+        contradicts = believed is not None and believed < self._agree_iou and not self._remembers_all
+        if step == self._step:
+            self._drop_replay(slot)
+            if contradicts:
+                self._memory.forget_recent(slot)
+            self._remember_anchors(slot, anchors, [0])
+            self._sightings[slot] = sighting
+            self._believe(step, slot, sighting)
+        else:
+            self._start_replay(slot, anchors, [0], keeps_earlier=True)
+        return sighting
+
+    @torch.inference_mode()
     def add_anchors(self, slot: int, anchors: DecodedAnchors, chosen: Sequence[int]) -> None:
         """Remember the chosen ones of `anchors` next to what is known of the object."""
         self._remember_anchors(slot, anchors, chosen)
@@ -172,15 +212,7 @@ class Tracker:
 
         Until then the object is tracked as before. The shadow starts at the newest chosen anchor.
         """
-        shadow = self._slots + slot
-        self._memory.clear(shadow)
-        self._ring.forget(shadow)
-        self._remember_anchors(shadow, anchors, chosen)
-        for i in chosen:
-            sighting = anchors.sightings[i]
-            self._ring.believe(sighting.step, shadow, sighting.mask_logits > 0)
-            self._sightings[shadow] = sighting
-        self._replays[slot] = anchors.steps[chosen[-1]]
+        self._start_replay(slot, anchors, chosen, keeps_earlier=False)
 
     @torch.inference_mode()
     def jump(self, slot: int, anchors: DecodedAnchors, chosen: int) -> None:
@@ -240,6 +272,27 @@ class Tracker:
             self.forget(slot)
         self._ring.clear()
 
+    def _start_replay(self, slot: int, anchors: DecodedAnchors, chosen: Sequence[int], *, keeps_earlier: bool) -> None:
+        shadow, first = self._slots + slot, anchors.steps[chosen[0]]
+        self._drop_replay(slot)
+        if keeps_earlier:
+            self._memory.copy_slot(slot, shadow)
+            self._memory.forget_recent(shadow)
+            self._memory.forget_anchors_after(shadow, first)
+        self._remember_anchors(shadow, anchors, chosen)
+        for i in chosen:
+            sighting = anchors.sightings[i]
+            self._believe(sighting.step, shadow, sighting)
+            self._sightings[shadow] = sighting
+        self._replays[slot] = anchors.steps[chosen[-1]]
+
+    def _drop_replay(self, slot: int) -> None:
+        shadow = self._slots + slot
+        self._memory.clear(shadow)
+        self._ring.forget(shadow)
+        self._sightings.pop(shadow, None)
+        self._replays.pop(slot, None)
+
     def _propagate(self, step: int, features: ImageFeatures, rows: list[int], timer: StageTimer) -> None:
         """Memory -> mask -> memory, for the objects of these rows in one frame, live or replayed."""
         with timer.stage("memory_attention"):
@@ -272,7 +325,7 @@ class Tracker:
         sightings = []
         for i, (iou, score, logit) in enumerate(zip(*numbers, strict=True)):
             is_present = score > 0 and logit > 0
-            is_remembered = is_present and iou >= self._min_write_iou  # False for NaN
+            is_remembered = self._remembers_all or (is_present and iou >= self._min_write_iou)  # False for NaN
             presence = 1.0 / (1.0 + math.exp(-max(min(score, 60.0), -60.0)))
             sightings.append(Sighting(steps[i], prediction.mask_logits[i], iou, presence, is_present, is_remembered))
         return sightings
@@ -290,7 +343,10 @@ class Tracker:
         return int((believed & decoded).sum()) / union if union else 1.0
 
     def _remember_anchors(self, row: int, anchors: DecodedAnchors, chosen: Sequence[int]) -> None:
-        entry: MemoryEntry = self._stages.memory_encoder(anchors.features, anchors.prediction)
+        approved = None
+        if anchors.is_approved:
+            approved = torch.ones(len(anchors.steps), dtype=torch.bool, device=self._device)
+        entry: MemoryEntry = self._stages.memory_encoder(anchors.features, anchors.prediction, approved)
         for i in chosen:
             self._memory.remember_anchor(row, anchors.steps[i], entry, i)
 
@@ -299,6 +355,4 @@ class Tracker:
         self._memory.copy_slot(shadow, slot)
         self._ring.copy_slot(shadow, slot)
         self._sightings[slot] = self._sightings.pop(shadow)
-        self._memory.clear(shadow)
-        self._ring.forget(shadow)
-        del self._replays[slot]
+        self._drop_replay(slot)

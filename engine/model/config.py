@@ -154,7 +154,7 @@ def sam2_1(size: str, image_size: int = 1024) -> Sam2Config:
     """
     if image_size < 32 or image_size % 32:
         raise ValueError(f"the image size of SAM 2.1 must be a multiple of 32, 32 or more, got {image_size}")
-    common = Sam2Config(image_size=image_size)  # the sizes differ in their trunks only
+    common = Sam2Config(image_size=image_size, dynamic_multimask=True)  # the sizes differ in their trunks only
     if size == "tiny":
         return replace(
             common,

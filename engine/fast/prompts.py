@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's box, points or mask on one frame -> the mask that the decoder makes of it.
+
+Coordinates are scaled as in sam2's predictor (sam2_video_predictor.py, add_new_points_or_box and add_new_mask, commit
+2b90b9f): squashed to the square input, aspect not kept.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from virst_engine.backends.base import Stages
+from virst_engine.errors import BadPrompt
+from virst_engine.model.sam2_prompts import BOX_CORNERS
+from virst_engine.types import ClickPrompt, ImageFeatures, MaskPrediction, MaskPrompt
+
+
+def decode_prompt(
+    stages: Stages,
+    features: ImageFeatures,
+    prompt: ClickPrompt | MaskPrompt,
+    image_size: tuple[int, int],
+    device: torch.device,
+) -> MaskPrediction:
+    """The object (o = 1) that the prompt shows in the frame of `features` (b = 1).
+
+    Args:
+        image_size: height and width of the camera's image, pixels.
+
+    Raises:
+        BadPrompt: the prompt does not fit that image.
+    """
+    size = stages.sizes.image_size
+    if isinstance(prompt, MaskPrompt):
+        return stages.mask_prediction(features, mask_input(prompt, image_size, size).to(device))
+    points, labels = click_input(prompt, image_size, size)
+    tokens = stages.click_tokens(points.to(device), labels.to(device))
+    return stages.mask_decoder(features, None, tokens)
+
+
+def click_input(prompt: ClickPrompt, image_size: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
+    """Points of the model's input, shape (1, p, 2), float32, and their labels, shape (1, p); a box comes first."""
+    height, width = image_size
+    assert prompt.points_px is not None  # ClickPrompt fills both in
+    assert prompt.labels is not None
+    points, labels = prompt.points_px, prompt.labels
+    if prompt.box_px is not None:
+        corners = np.asarray(prompt.box_px, np.float32).reshape(2, 2)
+        points, labels = np.concatenate((corners, points)), np.concatenate((BOX_CORNERS, labels))
+    outside = ((points < 0) | (points > (width, height))).any(axis=1)
+    if outside.any():
+        x, y = points[outside.argmax()]
+        raise BadPrompt(
+            f"({x:g}, {y:g}) is outside the image of {width} x {height}; prompts are in pixels of the camera's image"
+        )
+    scaled = torch.from_numpy(points / np.array((width, height), np.float32)) * size
+    return scaled[None], torch.from_numpy(labels)[None]
+
+
+def mask_input(prompt: MaskPrompt, image_size: tuple[int, int], size: int) -> Float[Tensor, "1 1 size size"]:
+    """The mask squashed to the model's input: 0 or 1, float32."""
+    if prompt.mask.shape != image_size:
+        (height, width), (high, wide) = image_size, prompt.mask.shape
+        raise BadPrompt(
+            f"the mask is {wide} x {high}, the camera's image {width} x {height}; a mask prompt needs the same size"
+        )
+    mask = torch.from_numpy(np.ascontiguousarray(prompt.mask))[None, None].float()
+    if image_size == (size, size):
+        return mask
+    resized = F.interpolate(mask, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    return (resized >= 0.5).float()
