@@ -18,6 +18,7 @@ from virst_engine.backends.tensorrt_api import TENSORRT_RTX, Platform
 from virst_engine.errors import BackendError, EngineMismatch
 
 FORMAT = "virst-engine-1"
+FACTS = ("build_s", "fused_attentions", "engine_bytes")  # how an engine came out; nothing that it depends on
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ def read_record(path: Path) -> EngineRecord:
         record = _record(values)
         if record.key != values["key"]:
             raise ValueError("it was changed by hand: its key does not fit")
+        lacking = [name for name in FACTS if name not in values]
+        if lacking:
+            raise ValueError(f"it does not say {lacking[0]}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineMismatch(f"{sidecar} is no record of an engine ({error}). {rebuild('DIR')}") from error
     return record
@@ -133,7 +137,7 @@ def read_record(path: Path) -> EngineRecord:
 def read_facts(path: Path) -> dict[str, Any]:
     """How the engine of a valid record came out: build_s, fused_attentions, engine_bytes."""
     values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return {name: values[name] for name in ("build_s", "fused_attentions", "engine_bytes")}
+    return {name: values[name] for name in FACTS}
 
 
 def read_engine(path: Path) -> bytes:

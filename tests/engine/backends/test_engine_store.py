@@ -163,6 +163,15 @@ def test_a_record_that_was_made_to_fit_is_refused(folder: Path, manifest: Manife
         read_record(path)
 
 
+def test_a_record_of_before_a_fact_was_kept_is_refused(folder: Path, manifest: Manifest) -> None:
+    path = store(folder, manifest, ORIN) / "mask_decoder-1.engine"
+    values = json.loads(path.with_suffix(".json").read_text())
+    del values["fused_attentions"]
+    path.with_suffix(".json").write_text(json.dumps(values))
+    with pytest.raises(EngineMismatch, match="does not say fused_attentions"):
+        read_record(path)
+
+
 def test_an_interrupted_write_leaves_the_engine_of_before(
     folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
