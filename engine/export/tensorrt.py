@@ -135,13 +135,14 @@ def compile_stage(trt: TensorRt, onnx_file: Path, record: EngineRecord, workspac
             log.warning("%s cannot require fused attention (10.14 can); it fuses what it recognises", trt.title)
     plan = builder.build_serialized_network(network, trt.config(builder, record.targets, workspace_mib))
     if plan is None:
-        reason = trt.last_error()
+        where, reason = record.gpu or " and ".join(record.targets), trt.last_error()
         if fused and "decompos" in reason:
             raise BackendError(
-                f"{trt.title} has no fused attention kernel for {record.stage} ({record.precision}) on "
-                f"{record.gpu or ', '.join(record.targets)}; build with --allow-unfused, which is slower"
+                f"{trt.title} has no fused attention kernel for {record.stage} ({record.precision}) on {where}; "
+                "build with --allow-unfused, which is slower"
             )
-        raise BackendError(f"{trt.title} cannot build {record.stage} for {record.gpu or record.targets}: {reason}")
+        way_out = "; with --allow-unfused it may compute attention as it likes" if fused else ""
+        raise BackendError(f"{trt.title} cannot build {record.stage} for {where}: {reason}{way_out}")
     return bytes(plan), fused
 
 

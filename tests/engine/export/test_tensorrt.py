@@ -239,8 +239,12 @@ def test_a_gpu_without_a_fused_kernel_is_named_with_the_way_out(tmp_path: Path, 
     trt.module.build_error = "decompose_composite_ops.cpp:59: CHECK(composite_op->is_decomposable()) failed."
     with pytest.raises(BackendError, match=r"cannot build image_encoder for .*decompose_composite_ops"):
         build(tmp_path, trt)  # not about attention that was required
+    wanted = record(tmp_path, trt, "memory_attention")
     with pytest.raises(BackendError, match=r"no fused attention kernel for memory_attention \(fp16\).*--allow-unfused"):
-        compile_stage(trt, tmp_path / "memory_attention.onnx", record(tmp_path, trt, "memory_attention"))
+        compile_stage(trt, tmp_path / "memory_attention.onnx", wanted)
+    trt.module.build_error = "the mask is not broadcastable"
+    with pytest.raises(BackendError, match=r"cannot build memory_attention .*not broadcastable; with --allow-unfused"):
+        compile_stage(trt, tmp_path / "memory_attention.onnx", wanted)
 
 
 def record(folder: Path, trt: TensorRt, stage: str, attention: str = "fused") -> EngineRecord:
@@ -423,7 +427,7 @@ def test_rtx_on_its_own_would_not_fuse_one_object_at_512_pixels(rtx: TensorRt, t
 
 def test_rtx_refuses_what_it_would_have_to_decompose(rtx: TensorRt, tmp_path: Path) -> None:
     record = attention_onnx(tmp_path / "core.onnx", "float32")
-    with pytest.raises(BackendError, match=r"no fused attention kernel for memory_attention \(fp32\) on SM86, SM89"):
+    with pytest.raises(BackendError, match=r"no fused attention kernel for memory_attention \(fp32\) on SM86 and SM89"):
         compile_stage(rtx, tmp_path / "core.onnx", record)
     plan, fused = compile_stage(rtx, tmp_path / "core.onnx", replace(record, attention="free"))
     assert fused == 0
