@@ -8,9 +8,20 @@ if TYPE_CHECKING:
     from virst_engine.config import EngineConfig
     from virst_engine.fast.postprocess import instance_map
     from virst_engine.session import Session
-    from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState
+    from virst_engine.types import ClickPrompt, Frame, FrameResult, Goal, MaskPrompt, ObjectResult, ObjectState
 
-__all__ = ["EngineConfig", "Frame", "FrameResult", "Goal", "ObjectResult", "ObjectState", "Session", "instance_map"]
+__all__ = [
+    "ClickPrompt",
+    "EngineConfig",
+    "Frame",
+    "FrameResult",
+    "Goal",
+    "MaskPrompt",
+    "ObjectResult",
+    "ObjectState",
+    "Session",
+    "instance_map",
+]
 
 _HOMES = {"EngineConfig": "config", "Session": "session", "instance_map": "fast.postprocess"}  # of the others: types
 

@@ -45,16 +45,50 @@ def check_fields(group: str, config: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+MODELS = ("tabletop-tiny", "sam2.1-tiny", "sam2.1-small", "sam2.1-base-plus", "sam2.1-large")
+
+
 @dataclass(frozen=True)
 class ModelParameters:
-    name: str = parameter("tabletop-tiny", "model to run", choices=("tabletop-tiny",))
-    weights: str = parameter("", "safetensors file of the weights; empty = the file shipped with the package")
+    """The sam2.1 models have no reasoner of their own: objects come from boxes, points or masks."""
+
+    name: str = parameter("tabletop-tiny", "model to run", choices=MODELS)
+    weights: str = parameter(
+        "", "file of the weights, for sam2.1 a checkpoint or its folder; empty = the file shipped with the package"
+    )
+    sha256: str = parameter("", "SHA-256 that a sam2.1 checkpoint must have; empty = any")
+    image_size: int = parameter(
+        0, "side of the model's square input, a multiple of 32; 0 = what the model was trained at", low=0, high=4096
+    )
     device: str = parameter("cpu", "torch device, for example cpu or cuda:0")
     # One thread: at this size more of them wait for each other, and collapse when the cores are busy.
     threads: int = parameter(1, "CPU threads of the segmenter; 0 = torch's choice", low=0, high=256)
 
     def __post_init__(self) -> None:
         check_fields("model", self)
+        if self.image_size % 32:
+            raise ValueError(f"model.image_size must be a multiple of 32, or 0, got {self.image_size}")
+
+
+@dataclass(frozen=True)
+class EngineParameters:
+    """How the segmenter's stages are run."""
+
+    backend: str = parameter(
+        "auto",
+        "auto = tensorrt where its engines fit this GPU, else onnxruntime where stages are exported, else torch",
+        choices=("auto", "torch", "onnxruntime", "tensorrt"),
+    )
+    path: str = parameter("", "folder of the exported stages (virst export); empty = none, torch runs the model")
+    precision: str = parameter(
+        "fp32", "of torch; exported stages have their own. fp16 only where it is safe", choices=("fp32", "bf16", "fp16")
+    )
+    compiled: bool = parameter(False, "let torch.compile take minutes at the start for faster frames")
+
+    def __post_init__(self) -> None:
+        check_fields("engine", self)
+        if self.backend in ("onnxruntime", "tensorrt") and not self.path:
+            raise ValueError(f"engine.backend {self.backend} needs engine.path: run virst export MODEL --out DIR first")
 
 
 @dataclass(frozen=True)
@@ -157,6 +191,7 @@ class EngineConfig:
     """All parameters of one Session."""
 
     model: ModelParameters = field(default_factory=ModelParameters)
+    engine: EngineParameters = field(default_factory=EngineParameters)
     memory: MemoryParameters = field(default_factory=MemoryParameters)
     tracking: TrackingParameters = field(default_factory=TrackingParameters)
     reasoner: ReasonerParameters = field(default_factory=ReasonerParameters)

@@ -13,10 +13,11 @@ import torch
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig
-from virst_engine.errors import BadFrame, VirstError
+from virst_engine.errors import BadFrame, BadPrompt, UnknownGoal, VirstError
 from virst_engine.fast.object_registry import ObjectRegistry
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import check_image, resize_image
+from virst_engine.fast.prompts import check_prompt
 from virst_engine.fast.tracker import DecodedAnchors, Sighting, TrackedFrame, Tracker
 from virst_engine.slow.anchors import (
     Action,
@@ -33,9 +34,18 @@ from virst_engine.slow.anchors import (
 )
 from virst_engine.slow.frame_window import FrameWindow
 from virst_engine.slow.goals import GoalBook, OpenRequest
-from virst_engine.slow.reasoner import ReasonerClient
+from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.timing import StageTimer
-from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState, Prompt
+from virst_engine.types import (
+    ClickPrompt,
+    Frame,
+    FrameResult,
+    Goal,
+    MaskPrompt,
+    ObjectResult,
+    ObjectState,
+    Prompt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +80,19 @@ class _Track:
 
 
 @dataclass(frozen=True)
+class _Prompted:
+    goal_id: str
+    step: int
+    prompt: ClickPrompt | MaskPrompt
+
+
+@dataclass(frozen=True)
 class _Command:
     """Left by any thread, carried out at the start of the next frame by the thread that owns the models."""
 
     add: _Track | None = None
     remove: _Track | None = None
+    prompt: _Prompted | None = None
     reset: bool = False
     config: EngineConfig | None = None
 
@@ -98,6 +116,7 @@ class Session:
         self._config, self._reasoner = config, reasoner
         self._device = torch.device(config.model.device if device is None else device)
         self._sizes = stages.sizes
+        self._has_reasoner = not isinstance(reasoner, NoReasoner)
         self._tracker = Tracker(
             stages,
             config.memory,
@@ -119,6 +138,7 @@ class Session:
         self._commands: list[_Command] = []
         self._pending: dict[str, _Track] = {}  # every goal that is set, the newest included
         self._states: dict[str, ObjectState] = {}
+        self._cached: dict[int, tuple[int, tuple[int, int]]] = {}  # stamp -> step, height and width; oldest first
 
     @classmethod
     def open(cls, config: EngineConfig | None = None, reasoner: ReasonerClient | None = None) -> "Session":
@@ -126,13 +146,16 @@ class Session:
 
         Raises:
             WeightsError: the weights are missing, damaged or made for another model.
+            BackendError, ExportError: `config.engine` asks for what does not run here, or is no export of this model.
             EndpointError: the reasoner's address can never work. An absent reasoner is no error: it may come later.
         """
         # Imported here: a session with other stages or another client needs neither.
-        from virst_engine.weights import load_stages, weights_identity
+        from virst_engine.weights import is_sam2, load_stages, weights_identity
 
         config = EngineConfig() if config is None else config
-        stages = load_stages(config.model)
+        stages = load_stages(config.model, config.engine)
+        if reasoner is None and is_sam2(config.model):
+            reasoner = NoReasoner()
         if reasoner is None:
             from virst_engine.slow.zmq_client import ZmqReasonerClient
 
@@ -165,6 +188,52 @@ class Session:
             self._pending[goal.goal_id] = track
             self._commands.append(_Command(add=track))
         logger.info("goal %s: %s", goal.goal_id, goal.sentence)
+        return goal
+
+    def add_object(
+        self,
+        prompt: ClickPrompt | MaskPrompt,
+        *,
+        stamp_ns: int | None = None,
+        goal_id: str = "",
+        object_id: str = "",
+    ) -> Goal:
+        """Track what a box, points or a mask show, without a sentence; returns at once. Empty ids are filled in.
+
+        The frames since the prompt's own are replayed, a few with each new one. `clear_goal` ends it.
+
+        Args:
+            stamp_ns: the frame that the prompt belongs to; None: the newest one. It has to be cached still.
+
+        Raises:
+            BadPrompt: there is no such frame (any more), or the prompt does not fit its image; nothing has changed.
+            BadGoal: an id is in use, or all objects are; nothing has changed.
+        """
+        with self._lock:
+            step = self._check_prompt(prompt, stamp_ns)
+            goal = self._book.prepare("", goal_id=goal_id, object_id=object_id, is_pointed_out=True)
+            assignment = self._registry.assign(goal.object_id)
+            goal = dataclasses.replace(goal, instance_id=assignment.instance_id)
+            self._book.put(goal)
+            track = _Track(goal, assignment.slot)
+            self._pending[goal.goal_id] = track
+            self._commands += [_Command(add=track), _Command(prompt=_Prompted(goal.goal_id, step, prompt))]
+        logger.info("goal %s: pointed out", goal.goal_id)
+        return goal
+
+    def prompt_object(self, object_id: str, prompt: ClickPrompt | MaskPrompt, *, stamp_ns: int | None = None) -> Goal:
+        """Show an object that is set already (by a sentence or a prompt) once more; its identity stays.
+
+        The prompt becomes an anchor, and settles the object: the reasoner overrules it only as it would its own answer
+        to a full window. Arguments and errors as of `add_object`; UnknownGoal when no goal has this object.
+        """
+        with self._lock:
+            goal = next((goal for goal in self._book.goals() if goal.object_id == object_id), None)
+            if goal is None:
+                known = ", ".join(repr(goal.object_id) for goal in self._book.goals()) or "none"
+                raise UnknownGoal(f"there is no object {object_id[:128]!r} to prompt; objects that are set: {known}")
+            step = self._check_prompt(prompt, stamp_ns)
+            self._commands.append(_Command(prompt=_Prompted(goal.goal_id, step, prompt)))
         return goal
 
     def clear_goal(self, goal_id: str) -> Goal:
@@ -234,13 +303,15 @@ class Session:
         timer = StageTimer(self._device)
         tracked = self._tracker.step(frame, timer)
         with timer.stage("window"):
-            self._remember_for_reasoner(frame, tracked)
+            if self._has_reasoner:
+                self._remember_for_reasoner(frame, tracked)
         for track in self._tracks.values():
             self._note_sighting(track)
         with timer.stage("anchors"):
             self._listen(frame)
-            self._ask(frame)
-            self._listen(frame)  # a reasoner in this process has answered already
+            if self._has_reasoner:
+                self._ask(frame)
+                self._listen(frame)  # a reasoner in this process has answered already
         with timer.stage("replay"):
             for slot in self._tracker.catch_up():
                 self._note_takeover(slot)
@@ -253,6 +324,10 @@ class Session:
             )
         with self._lock:
             self._states = {goal_id: track.state for goal_id, track in self._tracks.items()}
+            self._cached.pop(frame.stamp_ns, None)
+            self._cached[frame.stamp_ns] = (tracked.step, (height, width))
+            if len(self._cached) > self._config.memory.ring_steps:
+                del self._cached[next(iter(self._cached))]
         return FrameResult(frame.stamp_ns, tracked.step, frame.camera, objects, timer.ms())
 
     def _check(self, frame: Frame) -> None:
@@ -270,6 +345,35 @@ class Session:
         self._commands.append(_Command(remove=self._pending.pop(goal_id)))
         return goal
 
+    def _check_prompt(self, prompt: ClickPrompt | MaskPrompt, stamp_ns: int | None) -> int:
+        """The step of the prompt's frame. Raises BadPrompt."""
+        if not self._cached:
+            raise BadPrompt("no frame has been seen yet; prompt again when one has")
+        newest_ns, oldest_ns = next(reversed(self._cached)), next(iter(self._cached))
+        found = self._cached.get(newest_ns if stamp_ns is None else stamp_ns)
+        if found is None:
+            raise BadPrompt(
+                f"the frame with stamp {stamp_ns} ns is not cached; those from {oldest_ns} to {newest_ns} ns are: "
+                "prompt one of them, or raise memory.ring_steps"
+            )
+        step, image_size = found
+        check_prompt(prompt, image_size)
+        return step
+
+    def _apply_prompt(self, track: _Track, prompted: _Prompted) -> None:
+        stamp_ns = self._tracker.ring.stamp_ns(prompted.step)
+        try:
+            self._tracker.prompt(track.slot, prompted.step, prompted.prompt)
+        except BadPrompt as error:  # its frame was evicted, or the session was reset, since it was accepted
+            track.problem = str(error)
+            return
+        track.problem, track.dispute, track.claim = "", Dispute(), None
+        if self._tracker.is_replaying(track.slot):
+            track.replay_anchor_ns, track.replay_is_settled = stamp_ns, True
+        else:
+            track.newest_anchor_ns, track.is_settled, track.is_weak = stamp_ns, True, False
+            track.state, track.absent_steps = ObjectState.TRACKING, 0
+
     def _carry_out_commands(self) -> None:
         with self._lock:
             commands, self._commands = self._commands, []
@@ -281,6 +385,8 @@ class Session:
                 self._reasoner.cancel(goal_id)
             if command.add is not None:
                 self._tracks[command.add.goal.goal_id] = command.add
+            if command.prompt is not None and command.prompt.goal_id in self._tracks:
+                self._apply_prompt(self._tracks[command.prompt.goal_id], command.prompt)
             if command.config is not None:
                 self._config = command.config
                 self._tracker.reconfigure(self._config.memory, self._config.tracking)
@@ -289,6 +395,8 @@ class Session:
             if command.reset:
                 self._tracker.restart()
                 self._window.clear()
+                with self._lock:
+                    self._cached.clear()
                 self._tracks = {goal_id: _Track(track.goal, track.slot) for goal_id, track in self._tracks.items()}
                 with self._lock:
                     self._book.new_epoch()  # once more: since `reset` this thread may have asked about an old clip
@@ -362,6 +470,8 @@ class Session:
     def _is_due(self, track: _Track, frame: Frame) -> bool:
         # A goal that was cleared or set anew by another thread has a new track from the next frame on.
         if not self._is_same_goal(track):
+            return False
+        if not track.goal.sentence:  # the user pointed it out: the reasoner knows nothing of it
             return False
         if track.goal.camera not in ("", frame.camera) or self._tracker.is_replaying(track.slot):
             return False
@@ -538,12 +648,16 @@ class Session:
     def _message(self, track: _Track) -> str:
         if track.problem or track.state is ObjectState.TRACKING:
             return track.problem
-        if self._trouble:
+        if self._trouble and track.goal.sentence:
             return self._trouble
+        if not self._has_reasoner and track.goal.sentence:
+            return "this model understands no sentences; point the object out with a box, points or a mask"
         if self._tracker.is_replaying(track.slot):
             return "found in an earlier frame, catching up"
         if track.is_doubted and track.state is not ObjectState.LOST:
             return "something may fit the sentence, but not surely (tracking.start_presence); asked again"
+        if not track.goal.sentence and track.state is ObjectState.SEARCHING:
+            return "pointed out in a frame that is gone; point it out again"
         return {
             ObjectState.SEARCHING: "waiting for the reasoner's first answer",
             ObjectState.LOST: "not visible at the moment; it is found again when it comes back",

@@ -177,7 +177,10 @@ class MaskPrompt:
 
 @dataclass(frozen=True)
 class Goal:
-    """A sentence that the user set. One goal owns one object: the union of everything the sentence means."""
+    """A sentence that the user set. One goal owns one object: the union of everything the sentence means.
+
+    An object that the user pointed out has a goal without a sentence: the reasoner is never asked about it.
+    """
 
     goal_id: str
     object_id: str

@@ -16,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from virst_engine.backends.base import Stages
+from virst_engine.backends.choice import choose_stages
 from virst_engine.backends.torch_backend import TorchStages
-from virst_engine.config import ModelParameters
-from virst_engine.errors import WeightsError
+from virst_engine.config import EngineParameters, ModelParameters
+from virst_engine.errors import BadGoal, WeightsError
+from virst_engine.model.checkpoint import checkpoint_file, load_sam2
 from virst_engine.model.config import VirstConfig
+from virst_engine.model.sam2 import Sam2
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.slow.reasoner import Reasoner
@@ -28,12 +31,16 @@ from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
 log = logging.getLogger(__name__)
 
 FORMAT = "virst-weights-1"
+SAM2_PREFIX, SAM2_IMAGE_SIZE = "sam2.1-", 1024
+VIDEO_SIZE = 128  # of the small frames that a session keeps for a reasoner, where the model names none
 SHIPPED = Path(__file__).parent / "weights"
 REMEDY = "reinstall the package, train them with `virst train`, or give another file with the parameter model.weights"
 
 
 def weights_path(parameters: ModelParameters) -> Path:
     """The file that `parameters` mean. Raises WeightsError when it does not exist."""
+    if is_sam2(parameters):
+        return checkpoint_file(parameters.name.removeprefix(SAM2_PREFIX), parameters.weights)
     path = Path(parameters.weights).expanduser() if parameters.weights else SHIPPED / f"{parameters.name}.safetensors"
     if not path.is_file():
         raise WeightsError(f"the weights of {parameters.name} are missing: no file {path}; {REMEDY}")
@@ -45,6 +52,11 @@ def weights_identity(parameters: ModelParameters) -> str:
 
     The segmenter and the reasoner compare it: an answer means nothing to other weights than those that gave it.
     """
+    return f"{parameters.name} {weights_sha256(parameters)[:12]}"
+
+
+def weights_sha256(parameters: ModelParameters) -> str:
+    """SHA-256 of the weights file, in hexadecimal. Raises WeightsError."""
     path, digest = weights_path(parameters), hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -52,7 +64,7 @@ def weights_identity(parameters: ModelParameters) -> str:
                 digest.update(block)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error}); {REMEDY}") from error
-    return f"{parameters.name} {digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
 def save_model(model: Virst, path: Path, card: dict[str, object] | None = None) -> None:
@@ -125,6 +137,14 @@ def load_model(path: Path, *, device: str = "cpu", train_on: bool = False) -> Vi
         raise WeightsError(f"the model cannot run on device {device!r}: {error}; set model.device") from error
 
 
+def read_config(path: Path) -> VirstConfig:
+    """The dimensions of the model in a weights file. Raises WeightsError."""
+    try:
+        return VirstConfig.from_json(_read_metadata(path)["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} holds a configuration that we cannot read ({error}); {REMEDY}") from error
+
+
 def _read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -146,12 +166,14 @@ def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
 
 def load_goal_check(parameters: ModelParameters) -> Callable[[str], None]:
     """A function that raises BadGoal for a sentence that this model's reasoner could not read. Raises WeightsError."""
+    if is_sam2(parameters):
+
+        def refuse(sentence: str) -> None:
+            raise BadGoal(f"{parameters.name} understands no sentences; point objects out with a box, points or a mask")
+
+        return refuse
     path = weights_path(parameters)
-    try:
-        words = VirstConfig.from_json(_read_metadata(path)["config"]).words
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} holds a configuration that we cannot read ({error}); {REMEDY}") from error
-    tokenizer = WordTokenizer(words)
+    tokenizer = WordTokenizer(read_config(path).words)
 
     def check(sentence: str) -> None:
         tokenizer.encode_goal(sentence, LONGEST_GOAL_WORDS)
@@ -159,11 +181,54 @@ def load_goal_check(parameters: ModelParameters) -> Callable[[str], None]:
     return check
 
 
-def load_stages(parameters: ModelParameters) -> Stages:
-    """The segmenter's stages on `parameters.device`. Raises WeightsError."""
+def load_stages(parameters: ModelParameters, engine: EngineParameters | None = None) -> Stages:
+    """The segmenter's stages on `parameters.device`, run by the backend that `engine` asks for.
+
+    Raises:
+        WeightsError: the weights are missing, damaged or of another model.
+        BackendError: the backend cannot run here.
+        ExportError: `engine.path` is no export of this model.
+    """
+    engine = EngineParameters() if engine is None else engine
     _limit_threads(parameters)
+    digest = weights_sha256(parameters) if engine.path else ""
+    video_size = VIDEO_SIZE
+    if not is_sam2(parameters):
+        config = read_config(weights_path(parameters))
+        video_size = config.video.image_size
+        if parameters.image_size not in (0, config.sam2.image_size):
+            raise WeightsError(
+                f"{parameters.name} sees images of {config.sam2.image_size} px, model.image_size is "
+                f"{parameters.image_size}; set it to 0"
+            )
+
+    def torch_stages() -> TorchStages:
+        sam2, fusion_level = load_segmenter(parameters)
+        return TorchStages(
+            sam2,
+            fusion_level=fusion_level,
+            video_size=video_size,
+            precision=engine.precision,
+            compiled=engine.compiled,
+        )
+
+    return choose_stages(parameters, engine, weights_sha256=digest, video_size=video_size, torch_stages=torch_stages)
+
+
+def load_segmenter(parameters: ModelParameters) -> tuple[Sam2, int]:
+    """SAM 2 alone, of any model, in evaluation mode; and the FPN level that its reasoner reads. Raises WeightsError."""
+    if is_sam2(parameters):
+        size = parameters.name.removeprefix(SAM2_PREFIX)
+        image_size = parameters.image_size or SAM2_IMAGE_SIZE
+        sam2 = load_sam2(size, parameters.weights, image_size, parameters.sha256, parameters.device)
+        return sam2, -1
     model = load_model(weights_path(parameters), device=parameters.device)
-    return stages_of(model)
+    return model.seg_model, model.config.fusion.feature_level
+
+
+def is_sam2(parameters: ModelParameters) -> bool:
+    """Whether this is SAM 2.1 alone, without a reasoner."""
+    return parameters.name.startswith(SAM2_PREFIX)
 
 
 def stages_of(model: Virst) -> TorchStages:
@@ -174,6 +239,8 @@ def stages_of(model: Virst) -> TorchStages:
 
 def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
     """The reasoner on `parameters.device`; `second_fusion` False: the ablation of table 4. Raises WeightsError."""
+    if is_sam2(parameters):
+        raise WeightsError(f"{parameters.name} has no reasoner; choose a model that has one: tabletop-tiny")
     _limit_threads(parameters)
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, second_fusion=second_fusion)

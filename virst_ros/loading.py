@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from virst_engine import EngineConfig
 from virst_engine.session import Session
-from virst_engine.slow.reasoner import ReasonerClient
+from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
-from virst_engine.weights import load_goal_check, load_stages, weights_identity, weights_path
+from virst_engine.weights import is_sam2, load_goal_check, load_stages, weights_identity, weights_path
 from virst_ros.diagnostics import LoadedModel
 
 
@@ -27,13 +27,16 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
 
     Raises:
         WeightsError: the weights are missing, damaged, of another model, or do not run on the device.
+        BackendError, ExportError: `engine.backend` cannot run here, or `engine.path` is no export of this model.
         EndpointError: the reasoner's address can never work.
     """
     path = weights_path(config.model)
-    stages, check_goal = load_stages(config.model), load_goal_check(config.model)
-    reasoner = ZmqReasonerClient(
-        config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys, model=weights_identity(config.model)
-    )
+    stages, check_goal = load_stages(config.model, config.engine), load_goal_check(config.model)
+    reasoner: ReasonerClient = NoReasoner()
+    if not is_sam2(config.model):
+        reasoner = ZmqReasonerClient(
+            config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys, model=weights_identity(config.model)
+        )
     session = Session(config, stages, reasoner)
     return LoadedEngine(
         session=session,

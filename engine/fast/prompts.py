@@ -40,6 +40,14 @@ def decode_prompt(
     return stages.mask_decoder(features, None, tokens)
 
 
+def check_prompt(prompt: ClickPrompt | MaskPrompt, image_size: tuple[int, int]) -> None:
+    """Raises BadPrompt unless the prompt fits an image of this height and width."""
+    if isinstance(prompt, MaskPrompt):
+        mask_input(prompt, image_size, 32)
+    else:
+        click_input(prompt, image_size, 32)
+
+
 def click_input(prompt: ClickPrompt, image_size: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
     """Points of the model's input, shape (1, p, 2), float32, and their labels, shape (1, p); a box comes first."""
     height, width = image_size

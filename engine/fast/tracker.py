@@ -171,8 +171,8 @@ class Tracker:
         """Decode a user's prompt on the cached features of its own frame, and track what it shows from there.
 
         On the newest frame the object is there at once. On an older one the frames since then are replayed, and the
-        object of before, if there is one, stays until the replay is through (`catch_up`). Earlier anchors stay; what
-        was tracked after a frame that the prompt contradicts is forgotten.
+        object of before, if there is one, stays until the replay is through (`catch_up`). Earlier anchors stay, unless
+        the prompt shows another thing than what was tracked: then it is all that is known.
 
         Raises:
             BadPrompt: the frame is gone, or the prompt does not fit its image; nothing has changed.
@@ -185,20 +185,24 @@ class Tracker:
             )
         prediction = decode_prompt(self._stages, features, prompt, size, self._device)
         (sighting,) = self._look(prediction, [step])
-        believed = self._agreement(slot, sighting)
+        believed, agreement = self._ring.belief(step, slot), self._agreement(slot, sighting)
         anchors = DecodedAnchors(
-            (step,), (True,), (sighting.is_present,), (believed,), features, prediction, (sighting,), is_approved=True
+            (step,), (True,), (sighting.is_present,), (agreement,), features, prediction, (sighting,), is_approved=True
         )
-        contradicts = believed is not None and believed < self._agree_iou and not self._remembers_all
+        was_seen = believed is not None and bool(believed.any())
+        contradicts = was_seen and agreement is not None and agreement < self._agree_iou and not self._remembers_all
+        is_other_thing = contradicts and sighting.is_present
         if step == self._step:
             self._drop_replay(slot)
-            if contradicts:
+            if is_other_thing:
+                self._memory.clear(slot)
+            elif contradicts:  # what was taken for it is nothing
                 self._memory.forget_recent(slot)
             self._remember_anchors(slot, anchors, [0])
             self._sightings[slot] = sighting
             self._believe(step, slot, sighting)
         else:
-            self._start_replay(slot, anchors, [0], keeps_earlier=True)
+            self._start_replay(slot, anchors, [0], keeps_earlier=not is_other_thing)
         return sighting
 
     @torch.inference_mode()

@@ -56,17 +56,25 @@ class GoalBook:
         self._reasoner = reasoner
 
     def prepare(
-        self, sentence: str, *, goal_id: str = "", object_id: str = "", camera: str = "", replace: bool = False
+        self,
+        sentence: str,
+        *,
+        goal_id: str = "",
+        object_id: str = "",
+        camera: str = "",
+        replace: bool = False,
+        is_pointed_out: bool = False,
     ) -> Goal:
         """A goal that may be `put`: ids filled in, no instance id yet. Changes nothing.
 
-        With `replace`, every other goal is to be cleared first, also the one of the same id.
+        With `replace`, every other goal is to be cleared first, also the one of the same id. One that `is_pointed_out`
+        needs no sentence.
 
         Raises:
             BadGoal: it cannot be set; the message says what to change.
         """
         text = sentence.strip()
-        if not text:
+        if not text and not is_pointed_out:
             raise BadGoal("a goal must be a sentence, got an empty one; describe the object, like 'the red ball'")
         if len(text) > self._parameters.max_length:
             limit = self._parameters.max_length

@@ -84,6 +84,23 @@ class InProcessClient:
         self._answers.clear()
 
 
+class NoReasoner:
+    """For models that understand no sentences: objects are pointed out."""
+
+    def submit(self, request: ReasonerRequest) -> None:
+        raise VirstError("this model has no reasoner; point objects out with a box, points or a mask")
+
+    def cancel(self, goal_id: str) -> None: ...
+
+    def poll(self) -> list[ReasonerAnswer]:
+        return []
+
+    def status(self) -> str:
+        return ""
+
+    def close(self) -> None: ...
+
+
 class DelayedClient:
     """One reasoner that takes `delay_s` of *frame time* per request: realtime evaluation, repeatable on any machine.
 

@@ -314,7 +314,9 @@ def _command(
         if make_keys:
             make_curve_keys(Path(make_keys))
             return
-        parameters = ModelParameters(model, weights, device, threads or _half_of_the_cores())
+        parameters = ModelParameters(
+            name=model, weights=weights, device=device, threads=threads or _half_of_the_cores()
+        )
         has_ended = serve(
             lambda: _load(parameters), endpoint, identify=lambda: _identify(parameters), curve_keys=curve_keys
         )

@@ -25,9 +25,18 @@ from tests.fakes import (
     small_config,
 )
 from virst_engine.config import EngineConfig, ReasonerParameters
-from virst_engine.errors import BadFrame, BadGoal, UnknownGoal, VirstError, WireError
+from virst_engine.errors import BadFrame, BadGoal, BadPrompt, UnknownGoal, VirstError, WireError
 from virst_engine.session import Session
-from virst_engine.types import Frame, FrameResult, ObjectState, ReasonerAnswer, ReasonerRequest
+from virst_engine.slow.reasoner import NoReasoner
+from virst_engine.types import (
+    ClickPrompt,
+    Frame,
+    FrameResult,
+    MaskPrompt,
+    ObjectState,
+    ReasonerAnswer,
+    ReasonerRequest,
+)
 
 SEARCHING, TRACKING, LOST, NOT_FOUND = ObjectState
 Colour = tuple[float, float, float]
@@ -683,7 +692,7 @@ def test_open_hands_the_reasoner_s_address_keys_and_weights_to_its_client(monkey
             made.append((endpoint, curve_keys, model))
 
     monkeypatch.setattr("virst_engine.slow.zmq_client.ZmqReasonerClient", Client)
-    monkeypatch.setattr("virst_engine.weights.load_stages", lambda model: FakeStages())
+    monkeypatch.setattr("virst_engine.weights.load_stages", lambda model, engine: FakeStages())
     monkeypatch.setattr("virst_engine.weights.weights_identity", lambda model: f"{model.name} 0123456789ab")
     reasoner = ReasonerParameters(endpoint="tcp://robot:5555", curve_keys="/keys")
     Session.open(EngineConfig(reasoner=reasoner)).close()
@@ -735,3 +744,107 @@ def test_the_clip_shows_the_newest_frame_last() -> None:
     assert request.clip.fusion.dtype == np.float16
     assert request.clip.camera == "camera"
     assert request.clip.fusion.shape[-1] == SIDE // 4
+
+
+def iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    return float((mask & truth).sum() / (mask | truth).sum())
+
+
+def pointed(t: int = 0, row: int = 2) -> ClickPrompt:
+    """A point on the moving square of frame t."""
+    x = 2 * (1 + t % 10) + 4
+    return ClickPrompt(np.array([[x, 2 * row + 4]], np.float32))
+
+
+class TestPointedOut:
+    """Objects from boxes, points and masks, beside goals or without a reasoner at all."""
+
+    def test_a_point_is_tracked_from_the_next_frame_on(self) -> None:
+        video, session = Video([moving_square()]), Session(small_config(), FakeStages(), NoReasoner())
+        session.step(video.frame(0))
+        goal = session.add_object(pointed(0), object_id="cup")
+        for t in range(1, 6):
+            (found,) = session.step(video.frame(t)).objects
+            assert (found.object_id, found.state) == ("cup", ObjectState.TRACKING)
+            assert iou(found.mask, video.truth(t)) > 0.9
+        assert goal.sentence == ""
+
+    def test_a_prompt_on_an_older_frame_is_replayed(self) -> None:
+        video, session = Video([moving_square()]), Session(small_config(), FakeStages(), NoReasoner())
+        for t in range(9):
+            session.step(video.frame(t))
+        session.add_object(pointed(2), stamp_ns=video.frame(2).stamp_ns)
+        states = [session.step(video.frame(t)).objects[0].state for t in range(9, 16)]
+        assert states[0] is ObjectState.SEARCHING  # three cached frames are replayed per new one
+        (found,) = session.step(video.frame(16)).objects
+        assert found.state is ObjectState.TRACKING
+        assert iou(found.mask, video.truth(16)) > 0.9
+
+    def test_a_new_object_leaves_others_as_they_are(self) -> None:
+        squares = [moving_square(), moving_square(GREEN, row=9)]
+        video = Video(squares)
+        alone, both = (Session(small_config(), FakeStages(), NoReasoner()) for _ in range(2))
+        for session in (alone, both):
+            session.step(video.frame(0))
+            session.add_object(pointed(0), object_id="first")
+        for t in range(1, 12):
+            if t == 5:
+                both.add_object(pointed(4, row=9), object_id="second")
+            one, two = alone.step(video.frame(t)), both.step(video.frame(t))
+            assert np.array_equal(one.objects[0].mask, two.objects[0].mask)
+            assert one.objects[0].score == two.objects[0].score
+        assert iou(two.objects[1].mask, video.truth(11, 1)) > 0.9
+
+    def test_prompting_again_keeps_the_identity(self) -> None:
+        squares = [moving_square(), moving_square(GREEN, row=9)]
+        video, session = Video(squares), Session(small_config(), FakeStages(), NoReasoner())
+        session.step(video.frame(0))
+        goal = session.add_object(pointed(0), object_id="it")
+        before = session.step(video.frame(1)).objects[0]
+        session.prompt_object("it", pointed(1, row=9))
+        after = session.step(video.frame(2)).objects[0]
+        assert (after.object_id, after.instance_id, after.goal_id) == ("it", before.instance_id, goal.goal_id)
+        assert iou(after.mask, video.truth(2, 1)) > iou(after.mask, video.truth(2, 0))
+
+    def test_a_mask_is_a_prompt_too(self) -> None:
+        video, session = Video([moving_square()]), Session(small_config(), FakeStages(), NoReasoner())
+        session.step(video.frame(0))
+        session.add_object(MaskPrompt(video.truth(0)))
+        (found,) = session.step(video.frame(1)).objects
+        assert iou(found.mask, video.truth(1)) > 0.9
+
+    def test_a_goal_of_the_reasoner_can_be_corrected(self) -> None:
+        squares = [moving_square(), moving_square(GREEN, row=9)]
+        video, session = Video(squares), Session(small_config(), FakeStages(), InstantClient())
+        goal = session.set_goal("red")
+        session.step(video.frame(0))
+        session.prompt_object(goal.object_id, pointed(0, row=9))
+        found = session.step(video.frame(1)).objects[0]
+        assert (found.goal_id, found.state) == (goal.goal_id, ObjectState.TRACKING)
+
+    def test_what_cannot_be_pointed_out_is_refused_and_changes_nothing(self) -> None:
+        video, session = Video([moving_square()]), Session(small_config(ring_steps=4), FakeStages(), NoReasoner())
+        with pytest.raises(BadPrompt, match="no frame has been seen yet"):
+            session.add_object(pointed(0))
+        for t in range(8):
+            session.step(video.frame(t))
+        with pytest.raises(BadPrompt, match="is not cached"):
+            session.add_object(pointed(0), stamp_ns=video.frame(0).stamp_ns)
+        with pytest.raises(BadPrompt, match="outside the image of 32 x 32"):
+            session.add_object(ClickPrompt(np.array([[32.5, 3.0]])))
+        with pytest.raises(BadPrompt, match="the mask is 16 x 8"):
+            session.add_object(MaskPrompt(np.zeros((8, 16), bool)))
+        with pytest.raises(UnknownGoal, match="no object 'cup'"):
+            session.prompt_object("cup", pointed(0))
+        assert session.goals() == ()
+        for _ in range(3):
+            session.add_object(pointed(7))
+        with pytest.raises(BadGoal, match=r"3 goals are set; .*tracking\.max_objects"):
+            session.add_object(pointed(7))
+        assert len(session.step(video.frame(8)).objects) == 3
+
+    def test_a_sentence_for_a_model_without_a_reasoner_is_explained(self) -> None:
+        video, session = Video([moving_square()]), Session(small_config(), FakeStages(), NoReasoner())
+        session.set_goal("red")
+        (found,) = session.step(video.frame(0)).objects
+        assert "understands no sentences" in found.message

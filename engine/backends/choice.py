@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs the stages, and why: the word of `engine.backend`, or the fastest that fits this machine."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from virst_engine.backends.base import Stages
+from virst_engine.backends.manifest import Manifest, read_manifest
+from virst_engine.config import EngineParameters, ModelParameters
+from virst_engine.errors import BackendError, ExportError
+
+logger = logging.getLogger(__name__)
+
+
+def choose_stages(
+    model: ModelParameters,
+    engine: EngineParameters,
+    *,
+    weights_sha256: str,
+    video_size: int,
+    torch_stages: Callable[[], Stages],
+) -> Stages:
+    """The stages of a model, on the backend that `engine` asks for. The log says which one it is, and why.
+
+    Args:
+        weights_sha256: of the weights file: stages that were exported from another one are refused.
+        video_size: `StageSizes.video_size`.
+        torch_stages: loads the model and runs it by torch.
+
+    Raises:
+        BackendError: that backend cannot run here. `auto` then takes the next one.
+        ExportError: `engine.path` is no export of this model.
+    """
+    if not engine.path or engine.backend == "torch":
+        why = "engine.backend asks for it" if engine.backend == "torch" else "no stages are exported (engine.path)"
+        logger.info("%s runs by torch on %s: %s", model.name, model.device, why)
+        return torch_stages()
+    folder = Path(engine.path).expanduser()
+    _check_origin(folder, read_manifest(folder), model, weights_sha256)
+    if engine.backend == "tensorrt":
+        logger.info("%s runs by TensorRT: engine.backend asks for it", model.name)
+        return _tensorrt(folder, model, video_size)
+    if engine.backend == "onnxruntime":
+        logger.info("%s runs by ONNX Runtime on %s: engine.backend asks for it", model.name, model.device)
+        return _onnxruntime(folder, model, video_size)
+
+    reasons = []
+    if torch.device(model.device).type == "cuda":
+        try:
+            stages = _tensorrt(folder, model, video_size)
+        except BackendError as error:
+            reasons.append(f"not by TensorRT ({error})")
+        else:
+            logger.info("%s runs by TensorRT: its engines in %s fit this GPU", model.name, folder)
+            return stages
+    try:
+        stages = _onnxruntime(folder, model, video_size)
+    except BackendError as error:
+        reasons.append(f"not by ONNX Runtime ({error})")
+        logger.warning("%s runs by torch on %s: %s", model.name, model.device, "; ".join(reasons))
+        return torch_stages()
+    why = "; ".join(reasons) or f"{folder} holds its stages, and {model.device} is no GPU for TensorRT"
+    logger.info("%s runs by ONNX Runtime on %s: %s", model.name, model.device, why)
+    return stages
+
+
+def _check_origin(folder: Path, manifest: Manifest, model: ModelParameters, weights_sha256: str) -> None:
+    again = f"export this one: virst export {model.name} --out {folder}"
+    if manifest.model != model.name:
+        raise ExportError(f"{folder} holds the stages of {manifest.model}, not of {model.name}; {again}")
+    if manifest.weights_sha256 != weights_sha256:
+        raise ExportError(
+            f"{folder} was exported from weights {manifest.weights_sha256[:12]}, the model has "
+            f"{weights_sha256[:12]}; {again}"
+        )
+    if model.image_size and manifest.image_size != model.image_size:
+        raise ExportError(
+            f"{folder} was exported for images of {manifest.image_size} px, model.image_size is "
+            f"{model.image_size}; {again}"
+        )
+
+
+def _tensorrt(folder: Path, model: ModelParameters, video_size: int) -> Stages:
+    from virst_engine.backends.tensorrt_backend import TensorRtStages
+
+    return TensorRtStages(folder, device=model.device, video_size=video_size)
+
+
+def _onnxruntime(folder: Path, model: ModelParameters, video_size: int) -> Stages:
+    from virst_engine.backends.onnx_backend import OnnxRuntimeStages
+
+    return OnnxRuntimeStages(folder, device=model.device, threads=model.threads, video_size=video_size)
