@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `virst`: train, evaluate, bench, scenes, weights. Each command imports only what it runs."""
+"""The program `virst`: train, evaluate, bench, export, build, scenes, weights. Each command imports only what it runs."""
 
 import enum
 import json
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from virst_engine.config import ModelParameters, TrackingParameters
+from virst_engine.config import MemoryParameters, ModelParameters, TrackingParameters
 from virst_engine.errors import VirstError
 
 app = typer.Typer(
@@ -212,6 +212,88 @@ def bench(
     typer.echo(markdown(result))
 
 
+class Precision(str, enum.Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="tabletop-tiny or sam2.1-tiny, -small, -base-plus, -large.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the stages; made if it is not there.")],
+    weights: Annotated[str, typer.Option(help="File of the weights, or folder of a checkpoint; empty = shipped.")] = "",
+    sha256: Annotated[str, typer.Option(help="SHA-256 that a sam2.1 checkpoint must have.")] = "",
+    image_size: Annotated[
+        int, typer.Option("--size", min=0, help="Side of the input; 0 = what it was trained at.")
+    ] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16: everywhere; fp16: in image encoder and memory attention, where it is safe.")
+    ] = Precision.fp32,
+    pooled_keys: Annotated[bool, typer.Option("--pooled-keys", help="2 x 2 cells of a memory become one key.")] = False,
+    anchors: Annotated[int, typer.Option(min=1, max=16, help="Anchors that a frame attends to.")] = (
+        MemoryParameters.anchors_attended
+    ),
+    recent: Annotated[int, typer.Option(min=1, max=6, help="Recent frames that it attends to.")] = (
+        MemoryParameters.recent_frames
+    ),
+    pointers: Annotated[int, typer.Option(min=1, max=16, help="Object pointers.")] = MemoryParameters.pointers,
+) -> None:
+    """Write a model's stages as ONNX files, and check each with ONNX Runtime against torch."""
+    from virst_engine.config import EngineParameters
+    from virst_engine.export.onnx import export_model
+
+    with _values_as_usage():
+        parameters = ModelParameters(name=model, weights=weights, sha256=sha256, image_size=image_size)
+        engine = EngineParameters(precision=precision.value, pooled_keys=pooled_keys)
+        memory = MemoryParameters(anchors_attended=anchors, recent_frames=recent, pointers=pointers)
+    with _steps("stages") as on_step:
+        manifest = export_model(parameters, engine, memory, out, on_step=on_step)
+    typer.echo(
+        f"{out}: {manifest.model}, {manifest.image_size} px, {manifest.precision}; build engines: virst build {out}"
+    )
+
+
+@app.command()
+def build(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of `virst export`.")],
+    objects: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of objects to build engines for.")] = "1,4,8",
+    target: Annotated[
+        str, typer.Option(metavar="SM,...", help="TensorRT-RTX: build for these GPUs, such as SM86,SM89; needs no GPU.")
+    ] = "",
+    rtx: Annotated[bool, typer.Option("--rtx", help="TensorRT-RTX in place of TensorRT, for the GPU here.")] = False,
+    workspace: Annotated[int, typer.Option(min=0, help="MiB that a kernel may use; 0 = no limit.")] = 0,
+    device: Annotated[str, typer.Option(help="GPU to build for.")] = "cuda:0",
+    force: Annotated[bool, typer.Option("--force", help="Build also what is there.")] = False,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="Accept memory attention that is not one kernel a layer.")
+    ] = False,
+) -> None:
+    """Compile exported stages for this GPU with TensorRT, or for others with TensorRT-RTX; keep them beside the stages."""
+    from virst_engine.export.tensorrt import build_engines
+
+    try:
+        buckets = [int(part) for part in objects.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--objects {objects!r} is not a list of numbers, for example 1,4,8") from None
+    with _steps("engines") as on_step:
+        built = build_engines(
+            folder,
+            objects=buckets,
+            targets=[part for part in target.split(",") if part],
+            rtx=rtx,
+            workspace_mib=workspace,
+            force=force,
+            require_fused=not unfused,
+            device=device,
+            on_step=on_step,
+        )
+    for engine in built:
+        how = "kept" if engine.kept else f"built in {engine.build_s:.1f} s"
+        fused = f", {engine.fused_attentions} fused attentions" if engine.fused_attentions else ""
+        typer.echo(f"{engine.path}: {engine.engine_bytes / 1e6:.1f} MB, {how}{fused}")
+
+
 @scenes_app.command("write")
 def scenes_write(
     folder: Annotated[Path, typer.Argument(help="Where the clips go; complete ones that are there are kept.")],
@@ -350,6 +432,20 @@ def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
+
+
+@contextmanager
+def _steps(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr whose total comes with the first step: yields what takes (done, total, what is next)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total, step: progress.update(
+            task, completed=done, total=total, description=f"{what}: {step}"
+        )
 
 
 @contextmanager

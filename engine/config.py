@@ -83,6 +83,9 @@ class EngineParameters:
     precision: str = parameter(
         "fp32", "of torch; exported stages have their own. fp16 only where it is safe", choices=("fp32", "bf16", "fp16")
     )
+    pooled_keys: bool = parameter(
+        False, "2 x 2 cells of a memory become one key: faster, masks a little worse; exported stages have their own"
+    )
     compiled: bool = parameter(False, "let torch.compile take minutes at the start for faster frames")
 
     def __post_init__(self) -> None:

@@ -204,6 +204,8 @@ def load_stages(parameters: ModelParameters, engine: EngineParameters | None = N
 
     def torch_stages() -> TorchStages:
         sam2, fusion_level = load_segmenter(parameters)
+        if engine.pooled_keys:
+            sam2.pool_memory(2)
         return TorchStages(
             sam2,
             fusion_level=fusion_level,

@@ -8,10 +8,12 @@ sam2/modeling/sam2_base.py:
   (`_prepare_memory_conditioned_features`); masked softmax makes the result the same;
 - RoPE is real-valued, on halves instead of pairs of channels (`RopeAttention`);
 - of the decoder's four masks only the one that is wanted is drawn;
+- the trunk does not work on the padding of its windows (sam2_trunk.py);
 - prompts come as tokens: embedded points, or VIRST's embeddings in their place, without padding point.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from virst_engine.errors import VirstError
 from virst_engine.model.config import Sam2Config
 from virst_engine.model.rope import axial_angles
 from virst_engine.model.sam2_prompts import PromptTables
+from virst_engine.model.sam2_trunk import pad_late
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryEntry, MemoryTensors, PromptTokens, StageSizes
 
 try:
@@ -55,9 +58,14 @@ class RopeAttention(Attention):
 
     Channels 2i and 2i + 1 turn together. Here the projections' rows are taken in another order, evens before odds, for
     queries and keys alike: scores stay the same, and a rotation works on two halves that lie side by side.
+
+    The weights of an average sum to 1, so that values can also be projected after it, which is a quarter of that work
+    where memories have 64 channels. But attention of which queries and values differ in width is fused neither by GPUs
+    nor by torch on CPUs.
     """
 
     halves: Tensor
+    projects_values_first = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,8 +87,9 @@ class RopeAttention(Attention):
         """`q` and `k` projected and rotated, `v` not projected yet; `bias` is added to the scores."""
         mask = None if bias is None else bias[:, None, None, :]
         p = self.dropout_p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q[:, None], k[:, None], self.v_proj(v)[:, None], mask, dropout_p=p)
-        return self.out_proj(out[:, 0])
+        v = self.v_proj(v) if self.projects_values_first else v
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], mask, dropout_p=p)[:, 0]
+        return self.out_proj(out if self.projects_values_first else self.v_proj(out))
 
 
 def rotate_halves(x: Float[Tensor, "*batch tokens c"], rope: Rope) -> Float[Tensor, "*batch tokens c"]:
@@ -132,7 +141,7 @@ class Sam2(nn.Module):
             fpn_interp_model="nearest",
             fpn_top_down_levels=list(config.top_down_levels),
         )
-        self.image_encoder = ImageEncoder(trunk, neck, scalp=1)
+        self.image_encoder = ImageEncoder(pad_late(trunk), neck, scalp=1)
         layer = MemoryAttentionLayer(
             activation="relu",
             self_attention=RopeAttention(c, num_heads=1, dropout=config.dropout),
@@ -179,22 +188,29 @@ class Sam2(nn.Module):
         nn.init.trunc_normal_(self.no_obj_embed_spatial, std=0.02)
 
         # Constants of a fixed input size: non-persistent, so that they are no part of a checkpoint.
-        side = grid // config.memory_pool
-        here = torch.device("cpu")
         angles = axial_angles(c, grid, grid)
-        # A pooled key stands in the middle of its cells.
-        memory_angles = axial_angles(c, side, side, stride=config.memory_pool)
-        memory_position = self.memory_encoder.position_encoding._pe(1, here, grid, grid)
-        constants = {
-            "grid_cos": angles.cos(),
-            "grid_sin": angles.sin(),
-            "memory_cos": memory_angles.cos(),
-            "memory_sin": memory_angles.sin(),
-            "grid_position": neck.position_encoding._pe(1, here, grid, grid),
-            "memory_position": F.avg_pool2d(memory_position, config.memory_pool),
-        }
+        position = neck.position_encoding._pe(1, torch.device("cpu"), grid, grid)
+        constants = {"grid_cos": angles.cos(), "grid_sin": angles.sin(), "grid_position": position}
         for name, table in constants.items():
             self.register_buffer(name, table, persistent=False)
+        self.pool_memory(config.memory_pool)
+
+    def pool_memory(self, pool: int) -> None:
+        """Let pool x pool cells of a memory be one key from now on; the weights stay as they are."""
+        c, grid = self.config.channels, self.config.grid
+        if grid % pool:
+            raise ValueError(f"memory_pool must divide the grid of {grid} x {grid}, got {pool}")
+        self.config = replace(self.config, memory_pool=pool)
+        # A pooled key stands in the middle of its cells.
+        angles = axial_angles(c, grid // pool, grid // pool, stride=pool)
+        position = self.memory_encoder.position_encoding._pe(1, torch.device("cpu"), grid, grid)
+        constants = {
+            "memory_cos": angles.cos(),
+            "memory_sin": angles.sin(),
+            "memory_position": F.avg_pool2d(position, pool),
+        }
+        for name, table in constants.items():
+            self.register_buffer(name, table.to(self.grid_cos.device), persistent=False)
 
     @property
     def prompts(self) -> PromptTables:
