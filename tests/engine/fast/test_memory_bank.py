@@ -128,3 +128,56 @@ def test_what_was_read_does_not_change_with_later_writes() -> None:
     memory = memories.read(1, [0])
     memories.remember_anchor(0, 0, entry(2.0))
     assert attended(memory) == [(1.0, 6)]
+
+
+class TestRulesOfSam2:
+    """`memory.rules` "sam2": recent means frames ago, not writes ago; a frame is an anchor or a recent one."""
+
+    def bank(self) -> MemoryBank:
+        return MemoryBank(SIZES, MemoryParameters(rules="sam2", anchors_attended=2, anchor_slots=4), 1)
+
+    @staticmethod
+    def steps_read(bank: MemoryBank, step: int) -> tuple[list[int], list[int]]:
+        """Steps of the memories and of the pointers that a frame attends to; each entry is filled with its step."""
+        memory = bank.read(step, [0])
+        spatial = memory.spatial[0, memory.spatial_valid[0]][:, 0, 0, 0].tolist()
+        pointers = memory.pointers[0, memory.pointer_valid[0]][:, 0].tolist()
+        assert memory.pointer_distance[0, memory.pointer_valid[0]].tolist() == [step - at for at in pointers]
+        return [int(at) for at in spatial], [int(at) for at in pointers]
+
+    @staticmethod
+    def entry(step: int) -> MemoryEntry:
+        grid, m, c = SIZES.grid, SIZES.memory_channels, SIZES.channels
+        return MemoryEntry(torch.full((1, m, grid, grid), float(step)), torch.full((1, c), float(step)))
+
+    def test_an_anchor_takes_the_place_of_what_was_tracked_in_its_frame(self) -> None:
+        bank = self.bank()
+        bank.remember_anchor(0, 0, self.entry(0))
+        for step in range(1, 6):
+            bank.remember_recent(0, step, self.entry(step))
+        bank.remember_anchor(0, 4, self.entry(4))
+        assert self.steps_read(bank, 6) == ([4, 0, 5, 3, 2, 1], [4, 0, 5, 3, 2, 1])
+
+    def test_an_anchor_that_is_not_attended_as_one_counts_as_a_recent_frame(self) -> None:
+        bank = self.bank()
+        for step in (0, 2, 3):
+            bank.remember_anchor(0, step, self.entry(step))
+        bank.remember_recent(0, 1, self.entry(1))
+        assert self.steps_read(bank, 4) == ([3, 2, 1, 0], [3, 2, 1, 0])
+
+    def test_what_is_further_back_than_the_window_is_not_read(self) -> None:
+        bank = self.bank()
+        bank.remember_anchor(0, 0, self.entry(0))
+        for step in range(1, 30):
+            bank.remember_recent(0, step, self.entry(step))
+        spatial, pointers = self.steps_read(bank, 30)
+        assert spatial == [0, 29, 28, 27, 26, 25, 24]
+        assert pointers == [0, *range(29, 14, -1)]
+
+    def test_memories_are_rounded_to_bfloat16(self) -> None:
+        bank, entry = self.bank(), self.entry(1)
+        exact = MemoryEntry(entry.spatial + 2.0**-12, entry.pointer + 2.0**-12)
+        bank.remember_anchor(0, 0, exact)
+        memory = bank.read(1, [0])
+        assert float(memory.spatial[0, 0, 0, 0, 0]) == 1.0
+        assert float(memory.pointers[0, 0, 0]) == 1.0 + 2.0**-12

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs the stages, and what is refused; the backends themselves have tests of their own."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.backends.exports import small_sam2, write_fake_export
+from tests.fakes import FakeStages
+from virst_engine.backends import choice
+from virst_engine.backends.manifest import write_manifest
+from virst_engine.config import EngineParameters, ModelParameters
+from virst_engine.errors import BackendError, ExportError
+
+MODEL = ModelParameters(name="tabletop-tiny")
+DIGEST = "ab" * 32
+
+
+class Built(FakeStages):
+    """Stands for the stages of one backend."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    manifest = write_fake_export(tmp_path, small_sam2())
+    write_manifest(tmp_path, replace(manifest, model="tabletop-tiny", weights_sha256=DIGEST))
+    return tmp_path
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
+    """Backend -> the error with which it refuses; taken in the order of this dictionary's use."""
+    refusals: dict[str, Exception | None] = {"tensorrt": None, "onnxruntime": None}
+
+    def backend(name: str) -> Any:
+        def build(folder: Path, model: ModelParameters, video_size: int) -> Built:
+            refusal = refusals[name]
+            if refusal is not None:
+                raise refusal
+            return Built(name)
+
+        return build
+
+    for name in refusals:
+        monkeypatch.setattr(choice, f"_{name}", backend(name))
+    return refusals
+
+
+def chosen(engine: EngineParameters, model: ModelParameters = MODEL, digest: str = DIGEST) -> str:
+    stages = choice.choose_stages(
+        model, engine, weights_sha256=digest, video_size=128, torch_stages=lambda: Built("torch")
+    )
+    assert isinstance(stages, Built)
+    return stages.name
+
+
+def test_without_exported_stages_it_is_torch(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert chosen(EngineParameters()) == "torch"
+    assert "no stages are exported (engine.path)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "tensorrt"])
+def test_the_one_that_is_asked_for(folder: Path, tried: dict[str, Exception | None], name: str) -> None:
+    assert chosen(EngineParameters(backend=name, path=str(folder))) == name
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "onnxruntime"), ("cuda:0", "tensorrt")])
+def test_auto_takes_what_fits_the_device(
+    folder: Path,
+    tried: dict[str, Exception | None],
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    expected: str,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert chosen(EngineParameters(path=str(folder)), replace(MODEL, device=device)) == expected
+    assert str(folder) in caplog.text
+
+
+def test_auto_goes_on_to_the_next_one_and_says_why(
+    folder: Path, tried: dict[str, Exception | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    tried["tensorrt"] = BackendError("the engines are of another GPU; build them: virst build DIR")
+    with caplog.at_level(logging.INFO):
+        assert chosen(EngineParameters(path=str(folder)), replace(MODEL, device="cuda:0")) == "onnxruntime"
+    assert "the engines are of another GPU" in caplog.text
+    tried["onnxruntime"] = BackendError("the package onnxruntime is missing")
+    assert chosen(EngineParameters(path=str(folder)), replace(MODEL, device="cuda:0")) == "torch"
+    assert "the package onnxruntime is missing" in caplog.text
+
+
+def test_a_backend_that_was_asked_for_is_not_replaced(folder: Path, tried: dict[str, Exception | None]) -> None:
+    tried["tensorrt"] = BackendError("no CUDA device")
+    with pytest.raises(BackendError, match="no CUDA device"):
+        chosen(EngineParameters(backend="tensorrt", path=str(folder)))
+
+
+def test_stages_of_another_model_weights_or_size_are_refused(folder: Path, tried: dict[str, Exception | None]) -> None:
+    engine = EngineParameters(path=str(folder))
+    with pytest.raises(ExportError, match=r"holds the stages of tabletop-tiny, not of sam2\.1-tiny; export this one"):
+        chosen(engine, replace(MODEL, name="sam2.1-tiny"))
+    with pytest.raises(ExportError, match="was exported from weights abababababab, the model has cdcdcdcdcdcd"):
+        chosen(engine, digest="cd" * 32)
+    with pytest.raises(ExportError, match=r"model\.image_size is 512"):
+        chosen(engine, replace(MODEL, image_size=512))
+
+
+def test_a_folder_that_is_no_export_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is no export folder"):
+        chosen(EngineParameters(path=str(tmp_path / "none")))
+
+
+def test_the_configuration_asks_for_a_folder() -> None:
+    with pytest.raises(ValueError, match=r"engine\.backend tensorrt needs engine\.path"):
+        EngineParameters(backend="tensorrt")
