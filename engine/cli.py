@@ -40,6 +40,19 @@ class Mode(str, enum.Enum):
     realtime = "realtime"
 
 
+class Backend(str, enum.Enum):
+    auto = "auto"
+    torch = "torch"
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+
+
+class Precision(str, enum.Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class Phrasings(str, enum.Enum):
     train = "train"
     held_out = "held-out"
@@ -130,6 +143,9 @@ def evaluate_command(
     start_presence: Annotated[
         float, typer.Option(min=0, max=1, help="Probability of presence from which an answer begins a track.")
     ] = TrackingParameters.start_presence,
+    pooled_keys: Annotated[bool, typer.Option("--pooled-keys", help="2 x 2 cells of a memory become one key.")] = False,
+    backend: Annotated[Backend, typer.Option(help="What runs the stages of --stages.")] = Backend.auto,
+    stages: Annotated[str, typer.Option(metavar="DIR", help="Stages of `virst export`; empty = torch.")] = "",
 ) -> None:
     """Score the model on simulated scenes against their truth: J, F, J&F, absence, robustness; per kind of sentence."""
     from dataclasses import replace
@@ -158,6 +174,9 @@ def evaluate_command(
             no_second_fusion=no_second_fusion,
             alpha=alpha,
             start_presence=start_presence,
+            pooled_keys=pooled_keys,
+            backend=backend.value,
+            stages=stages,
         )
         settings.engine_config()
     if mode is Mode.realtime:
@@ -210,12 +229,6 @@ def bench(
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(markdown(result), encoding="utf-8")
     typer.echo(markdown(result))
-
-
-class Precision(str, enum.Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 @app.command()

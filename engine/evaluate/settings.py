@@ -4,7 +4,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from virst_engine.config import EngineConfig, MemoryParameters, ModelParameters, TrackingParameters
+from virst_engine.config import EngineConfig, EngineParameters, MemoryParameters, ModelParameters, TrackingParameters
 
 FIRST_EVALUATION_SEED = 1_000_000  # training never reaches it
 FAMILIES = ("plain", "full")
@@ -18,7 +18,7 @@ GOAL_FRAME = 21  # the goal is set when one clip window (8 frames 0.3 s apart) h
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """One evaluation; the ablations and the two parameters that are compared are the last six fields."""
+    """One evaluation; the ablations and the parameters that are compared are the last fields."""
 
     family: str = "plain"
     first_scene: int = FIRST_EVALUATION_SEED
@@ -37,6 +37,9 @@ class EvaluationSettings:
     no_second_fusion: bool = False
     alpha: int = MemoryParameters.anchors_attended
     start_presence: float = TrackingParameters.start_presence
+    pooled_keys: bool = False
+    backend: str = "auto"
+    stages: str = ""  # folder of exported stages; empty: torch
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -66,6 +69,7 @@ class EvaluationSettings:
             tracking = replace(tracking, confirm_answers=1)
         return EngineConfig(
             model=ModelParameters(weights=self.weights, device=self.device, threads=self.threads),
+            engine=EngineParameters(backend=self.backend, path=self.stages, pooled_keys=self.pooled_keys),
             memory=MemoryParameters(anchors_attended=self.alpha),
             tracking=tracking,
         )
