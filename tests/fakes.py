@@ -8,6 +8,7 @@ changes the result in its last bits: noisy video makes comparisons of two runs s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -119,6 +120,37 @@ class FakeStages:
         mask = (prediction.mask_logits > 0).float()[:, None]
         spatial = torch.cat((features.high_res_s0 * mask, mask), dim=1)
         return MemoryEntry(F.avg_pool2d(spatial, 4), prediction.pointer)
+
+
+class ReusedBuffers(FakeStages):
+    """Spoils what a stage has returned when the stage is called again, as CUDA graphs and engines do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._returned: dict[str, list[torch.Tensor]] = {}
+
+    def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
+        return self._lend("image_encoder", super().image_encoder(pixels))
+
+    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> torch.Tensor:
+        return self._lend("memory_attention", super().memory_attention(features, memory))
+
+    def mask_decoder(
+        self, features: ImageFeatures, conditioned: torch.Tensor | None, prompts: PromptTokens | None
+    ) -> MaskPrediction:
+        return self._lend("mask_decoder", super().mask_decoder(features, conditioned, prompts))
+
+    def memory_encoder(
+        self, features: ImageFeatures, prediction: MaskPrediction, binarize: torch.Tensor | None = None
+    ) -> MemoryEntry:
+        made = super().memory_encoder(features, prediction, binarize)
+        return MemoryEntry(self._lend("memory_encoder", made.spatial), made.pointer)
+
+    def _lend(self, stage: str, made: Any) -> Any:
+        for tensor in self._returned.get(stage, []):
+            tensor.fill_(float("nan"))
+        self._returned[stage] = [made] if isinstance(made, torch.Tensor) else list(vars(made).values())
+        return made
 
 
 def _colour_at(rgb: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

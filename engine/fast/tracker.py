@@ -154,7 +154,7 @@ class Tracker:
             return None
         kept_steps = tuple(steps[i] for i in kept)
         features = self._ring.gather(kept_steps, slot)
-        prediction = self._stages.mask_decoder(features, None, PromptTokens(prompts[kept].to(self._device)))
+        prediction = _own(self._stages.mask_decoder(features, None, PromptTokens(prompts[kept].to(self._device))))
         sightings = self._look(prediction, kept_steps)
         return DecodedAnchors(
             steps=kept_steps,
@@ -183,7 +183,7 @@ class Tracker:
                 f"the frame of step {step} is not cached; those of steps {self._ring.oldest_step()} to {self._step} "
                 "are: prompt a newer one, or raise memory.ring_steps"
             )
-        prediction = decode_prompt(self._stages, features, prompt, size, self._device)
+        prediction = _own(decode_prompt(self._stages, features, prompt, size, self._device))
         (sighting,) = self._look(prediction, [step])
         believed, agreement = self._ring.belief(step, slot), self._agreement(slot, sighting)
         anchors = DecodedAnchors(
@@ -303,11 +303,17 @@ class Tracker:
             conditioned = self._stages.memory_attention(features, self._memory.read(step, rows))
         with timer.stage("mask_decoder"):
             prediction = self._stages.mask_decoder(features, conditioned, None)
+        entry = None
+        if self._device.type == "cuda":  # queued before `_look` waits for the GPU: the one wait of a frame
+            with timer.stage("memory_encoder"):
+                entry = self._stages.memory_encoder(features, prediction)
+        with timer.stage("mask_decoder"):
             sightings = self._look(prediction, [step] * len(rows))
 
         if any(s.is_remembered for s in sightings):
             with timer.stage("memory_encoder"):
-                entry = self._stages.memory_encoder(features, prediction)
+                if entry is None:
+                    entry = self._stages.memory_encoder(features, prediction)
                 for i, (row, sighting) in enumerate(zip(rows, sightings, strict=True)):
                     if sighting.is_remembered:  # a hidden object must not overwrite what we remember of it
                         self._memory.remember_recent(row, step, entry, i)
@@ -326,12 +332,13 @@ class Tracker:
         # One transfer from the device for all numbers of all objects.
         largest = prediction.mask_logits.flatten(1).amax(dim=1)
         numbers = torch.stack((prediction.iou, prediction.object_score_logits, largest)).tolist()
+        mask_logits = prediction.mask_logits.clone()  # the decoder's next call may overwrite it
         sightings = []
         for i, (iou, score, logit) in enumerate(zip(*numbers, strict=True)):
             is_present = score > 0 and logit > 0
             is_remembered = self._remembers_all or (is_present and iou >= self._min_write_iou)  # False for NaN
             presence = 1.0 / (1.0 + math.exp(-max(min(score, 60.0), -60.0)))
-            sightings.append(Sighting(steps[i], prediction.mask_logits[i], iou, presence, is_present, is_remembered))
+            sightings.append(Sighting(steps[i], mask_logits[i], iou, presence, is_present, is_remembered))
         return sightings
 
     def _believe(self, step: int, row: int, sighting: Sighting) -> None:
@@ -360,3 +367,8 @@ class Tracker:
         self._ring.copy_slot(shadow, slot)
         self._sightings[slot] = self._sightings.pop(shadow)
         self._drop_replay(slot)
+
+
+def _own(prediction: MaskPrediction) -> MaskPrediction:
+    """A copy that outlives the decoder's next call."""
+    return MaskPrediction(**{name: value.clone() for name, value in vars(prediction).items()})

@@ -18,6 +18,7 @@ from tests.fakes import (
     FakeReasoner,
     FakeStages,
     InstantClient,
+    ReusedBuffers,
     SilentClient,
     Square,
     Video,
@@ -754,6 +755,29 @@ def pointed(t: int = 0, row: int = 2) -> ClickPrompt:
     """A point on the moving square of frame t."""
     x = 2 * (1 + t % 10) + 4
     return ClickPrompt(np.array([[x, 2 * row + 4]], np.float32))
+
+
+def test_nothing_relies_on_what_a_stage_returned_before_its_last_call() -> None:
+    """Two goals with refreshes, a late answer with its replay, a prompt: the same with buffers that are reused."""
+    squares = [moving_square(), moving_square(GREEN, row=9)]
+    video, results = Video(squares), []
+    for stages in (FakeStages(), ReusedBuffers()):
+        session = Session(small_config(period_s=0.3), stages, client := DelayedClient(delay_steps=4))
+        frames = []
+        for t in range(24):
+            client.tick()
+            if t == 3:
+                session.set_goal("red")
+                session.set_goal("green")
+            if t == 12:
+                session.add_object(pointed(9), stamp_ns=video.frame(9).stamp_ns)
+            frames.append(session.step(video.frame(t)))
+        results.append(frames)
+    for plain, reused in zip(*results, strict=True):
+        for one, other in zip(plain.objects, reused.objects, strict=True):
+            assert (one.state, one.score) == (other.state, other.score)
+            assert np.array_equal(one.mask, other.mask)
+    assert [found.state for found in results[1][-1].objects] == [ObjectState.TRACKING] * 3
 
 
 class TestPointedOut:
