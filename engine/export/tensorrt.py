@@ -139,9 +139,9 @@ def compile_stage(trt: TensorRt, onnx_file: Path, record: EngineRecord, workspac
         if fused and "decompos" in reason:
             raise BackendError(
                 f"{trt.title} has no fused attention kernel for {record.stage} ({record.precision}) on {where}; "
-                "build with --allow-unfused, which is slower"
+                "build with --unfused, which is slower"
             )
-        way_out = "; with --allow-unfused it may compute attention as it likes" if fused else ""
+        way_out = "; with --unfused it may compute attention as it likes" if fused else ""
         raise BackendError(f"{trt.title} cannot build {record.stage} for {where}: {reason}{way_out}")
     return bytes(plan), fused
 
@@ -249,7 +249,7 @@ def _not_attention(softmax: Any, beside: Any) -> ExportError:
 def _cannot_fuse(softmax: Any, why: str) -> ExportError:
     return ExportError(
         f"{softmax.name} cannot become one fused attention: {why}; export the model again with this version, "
-        "or build with --allow-unfused"
+        "or build with --unfused"
     )
 
 
@@ -262,7 +262,7 @@ def _platform(trt: TensorRt, targets: tuple[str, ...], device: str) -> Platform:
     known = trt.known_targets()
     if not targets and not torch.cuda.is_available():
         raise BackendError(f"no GPU here: say what to compile for with --target, one or more of {', '.join(known)}")
-    wanted = targets or gpu_here(torch.device(device))[1:]
+    wanted = tuple(target.strip().upper() for target in targets) or gpu_here(torch.device(device))[1:]
     unknown = [target for target in wanted if target not in known]
     if unknown:
         raise BackendError(

@@ -87,6 +87,12 @@ def test_engines_name_the_gpu_or_the_targets(trt: TensorRt, tmp_path: Path) -> N
         assert (record.gpu, record.targets) == ("Fake RTX 3080", ("SM86",))
 
 
+def test_targets_may_be_written_in_small_letters(tmp_path: Path) -> None:
+    write_fake_export(tmp_path, small_sam2())
+    trt = TensorRt(fake_tensorrt("tensorrt_rtx", "1.7.1.116"))
+    assert build(tmp_path, trt, targets=("sm89", " sm86"))[0].record.targets == TARGETS
+
+
 def test_valid_engines_are_kept(trt: TensorRt, tmp_path: Path) -> None:
     write_fake_export(tmp_path, small_sam2(), "bf16")
     first = build(tmp_path, trt)
@@ -240,10 +246,10 @@ def test_a_gpu_without_a_fused_kernel_is_named_with_the_way_out(tmp_path: Path, 
     with pytest.raises(BackendError, match=r"cannot build image_encoder for .*decompose_composite_ops"):
         build(tmp_path, trt)  # not about attention that was required
     wanted = record(tmp_path, trt, "memory_attention")
-    with pytest.raises(BackendError, match=r"no fused attention kernel for memory_attention \(fp16\).*--allow-unfused"):
+    with pytest.raises(BackendError, match=r"no fused attention kernel for memory_attention \(fp16\).*--unfused"):
         compile_stage(trt, tmp_path / "memory_attention.onnx", wanted)
     trt.module.build_error = "the mask is not broadcastable"
-    with pytest.raises(BackendError, match=r"cannot build memory_attention .*not broadcastable; with --allow-unfused"):
+    with pytest.raises(BackendError, match=r"cannot build memory_attention .*not broadcastable; with --unfused"):
         compile_stage(trt, tmp_path / "memory_attention.onnx", wanted)
 
 
