@@ -74,6 +74,8 @@ class TorchStages:
 
     @torch.inference_mode()
     def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+        if self.device.type == "cpu" and not self._is_compiled:
+            memory = without_empty_slots(memory)
         with self._computing("memory_attention"):
             conditioned: Tensor = self._attend_memory(features, memory)
         return conditioned.float()
@@ -120,6 +122,24 @@ class TorchStages:
         if dtype is torch.float16 and stage not in SAFE_IN_FP16:
             dtype = None
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def without_empty_slots(memory: MemoryTensors) -> MemoryTensors:
+    """Only the slots that some object uses: a masked key weighs nothing, but costs as much as another.
+
+    For devices on which shapes may change from frame to frame, and a look at the mask does not wait.
+    """
+    slots, rows = memory.spatial_valid.any(dim=0), memory.pointer_valid.any(dim=0)
+    if bool(slots.all() & rows.all()) or not bool(slots.any()):
+        return memory
+    return MemoryTensors(
+        spatial=memory.spatial[:, slots],
+        spatial_tpos=memory.spatial_tpos[:, slots],
+        spatial_valid=memory.spatial_valid[:, slots],
+        pointers=memory.pointers[:, rows],
+        pointer_distance=memory.pointer_distance[:, rows],
+        pointer_valid=memory.pointer_valid[:, rows],
+    )
 
 
 def cpu_computes_in(dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 
 from tests.engine.model.small_models import SMALL_SAM2, liven
+from virst_engine.backends.torch_backend import without_empty_slots
 from virst_engine.model.config import Sam2Config, tabletop_tiny
 from virst_engine.model.sam2 import Sam2
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors, PromptTokens
@@ -328,3 +329,39 @@ def test_sizes_name_the_shapes_of_the_stages(pair: Pair) -> None:
     assert prediction.mask_logits.shape == (1, sizes.mask, sizes.mask)
     assert entry.spatial.shape == (1, sizes.memory_channels, sizes.grid, sizes.grid)
     assert sizes.memory_frames == pair.ours.maskmem_tpos_enc.shape[0]
+
+
+def test_slots_that_no_object_uses_can_be_left_out(pair: Pair) -> None:
+    anchors, recent = remembered(pair, ANCHOR_FRAMES), remembered(pair, tuple(RECENT_FRAMES))
+    full = slots_of(pair, anchors, recent)
+    some = replace(full, spatial_valid=full.spatial_valid.clone(), pointer_valid=full.pointer_valid.clone())
+    some.spatial_valid[:, [1, 2, 5]] = False
+    some.pointer_valid[:, [0, 4]] = False
+    trimmed = without_empty_slots(some)
+    assert trimmed.spatial.shape[1] == full.spatial.shape[1] - 3
+    assert trimmed.pointers.shape[1] == full.pointers.shape[1] - 2
+    expected = pair.ours.attend_memory(pair.features, some)
+    assert torch.allclose(pair.ours.attend_memory(pair.features, trimmed), expected, atol=1e-5)
+    assert without_empty_slots(full) is full
+
+
+def test_pooled_keys_are_the_means_of_their_cells_with_the_weight_of_all(pair: Pair) -> None:
+    """Where the cells of a key are equal and RoPE is switched off, pooling changes nothing."""
+    pooled = Sam2(pair.config).eval()
+    pooled.load_state_dict(pair.ours.state_dict())
+    pooled.pool_memory(2)
+    memory = slots_of(pair, remembered(pair, ANCHOR_FRAMES), remembered(pair, tuple(RECENT_FRAMES)))
+    flat = memory.spatial.mean(dim=(3, 4), keepdim=True).expand_as(memory.spatial)
+    memory = replace(memory, spatial=flat)
+    full = Sam2(pair.config).eval()
+    full.load_state_dict(pair.ours.state_dict())
+    for model in (pooled, full):
+        model.memory_position.zero_()
+        model.memory_cos.fill_(1.0)
+        model.memory_sin.zero_()
+    expected = full.attend_memory(pair.features, memory)
+    assert torch.allclose(pooled.attend_memory(pair.features, memory), expected, atol=1e-5)
+    # Without the logarithm of their number, pooled keys would lose three quarters of their weight to the pointers.
+    pooled.config = replace(pooled.config, memory_pool=1)
+    memory = replace(memory, spatial=memory.spatial[..., ::2, ::2])
+    assert not torch.allclose(pooled.attend_memory(pair.features, memory), expected, atol=1e-3)
