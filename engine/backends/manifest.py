@@ -68,6 +68,8 @@ class Manifest:
     git_version: str
     stages: Mapping[str, StageSpec]
     versions: Mapping[str, str] = field(default_factory=dict)
+    values: str = "before"  # "after": memory attention projects values after the average; GPUs do not fuse that
+    memory_pool: int = 1  # pool x pool cells of a memory are one key
     format: str = FORMAT
 
     @property

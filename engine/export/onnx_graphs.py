@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four stages as modules that torch can export: named tensors in and out, constants computed, precision applied.
+
+Attention is written out (scaled queries times keys, plus mask, softmax, times values): TensorRT fuses that pattern on
+all its versions, and opset 18 has no attention of its own.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from virst_engine.backends.manifest import STAGES
+from virst_engine.errors import ExportError
+from virst_engine.model.sam2 import RopeAttention, Sam2
+from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors, PromptTokens
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# In fp16 the errors of the other two grow from frame to frame through the memory; bf16 has the range of fp32.
+IN_FP16 = ("image_encoder", "memory_attention")
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
+
+def stage_dtype(stage: str, precision: str) -> torch.dtype:
+    """What a stage computes in."""
+    return torch.float32 if precision == "fp16" and stage not in IN_FP16 else DTYPES[precision]
+
+
+class StageModule(nn.Module):
+    """One stage. What comes in and goes out is float32, whatever is computed in between."""
+
+    outputs: tuple[str, ...]
+
+    def __init__(self, sam2: Sam2, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.sam2, self.dtype = sam2, dtype
+
+    def _here(self, *tensors: Tensor) -> list[Tensor]:
+        return [x.to(self.dtype) for x in tensors]
+
+    def _features(self, **levels: Tensor) -> ImageFeatures:
+        """The levels that a stage reads; one of them stands in for the others."""
+        levels = {name: x.to(self.dtype) for name, x in levels.items()}
+        first = next(iter(levels.values()))
+        names = ("top", "high_res_s0", "high_res_s1", "fusion")
+        return ImageFeatures(**{name: levels.get(name, first) for name in names})
+
+
+class ImageEncoderStage(StageModule):
+    """`fusion_level`: the FPN level of the output `fusion`; None or the last one: there is none, it is `top`."""
+
+    outputs = ("top", "high_res_s0", "high_res_s1")
+
+    def __init__(self, sam2: Sam2, dtype: torch.dtype = torch.float32, fusion_level: int | None = None) -> None:
+        super().__init__(sam2, dtype)
+        self.fusion_level = -1 if fusion_level is None else fusion_level
+        if self.fusion_level not in (-1, 2):
+            self.outputs = (*self.outputs, "fusion")
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        features = self.sam2.encode_image(pixels.to(self.dtype), self.fusion_level)
+        return tuple(getattr(features, name).float() for name in self.outputs)
+
+
+class MemoryAttentionStage(StageModule):
+    outputs = ("conditioned",)
+
+    def forward(
+        self,
+        top: Tensor,
+        spatial: Tensor,
+        spatial_tpos: Tensor,
+        spatial_valid: Tensor,
+        pointers: Tensor,
+        pointer_distance: Tensor,
+        pointer_valid: Tensor,
+    ) -> Tensor:
+        spatial, pointers = self._here(spatial, pointers)
+        # Distances stay float32: half precision does not count to 300.
+        memory = MemoryTensors(spatial, spatial_tpos, spatial_valid, pointers, pointer_distance, pointer_valid)
+        return self.sam2.attend_memory(self._features(top=top), memory).float()
+
+
+class MaskDecoderStage(StageModule):
+    outputs = ("mask_logits", "iou", "object_score_logits", "pointer")
+
+    def forward(
+        self,
+        conditioned: Tensor,
+        high_res_s0: Tensor,
+        high_res_s1: Tensor,
+        sparse: Tensor,
+        sparse_valid: Tensor,
+        multimask: Tensor,
+    ) -> tuple[Tensor, ...]:
+        conditioned, sparse = self._here(conditioned, sparse)
+        features = self._features(high_res_s0=high_res_s0, high_res_s1=high_res_s1)
+        prediction = self.sam2.decode_mask(features, conditioned, PromptTokens(sparse, sparse_valid, multimask))
+        return tuple(getattr(prediction, name).float() for name in self.outputs)
+
+
+class MemoryEncoderStage(StageModule):
+    outputs = ("spatial",)
+
+    def forward(self, top: Tensor, mask_logits: Tensor, object_score_logits: Tensor, binarize: Tensor) -> Tensor:
+        (logits,) = self._here(mask_logits)
+        pointer = object_score_logits[:, None]  # goes by, unused
+        prediction = MaskPrediction(logits, object_score_logits, object_score_logits, pointer)
+        return self.sam2.encode_memory(self._features(top=top), prediction, binarize).spatial.float()
+
+
+def stage_module(sam2: Sam2, stage: str, dtype: torch.dtype, fusion_level: int | None = None) -> StageModule:
+    if stage == "image_encoder":
+        return ImageEncoderStage(sam2, dtype, fusion_level).eval()
+    kinds = dict(zip(STAGES[1:], (MemoryAttentionStage, MaskDecoderStage, MemoryEncoderStage), strict=True))
+    return kinds[stage](sam2, dtype).eval()
+
+
+def in_precision(sam2: Sam2, dtype: torch.dtype) -> Sam2:
+    """A copy with its weights and tables rounded to `dtype`. Convolutions stay float32 where `dtype` is bfloat16.
+
+    Opset 18 knows no convolution in bfloat16. They are 2 to 5 % of the work.
+    """
+    sam2 = copy.deepcopy(sam2).eval().requires_grad_(False)
+    trunk, prompts = sam2.image_encoder.trunk, sam2.sam_prompt_encoder
+    cells = sam2.config.image_size // 4
+    # The bicubic position embedding and the sines of the decoder's positions, computed once.
+    for module, method, table in (
+        (trunk, "_get_pos_embed", trunk._get_pos_embed((cells, cells))),
+        (prompts, "get_dense_pe", prompts.get_dense_pe()),
+    ):
+        module.register_buffer("position_table", table.detach(), persistent=False)
+        setattr(module, method, _constant(module))
+    sam2.to(dtype)
+    if dtype is torch.bfloat16:
+        for module in sam2.modules():
+            if isinstance(module, CONVOLUTIONS):
+                module.float()
+    return sam2
+
+
+def _constant(module: nn.Module) -> Callable[..., Tensor]:
+    return lambda *_: cast(Tensor, module.position_table)
+
+
+class _BakedRopeAttention(RopeAttention):
+    """Whose projections give evens before odds by themselves."""
+
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return cast(Tensor, layer(x))
+
+
+def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None) -> Sam2:
+    """Change a model of `in_precision` so that its graphs do no work that can be done once; it is changed in place.
+
+    Args:
+        values: "before" or "after": where memory attention projects its values (RopeAttention).
+        fusion_level: the FPN level that is an output too.
+    """
+    for module in sam2.modules():
+        if isinstance(module, RopeAttention):
+            for layer in (module.q_proj, module.k_proj):
+                layer.weight.data = layer.weight.data[module.halves]
+                layer.bias.data = layer.bias.data[module.halves]
+            module.__class__ = _BakedRopeAttention
+            module.projects_values_first = values == "before" or module.kv_in_dim == module.internal_dim
+    _fold_high_res_convolutions(sam2, fusion_level)
+    return sam2
+
+
+def _fold_high_res_convolutions(sam2: Sam2, fusion_level: int | None) -> None:
+    """Make one of the two 1 x 1 convolutions in a row (FPN, then conv_s0 or conv_s1) that nobody looks in between."""
+    neck, decoder = sam2.image_encoder.neck, sam2.sam_mask_decoder
+    for level, name in ((0, "conv_s0"), (1, "conv_s1")):
+        if {level, level - 1} & set(neck.fpn_top_down_levels) or level == fusion_level:
+            continue
+        lateral = neck.convs[len(neck.convs) - 1 - level]
+        first, second = lateral.conv, getattr(decoder, name)
+        matrix = second.weight[:, :, 0, 0].double()
+        folded = nn.Conv2d(first.in_channels, second.out_channels, kernel_size=1)
+        folded.weight.data = (matrix @ first.weight[:, :, 0, 0].double())[:, :, None, None].to(first.weight.dtype)
+        folded.bias.data = (matrix @ first.bias.double() + second.bias.double()).to(first.bias.dtype)
+        lateral.conv = folded.requires_grad_(False)
+        setattr(decoder, name, nn.Identity())
+
+
+class ExportableFunctions(TorchFunctionMode):
+    """While it is active, attention is written out, and types are `dtype` or those that opset 18 has operators for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if function in (torch.conv2d, torch.conv_transpose2d):
+            x, weight, *rest = args
+            return function(x.to(weight.dtype), weight, *rest, **kwargs).to(x.dtype)
+        if function in (F.max_pool2d, torch.max_pool2d) and args[0].dtype is torch.bfloat16:
+            return function(args[0].float(), *args[1:], **kwargs).to(torch.bfloat16)
+        out = function(*args, **kwargs)
+        # The FPN adds its coarser level in float32.
+        return out.to(self._dtype) if function is F.interpolate and kwargs["mode"] == "nearest" else out
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    if dropout_p or (attn_mask is not None and attn_mask.dtype is torch.bool):
+        raise ExportError("attention with dropout or a mask of bools has no exportable form; use a bias of floats")
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(dim=-1) @ v

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX files against the model that they were exported from: random inputs, ONNX Runtime on one side, torch on the other.
+
+ONNX Runtime has no bfloat16 on CPUs. Half-precision graphs are therefore compared with all their types set to float32,
+against torch with the same rounded weights: that holds the graph to the model as strictly as in float32. What rounding
+in between does to masks shows only in a closed loop, on the device that does it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from virst_engine.backends.manifest import StageSpec
+from virst_engine.backends.onnx_backend import load_onnxruntime, open_session
+from virst_engine.errors import ExportError
+from virst_engine.export.onnx_graphs import StageModule
+
+# Of the largest number in an output. Measured: 1e-6 where only the order of sums differs.
+TOLERANCE = 1e-4
+# Numbers that stand in a graph, such as the root of 2 in GELU, are rounded with it; torch's are not. Measured: 1e-4.
+HALF_TOLERANCE = 1e-2
+# fp16 as ONNX Runtime computes it: rounded after each operator, too.
+FP16_TOLERANCE = 5e-2
+OBJECT_COUNTS = (1, 2)
+HALF_TYPES = ("FLOAT16", "BFLOAT16")
+
+
+def check_stage(stage: str, file: Path, spec: StageSpec, reference: StageModule, *, free_rows: bool) -> float:
+    """Run a stage's file and `reference` on the same inputs, for several numbers of objects, some memories left empty.
+
+    Args:
+        reference: computes in float32, with the weights of the file.
+        free_rows: also with fewer memories and prompt tokens than `spec` has room for.
+
+    Returns:
+        The largest difference, relative to the largest number of the output.
+
+    Raises:
+        ExportError: they differ by more than TOLERANCE (HALF_TOLERANCE in half precision), or something is not finite.
+    """
+    in_half = {name for name in HALF_TYPES if has_constants_of(file, name)}
+    session = open_session(load_onnxruntime(), in_float32(file) if in_half else file)
+    tolerance = HALF_TOLERANCE if in_half else TOLERANCE
+    counts = OBJECT_COUNTS if spec.has_objects else (1,)
+    worst = 0.0
+    for seed, objects in enumerate(counts):
+        inputs = random_inputs(spec, objects, seed)
+        variants = [inputs, _fewer(inputs)] if free_rows else [inputs]
+        for given in variants:
+            worst = max(worst, _largest_difference(stage, session, given, reference, tolerance))
+    if "FLOAT16" in in_half:
+        as_it_is = open_session(load_onnxruntime(), file)
+        _largest_difference(stage, as_it_is, random_inputs(spec, counts[-1], 7), reference, FP16_TOLERANCE)
+    return worst
+
+
+def _largest_difference(
+    stage: str, session: Any, inputs: Mapping[str, Tensor], reference: StageModule, tolerance: float
+) -> float:
+    with torch.inference_mode():
+        expected = reference(**inputs)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    found = session.run(list(reference.outputs), {name: value.numpy() for name, value in inputs.items()})
+    worst = 0.0
+    for name, want, have in zip(reference.outputs, expected, found, strict=True):
+        wanted = want.numpy()
+        if wanted.shape != have.shape:
+            raise ExportError(f"{stage}: {name} is {have.shape} in the ONNX file, {wanted.shape} in the model")
+        difference = float(np.abs(wanted - have).max() / max(float(np.abs(wanted).max()), 1e-6))
+        if not difference <= tolerance:  # NaN, too
+            raise ExportError(
+                f"{stage}: {name} of the ONNX file differs from the model by {difference:.1e} of its largest number, "
+                f"allowed are {tolerance:.0e}; nothing was written. Report it with the versions of torch and onnxruntime"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def random_inputs(spec: StageSpec, objects: int, seed: int) -> dict[str, Tensor]:
+    """Inputs as a stage may see them: at least one memory and one token of each object is there, and some are not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def flags(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) > 0.4
+
+    values: dict[str, Tensor] = {}
+    for name, tensor in spec.inputs.items():
+        shape = tensor.for_objects(objects)
+        if tensor.dtype == "bool":
+            values[name] = flags(*shape)
+            if name in ("spatial_valid", "sparse_valid"):
+                values[name][:, 0] = True
+        elif tensor.dtype == "int64":
+            values[name] = torch.randint(0, 5, shape, generator=generator)
+        elif name == "pointer_distance":
+            values[name] = torch.randint(0, 40, shape, generator=generator).float()
+        else:
+            values[name] = torch.randn(shape, generator=generator)
+    if "binarize" in values:
+        # Two values, so that no pixel between them is near 0, where a last bit would decide.
+        logits = values["mask_logits"] * 4
+        steps = torch.where(logits > 0, 7.0, -5.0)
+        values["mask_logits"] = torch.where(values["binarize"][:, None, None], steps, logits)
+    return values
+
+
+def _fewer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every second memory, pointer and token."""
+    along = {
+        "spatial": 1, "spatial_tpos": 1, "spatial_valid": 1, "pointers": 1, "pointer_distance": 1, "pointer_valid": 1,
+        "sparse": 1, "sparse_valid": 1,
+    }  # fmt: skip
+    return {name: value[:, ::2].contiguous() if name in along else value for name, value in inputs.items()}
+
+
+def has_constants_of(file: Path, dtype: str) -> bool:
+    """Whether a graph computes with constants of this ONNX type."""
+    import onnx
+
+    wanted = getattr(onnx.TensorProto, dtype)
+    return any(tensor.data_type == wanted for tensor in onnx.load(str(file)).graph.initializer)
+
+
+def in_float32(file: Path) -> bytes:
+    """The graph of a file with its half-precision types replaced by float32."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(file))
+    half = {getattr(onnx.TensorProto, name) for name in HALF_TYPES}
+
+    def widened(tensor: Any) -> Any:
+        return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+
+    for tensor in model.graph.initializer:
+        if tensor.data_type in half:
+            tensor.CopyFrom(widened(tensor))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in half:
+                attribute.i = onnx.TensorProto.FLOAT
+            if attribute.HasField("t") and attribute.t.data_type in half:
+                attribute.t.CopyFrom(widened(attribute.t))
+    del model.graph.value_info[:]
+    return model.SerializeToString()
+
