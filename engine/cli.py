@@ -201,34 +201,90 @@ def evaluate_command(
 
 @app.command()
 def bench(
+    against: Annotated[
+        str, typer.Option(metavar="PEER,...", help="Compare with others instead: sam2, transformers, or both.")
+    ] = "",
+    model: Annotated[
+        str, typer.Option(help="--against: tabletop-tiny or sam2.1-tiny, -small, -base-plus, -large.")
+    ] = "sam2.1-tiny",
+    size: Annotated[int, typer.Option(min=0, help="--against: side of the input, pixels; 0 = the model's own.")] = 0,
+    objects: Annotated[str, typer.Option(metavar="N,...", help="--against: numbers of objects, 1 to 8.")] = "1,4,8",
+    backends: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="--against: of ours, torch, torch-compiled, onnxruntime, tensorrt; empty = those that are here.",
+        ),
+    ] = "",
+    pooled: Annotated[bool, typer.Option("--pooled", help="--against: ours with pooled memory keys, too.")] = False,
+    precision: Annotated[str, typer.Option(help="--against: fp32, bf16 or fp16, in all systems.")] = "fp32",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="--against: draw time and memory over the frames, as PNG.")
+    ] = None,
     frames: Annotated[int, typer.Option(min=10, help="Frames of each speed measurement.")] = 300,
-    memory_frames: Annotated[int, typer.Option(min=600, help="Frames of the memory measurement.")] = 2000,
+    memory_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of the memory measurement; 2000, or --frames when comparing.")
+    ] = None,
     rate: Annotated[float, typer.Option(min=1, help="Frames per second of the paced run.")] = 30.0,
     paced_seconds: Annotated[float, typer.Option(min=1, help="Length of each half of the paced run.")] = 10.0,
     scene: Annotated[int, typer.Option(min=0, help="Seed of the simulated scene that is played.")] = 1_000_000,
-    weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
+    weights: Annotated[
+        str,
+        typer.Option("--weights", "--checkpoint", help="File of the weights; empty = shipped; --against: random."),
+    ] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of the engine; 0 = torch's choice.")] = (
-        ModelParameters.threads
-    ),
+    threads: Annotated[
+        int | None, typer.Option(min=0, help="CPU threads; 0 = torch's choice. 1, or 0 when comparing.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables here, as Markdown.")] = None,
 ) -> None:
-    """Measure ms per stage, frames per second, age of masks and memory of the model on this machine."""
-    from virst_engine.evaluate.bench import BenchSettings, default_case, markdown, run_bench
-    from virst_engine.weights import load_reasoner, load_stages
+    """Measure ms per stage, frames per second, age of masks and memory of the model; or compare it with other trackers.
 
-    with _values_as_usage():
-        model = ModelParameters(weights=weights, device=device, threads=threads)
-        settings = BenchSettings(model, scene, frames, rate, paced_seconds, memory_frames)
-    stages, reasoner = load_stages(model), load_reasoner(model)
-    with _status("simulating a scene") as say:
-        result = run_bench(settings, stages, reasoner, default_case(settings), on_step=say)
+    With --against, all systems have the same weights, frames and boxes, and take turns at every frame.
+    """
+    from virst_engine.evaluate import bench as own
+
+    if against:
+        from virst_engine.evaluate import bench_peers
+
+        with _values_as_usage():
+            parameters = ModelParameters(
+                name=model, weights=weights, image_size=size, device=device, threads=threads or 0
+            )
+            compared = bench_peers.PeerSettings(
+                parameters,
+                tuple(against.split(",")),
+                bench_peers.parse_objects(objects),
+                frames,
+                memory_frames or 0,
+                tuple(filter(None, backends.split(","))),
+                pooled,
+                precision,
+            )
+        with _status("comparing") as say:
+            result = bench_peers.run_peers(compared, on_step=say)
+        tables = bench_peers.markdown(result)
+    else:
+        from virst_engine.weights import load_reasoner, load_stages
+
+        with _values_as_usage():
+            own_threads = ModelParameters.threads if threads is None else threads
+            parameters = ModelParameters(weights=weights, device=device, threads=own_threads)
+            settings = own.BenchSettings(parameters, scene, frames, rate, paced_seconds, memory_frames or 2000)
+        stages, reasoner = load_stages(parameters), load_reasoner(parameters)
+        with _status("simulating a scene") as say:
+            result = own.run_bench(settings, stages, reasoner, own.default_case(settings), on_step=say)
+        tables = own.markdown(result)
     _write_json(json_file, result)
+    if against and plot is not None:
+        from virst_engine.evaluate.bench_plot import draw_curves
+
+        draw_curves(result, plot)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(markdown(result), encoding="utf-8")
-    typer.echo(markdown(result))
+        report.write_text(tables, encoding="utf-8")
+    typer.echo(tables)
 
 
 @app.command()

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "sim": {"types", "errors", "config"},
     "data": WORDS | {"sim", "model"},
     "train": STAGES | {"backends", "data", "sim", "weights", "evaluate"},
-    "evaluate": STAGES | {"backends", "data", "sim", "weights", "session", "fast", "slow", "visualize"},
+    "evaluate": STAGES | {"backends", "data", "export", "sim", "weights", "session", "fast", "slow", "visualize"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig, ModelParameters
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 OBJECT_COUNTS = (1, 4, 8)
 WARM_UP_FRAMES = 30  # window of the first clip, and caches
 SETTLED_FRAMES = 500  # from here on memory must stay flat
+FLATNESS_FRAMES = 1000  # at the end and after SETTLED_FRAMES, whose times are compared
 REASONER_START_S = 60.0
 FIRST_ANSWER_S = 60.0
 SETTLE_S = 0.5  # after the first answer
@@ -146,8 +148,12 @@ def engine_speed(
 def resident_memory(
     stages: Stages, reasoner: Reasoner, config: EngineConfig, playback: Playback, frames: int
 ) -> dict[str, Any]:
-    """Resident memory of this process while goals come and go and are refreshed every second of video."""
+    """Resident memory of this process while goals come and go and are refreshed every second of video.
+
+    And whether the last frames cost what the early ones did, reasoner included: it runs in this process.
+    """
     resident_mb: list[float] = []
+    ms = np.zeros(frames // 50 * 50)
     with Session(config, stages, InProcessClient(reasoner)) as session:
         steps = _Steps(session, playback)
         for block in range(frames // 50):
@@ -156,6 +162,7 @@ def resident_memory(
                     session.clear_goal(goal.goal_id)
                 playback.set_goals(session, 2)
             steps.run(50)
+            ms[50 * block : 50 * block + 50] = steps.ms
             steps.forget()
             resident_mb.append(resident_mib())
     settled = np.array(resident_mb[SETTLED_FRAMES // 50 - 1 :])
@@ -164,6 +171,26 @@ def resident_memory(
         "settled_mib": round(float(settled[0]), 1),
         "last_mib": round(float(settled[-1]), 1),
         "largest_change_percent": round(100 * float(np.abs(settled / settled[0] - 1).max()), 2),
+        **flatness(ms),
+    }
+
+
+def flatness(ms: Sequence[float] | Float[np.ndarray, " frames"]) -> dict[str, Any]:
+    """Mean times of the frames from 500 to 1,500 and of the last 1,000, and their ratio: 1 is flat.
+
+    Of fewer than 2,500 frames, the second tenth and the last one: the first frames are still filling caches.
+    """
+    times = np.asarray(ms)
+    if times.size >= SETTLED_FRAMES + 2 * FLATNESS_FRAMES:
+        begin, count = SETTLED_FRAMES, FLATNESS_FRAMES
+    else:
+        begin = count = max(1, times.size // 10)
+    early, late = times[begin : begin + count], times[-count:]
+    return {
+        "early_ms": round(float(early.mean()), 3),
+        "late_ms": round(float(late.mean()), 3),
+        "late_over_early": round(float(late.mean() / early.mean()), 3),
+        "late_over_early_p50": round(float(np.median(late) / np.median(early)), 3),
     }
 
 
@@ -278,7 +305,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Resident memory over {memory['frames']} frames: {memory['settled_mib']:.0f} MiB after {SETTLED_FRAMES},"
-        f" {memory['last_mib']:.0f} MiB at the end, at most {memory['largest_change_percent']:.2f} % away.",
+        f" {memory['last_mib']:.0f} MiB at the end, at most {memory['largest_change_percent']:.2f} % away."
+        f" A frame there, reasoner included: {memory['early_ms']:.1f} ms early, {memory['late_ms']:.1f} ms late,"
+        f" ratio {memory['late_over_early']:.3f}.",
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",
         "",

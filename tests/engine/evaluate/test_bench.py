@@ -4,6 +4,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.engine.evaluate.test_runner import fake_case
@@ -48,7 +49,23 @@ def test_the_largest_change_counts_from_frame_500(monkeypatch):
     monkeypatch.setattr(bench, "resident_mib", lambda: next(series))
     playback = bench.Playback(fake_case(None, 0))
     memory = bench.resident_memory(FakeStages(), FakeReasoner(), EngineConfig(), playback, 650)
-    assert memory == {"frames": 650, "settled_mib": 200.0, "last_mib": 201.0, "largest_change_percent": 5.0}
+    expected = {"frames": 650, "settled_mib": 200.0, "last_mib": 201.0, "largest_change_percent": 5.0}
+    assert {name: memory[name] for name in expected} == expected
+    assert memory["early_ms"] > 0 < memory["late_ms"]
+
+
+def test_flatness_compares_frames_500_to_1500_with_the_last_1000():
+    ms = np.full(10_000, 7.0)
+    ms[500:1500], ms[9000:] = 10.0, 12.0
+    ms[9500] = 1012.0  # one slow frame moves the mean, not the median
+    flat = bench.flatness(ms)
+    assert flat == {"early_ms": 10.0, "late_ms": 13.0, "late_over_early": 1.3, "late_over_early_p50": 1.2}
+
+
+def test_flatness_of_a_short_run_leaves_its_first_tenth_out():
+    ms = [50.0] * 10 + [4.0] * 10 + [9.0] * 70 + [5.0] * 10
+    assert bench.flatness(ms)["late_over_early"] == 1.25
+    assert bench.flatness([3.0, 3.0])["late_over_early"] == 1.0
 
 
 def test_the_paced_run_ages_masks_while_a_reasoner_answers(tmp_path):
