@@ -25,7 +25,7 @@ from virst_engine.backends.manifest import (
     read_manifest,
     write_manifest,
 )
-from virst_engine.backends.tensorrt_api import TensorRt, load_tensorrt
+from virst_engine.backends.tensorrt_api import TensorRt
 from virst_engine.errors import BackendError, ExportError
 from virst_engine.export import tensorrt as building
 from virst_engine.export.tensorrt import BuiltEngine, build_engines, compile_stage, require_fused_attention
@@ -361,14 +361,6 @@ def test_without_gpu_rtx_wants_targets_and_tensorrt_cannot_build(
 
 
 # ---- the real TensorRT-RTX ----
-
-
-@pytest.fixture(scope="module")
-def rtx() -> TensorRt:
-    try:
-        return load_tensorrt("tensorrt_rtx")
-    except BackendError as error:
-        pytest.skip(f"no TensorRT-RTX to build with: {error}")
 
 
 KERNEL = b"_gemm_mha_v2"  # in a plan: one fused attention kernel
