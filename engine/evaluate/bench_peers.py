@@ -45,7 +45,7 @@ from virst_engine.types import ClickPrompt
 PEERS = ("sam2", "transformers")
 BACKENDS = ("torch", "torch-compiled", "onnxruntime", "tensorrt")
 POOLED = " pooled"  # ends the name of one of ours with pooled memory keys
-WARM_UP_FRAMES = 8  # from here on all memories of recent frames are filled, in every system
+WARM_UP_FRAMES = 17  # from here on all memories and object pointers are there, in every system
 SETTLED_FRAME = 500  # from here on memory is compared; sooner in a video that is too short
 CURVE_POINTS = 500
 
@@ -270,6 +270,7 @@ class Speed:
     """One number of objects: what every frame took in every system, in the order of frames."""
 
     ms: dict[str, list[float]]
+    cpu_ms: dict[str, list[float]]  # of all threads of this process: what a busy machine does not change much
     stage_ms: dict[str, list[dict[str, float]]]
     # Of the first system with each other one, over all frames: least IoU of an object's masks, largest difference of
     # its low-resolution logits.
@@ -286,8 +287,15 @@ def measure_speed(
     Who is first changes with every frame. The first frames, with their prompts and while memories fill, do not count.
     """
     names = [system.name for system in systems]
-    speed = Speed({n: [] for n in names}, {n: [] for n in names}, dict.fromkeys(names[1:], 1.0), {}, 0.0)
-    speed.logit_difference = dict.fromkeys(names[1:], 0.0)
+    others = names[1:]
+    speed = Speed(
+        ms={name: [] for name in names},
+        cpu_ms={name: [] for name in names},
+        stage_ms={name: [] for name in names},
+        iou=dict.fromkeys(others, 1.0),
+        logit_difference=dict.fromkeys(others, 0.0),
+        mask_percent=0.0,
+    )
     areas = []
     for system in systems:
         system.begin(prompts)
@@ -296,10 +304,12 @@ def measure_speed(
         masks: dict[str, Bool[np.ndarray, "o height width"]] = {}
         for system in (*systems[first:], *systems[:first]):
             timer = StageTimer(device)
-            begin_s = time.perf_counter()
+            begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
             masks[system.name] = system.step(number, timer)  # on the host: the device is done with it
+            end_s, end_cpu_s = time.perf_counter(), time.process_time()
             if number > WARM_UP_FRAMES:
-                speed.ms[system.name].append(1e3 * (time.perf_counter() - begin_s))
+                speed.ms[system.name].append(1e3 * (end_s - begin_s))
+                speed.cpu_ms[system.name].append(1e3 * (end_cpu_s - begin_cpu_s))
                 speed.stage_ms[system.name].append(timer.ms())
         reference, logits = masks[names[0]], systems[0].logits()
         areas.append(100 * float(reference.mean()))
@@ -439,11 +449,20 @@ def _ratios(settings: PeerSettings, speeds: dict[int, Speed]) -> dict[str, Any]:
         for own in ours
     }
     first = of_all[ours[0]]
-    return {
+    ratios = {
         "ratio": {peer: {o: row["median"] for o, row in rows.items()} for peer, rows in first.items()},
         "ratio_of": ours[0],
         "ratios": of_all,
     }
+    if torch.device(settings.model.device).type == "cpu":
+        ratios["cpu_time_ratios"] = {
+            own: {
+                peer: {str(objects): _ratio(speed.cpu_ms[own], speed.cpu_ms[peer]) for objects, speed in speeds.items()}
+                for peer in settings.peer_systems
+            }
+            for own in ours
+        }
+    return ratios
 
 
 def _ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -529,6 +548,9 @@ def markdown(result: dict[str, Any]) -> str:
     for own, peers in result["ratios"].items():
         for peer, rows in peers.items():
             lines.append(f"| {own} / {peer} | " + " | ".join(map(_ratio_cell, rows.values())) + " |")
+    for own, peers in result.get("cpu_time_ratios", {}).items():
+        for peer, rows in peers.items():
+            lines.append(f"| {own} / {peer}, CPU time | " + " | ".join(map(_ratio_cell, rows.values())) + " |")
     for own, rows in result["pooled"].items():
         for part in ("frame", "memory_attention"):
             cells = (_ratio_cell(row[part]) for row in rows.values())

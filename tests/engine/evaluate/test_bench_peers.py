@@ -76,7 +76,8 @@ def test_systems_take_turns_at_every_frame_and_another_one_is_first_each_time() 
         start = "abc"[number % 3]
         assert "".join(name for name, _ in turn) in ("abcabc"["abc".index(start) :][:3],)
     assert len(steps) == 3 * (WARM_UP_FRAMES + frames)
-    assert {name: len(ms) for name, ms in speed.ms.items()} == {"a": frames, "b": frames, "c": frames}
+    for times in (speed.ms, speed.cpu_ms, speed.stage_ms):
+        assert {name: len(each) for name, each in times.items()} == {"a": frames, "b": frames, "c": frames}
     assert all(timings.keys() == {"image_encoder"} for timings in speed.stage_ms["b"])
 
 
@@ -111,7 +112,8 @@ def test_a_ratio_is_that_of_equal_frames() -> None:
 def speed_of(**ms: list[float]) -> Speed:
     names = {name.replace("_", " "): values for name, values in ms.items()}
     stages = {name: [{"memory_attention": value / 2} for value in values] for name, values in names.items()}
-    return Speed(names, stages, {}, {}, 10.0)
+    cpu_ms = {name: [2 * value for value in values[:1]] + values[1:] for name, values in names.items()}
+    return Speed(names, cpu_ms, stages, {}, {}, 10.0)
 
 
 def test_ratios_are_by_peer_and_number_of_objects() -> None:
@@ -130,6 +132,7 @@ def test_ratios_are_by_peer_and_number_of_objects() -> None:
     assert ratios["ratio"] == {"sam2": {"1": 0.5, "8": 0.75}, "transformers": {"1": 0.25, "8": 0.9}}
     assert ratios["ratio_of"] == "torch"
     assert ratios["ratios"]["onnxruntime"]["sam2"]["8"]["median"] == 0.5
+    assert ratios["cpu_time_ratios"]["torch"]["transformers"]["1"]["median"] == 0.25
     pooled = bench_peers._pooled_ratios(settings, rows)
     assert pooled["torch"]["8"]["frame"]["median"] == pytest.approx(0.333)
     assert pooled["onnxruntime"]["8"]["memory_attention"]["median"] == 0.5
@@ -286,6 +289,7 @@ def test_result_is_json_and_tables(result: dict[str, Any]) -> None:
     assert json.loads(json.dumps(result))["ratio"] == result["ratio"]
     page = bench_peers.markdown(result)
     assert "| torch / sam2 |" in page
+    assert "| torch / sam2, CPU time |" in page
     assert "| torch: pooled / unpooled, memory attention |" in page
     assert "| memory_attention |" in page
     assert "| transformers | 3 |" in page
