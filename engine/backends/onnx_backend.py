@@ -9,25 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from virst_engine.backends.exported import ExportedStages, Tensors
+from virst_engine.backends.exported import ExportedStages, Tensors, concatenate
 from virst_engine.backends.manifest import OBJECTS, STAGES, read_manifest, stage_path
 from virst_engine.errors import BackendError
 
 log = logging.getLogger(__name__)
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# Attention scores of one run on the CPU. More objects than fit take turns, which costs no time and bounds memory.
+MOST_SCORE_BYTES = 32 << 20
 # Inputs that say which rows along axis 1 are there, and the inputs that have those rows.
 ROWS = {
     "spatial_valid": ("spatial", "spatial_tpos", "spatial_valid"),
     "pointer_valid": ("pointers", "pointer_distance", "pointer_valid"),
-    "sparse_valid": ("sparse", "sparse_valid"),
 }
 
 
 class OnnxRuntimeStages(ExportedStages):
     """`Stages` on the folder of `virst export`, one ONNX Runtime session per stage.
 
-    Where the graphs allow it (float32), memories, pointers and tokens that no object has are left out of the work.
+    Where the graphs allow it (float32), memories, pointers and prompt tokens that no object has are left out.
     """
 
     name = "onnxruntime"
@@ -68,16 +69,41 @@ class OnnxRuntimeStages(ExportedStages):
         }
         self._inputs = {stage: [i.name for i in session.get_inputs()] for stage, session in self._sessions.items()}
         # Axes that have a name in the file are free.
-        free = {i.name for session in self._sessions.values() for i in session.get_inputs() if _is_free(i.shape)}
-        self._rows = {name: rows for name, rows in ROWS.items() if name in free}
+        shapes = [i.shape for session in self._sessions.values() for i in session.get_inputs()]
+        self._has_free_rows = any(len(s) > 1 and isinstance(s[1], str) and s[1] != OBJECTS for s in shapes)
 
     def run(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
         """Outputs are new tensors."""
-        for name in self._rows:
-            if name in inputs:
-                inputs = self._without_empty_rows(inputs, name)
-        session = self._sessions[stage]
-        outputs = self.manifest.stages[stage].outputs
+        if stage == "memory_attention" and self.device.type == "cpu":
+            if self._has_free_rows:
+                inputs = _without_empty_rows(inputs)
+            at_once = max(1, MOST_SCORE_BYTES // self._score_bytes(inputs))
+            if at_once < objects:
+                return concatenate(
+                    self._run_session(
+                        stage, self._objects(stage, inputs, first, first + at_once), min(at_once, objects - first)
+                    )
+                    for first in range(0, objects, at_once)
+                )
+        return self._run_session(stage, inputs, objects)
+
+    def _missing(self, what: str, found: int, exported: int) -> int:
+        missing = super()._missing(what, found, exported)
+        return 0 if self._has_free_rows else missing
+
+    def _score_bytes(self, inputs: Tensors) -> int:
+        """Of one object: one number per query and key."""
+        cells, pool = self.sizes.grid**2, self.manifest.memory_pool
+        splits = self.sizes.channels // self.sizes.memory_channels
+        keys = inputs["spatial"].shape[1] * cells // pool**2 + inputs["pointers"].shape[1] * splits
+        return 4 * cells * keys
+
+    def _objects(self, stage: str, inputs: Tensors, first: int, last: int) -> Tensors:
+        specs = self.manifest.stages[stage].inputs
+        return {name: x[first:last] if OBJECTS in specs[name].shape else x for name, x in inputs.items()}
+
+    def _run_session(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
+        session, outputs = self._sessions[stage], self.manifest.stages[stage].outputs
         if self.device.type == "cpu":
             given = {name: inputs[name].detach().contiguous().numpy() for name in self._inputs[stage]}
             found = session.run(list(outputs), given)
@@ -102,16 +128,16 @@ class OnnxRuntimeStages(ExportedStages):
         session.run_with_iobinding(binding)
         return made
 
-    def _without_empty_rows(self, inputs: Tensors, valid: str) -> Tensors:
-        """Leave out what no object has along axis 1; at least one row stays."""
-        kept = inputs[valid].any(dim=0)
-        if bool(kept.all()):
-            return inputs
-        kept[0] |= not bool(kept.any())
-        index = kept.nonzero()[:, 0]
-        return {
-            name: value.index_select(1, index) if name in self._rows[valid] else value for name, value in inputs.items()
-        }
+
+def _without_empty_rows(inputs: Tensors) -> Tensors:
+    """Leave out the memories and pointers that no object has; at least one stays. By NumPy: torch takes 0.5 ms."""
+    inputs = dict(inputs)
+    for valid, names in ROWS.items():
+        kept = inputs[valid].numpy().any(axis=0)
+        if not kept.all():
+            index = kept.nonzero()[0] if kept.any() else np.zeros(1, np.int64)
+            inputs |= {name: torch.from_numpy(inputs[name].numpy().take(index, axis=1)) for name in names}
+    return inputs
 
 
 def load_onnxruntime() -> Any:
@@ -177,11 +203,6 @@ def open_session(
     return session
 
 
-def _is_free(shape: Sequence[int | str]) -> bool:
-    return len(shape) > 1 and isinstance(shape[1], str) and shape[1] != OBJECTS
-
-
 def _element_type(dtype: str) -> Any:
     """What IOBinding wants for a dtype: NumPy's type, or ONNX's number of one that NumPy does not have."""
     return 16 if dtype == "bfloat16" else np.dtype(dtype).type
-

@@ -173,7 +173,9 @@ def export_stages(
             difference = check_stage(stage, file, specs[stage], reference, free_rows=is_free)
             log.info("%s: %.1f MB, differs from torch by %.1e", stage, file.stat().st_size / 1e6, difference)
             specs[stage] = replace(specs[stage], sha256=file_sha256(file))
-        save_file({key: value.contiguous() for key, value in sam2.prompts.state_dict().items()}, partial / PROMPT_ENCODER)
+        save_file(
+            {key: value.contiguous() for key, value in sam2.prompts.state_dict().items()}, partial / PROMPT_ENCODER
+        )
         _publish(partial, folder, replace(manifest, stages=specs))
     except OSError as error:
         raise ExportError(f"{folder} cannot be written ({error}); free some space, or choose another --out") from error
@@ -402,7 +404,7 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of packages that are not there, of axes' names that it does not need, of each node it folds."""
+    """The exporter tells of packages that are not there, of names that it does not need, of each node that it folds."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -6,6 +6,7 @@ all its versions, and opset 18 has no attention of its own.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ class StageModule(nn.Module):
 class ImageEncoderStage(StageModule):
     """`fusion_level`: the FPN level of the output `fusion`; None or the last one: there is none, it is `top`."""
 
-    outputs = ("top", "high_res_s0", "high_res_s1")
+    outputs: tuple[str, ...] = ("top", "high_res_s0", "high_res_s1")
 
     def __init__(self, sam2: Sam2, dtype: torch.dtype = torch.float32, fusion_level: int | None = None) -> None:
         super().__init__(sam2, dtype)
@@ -168,8 +169,20 @@ def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None) -> S
                 layer.bias.data = layer.bias.data[module.halves]
             module.__class__ = _BakedRopeAttention
             module.projects_values_first = values == "before" or module.kv_in_dim == module.internal_dim
+        if type(module).__name__ == "LayerNorm2d":
+            module.forward = _layer_norm_2d(module)
     _fold_high_res_convolutions(sam2, fusion_level)
     return sam2
+
+
+def _layer_norm_2d(module: Any) -> Callable[[Tensor], Tensor]:
+    """sam2's LayerNorm2d as the one operator that layer normalization is; it computes in float32 inside."""
+
+    def forward(x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), module.weight.shape, module.weight, module.bias, module.eps)
+        return x.permute(0, 3, 1, 2)
+
+    return forward
 
 
 def _fold_high_res_convolutions(sam2: Sam2, fusion_level: int | None) -> None:
@@ -181,7 +194,7 @@ def _fold_high_res_convolutions(sam2: Sam2, fusion_level: int | None) -> None:
         lateral = neck.convs[len(neck.convs) - 1 - level]
         first, second = lateral.conv, getattr(decoder, name)
         matrix = second.weight[:, :, 0, 0].double()
-        folded = nn.Conv2d(first.in_channels, second.out_channels, kernel_size=1)
+        folded: Any = nn.Conv2d(first.in_channels, second.out_channels, kernel_size=1)
         folded.weight.data = (matrix @ first.weight[:, :, 0, 0].double())[:, :, None, None].to(first.weight.dtype)
         folded.bias.data = (matrix @ first.bias.double() + second.bias.double()).to(first.bias.dtype)
         lateral.conv = folded.requires_grad_(False)
@@ -199,6 +212,8 @@ class ExportableFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if function is F.gelu:
+            return _gelu(*args, **kwargs)
         if function in (torch.conv2d, torch.conv_transpose2d):
             x, weight, *rest = args
             return function(x.to(weight.dtype), weight, *rest, **kwargs).to(x.dtype)
@@ -207,6 +222,12 @@ class ExportableFunctions(TorchFunctionMode):
         out = function(*args, **kwargs)
         # The FPN adds its coarser level in float32.
         return out.to(self._dtype) if function is F.interpolate and kwargs["mode"] == "nearest" else out
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """In the order of products that ONNX Runtime recognises, and runs as one operator."""
+    assert approximate == "none", "SAM 2 uses the exact GELU"
+    return x * (1.0 + torch.erf(x / math.sqrt(2.0))) * 0.5
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:

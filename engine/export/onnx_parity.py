@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files against the model that they were exported from: random inputs, ONNX Runtime on one side, torch on the other.
+"""ONNX files against their model: random inputs, ONNX Runtime on one side, torch on the other.
 
 ONNX Runtime has no bfloat16 on CPUs. Half-precision graphs are therefore compared with all their types set to float32,
 against torch with the same rounded weights: that holds the graph to the model as strictly as in float32. What rounding
@@ -74,7 +74,7 @@ def _largest_difference(
         if not difference <= tolerance:  # NaN, too
             raise ExportError(
                 f"{stage}: {name} of the ONNX file differs from the model by {difference:.1e} of its largest number, "
-                f"allowed are {tolerance:.0e}; nothing was written. Report it with the versions of torch and onnxruntime"
+                f"allowed are {tolerance:.0e}; nothing is written. Report it with the versions of torch and onnxruntime"
             )
         worst = max(worst, difference)
     return worst
@@ -147,4 +147,3 @@ def in_float32(file: Path) -> bytes:
                 attribute.t.CopyFrom(widened(attribute.t))
     del model.graph.value_info[:]
     return model.SerializeToString()
-
