@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `virst`: train, evaluate, bench, export, build, scenes, weights. Each command imports only what it runs."""
+"""The program `virst`: train, evaluate, bench, export, build, scenes, weights. A command imports only what it runs."""
 
 import enum
 import json
@@ -332,13 +332,12 @@ def build(
     ] = "",
     rtx: Annotated[bool, typer.Option("--rtx", help="TensorRT-RTX in place of TensorRT, for the GPU here.")] = False,
     workspace: Annotated[int, typer.Option(min=0, help="MiB that a kernel may use; 0 = no limit.")] = 0,
-    device: Annotated[str, typer.Option(help="GPU to build for.")] = "cuda:0",
     force: Annotated[bool, typer.Option("--force", help="Build also what is there.")] = False,
     unfused: Annotated[
         bool, typer.Option("--unfused", help="Accept memory attention that is not one kernel a layer.")
     ] = False,
 ) -> None:
-    """Compile exported stages for this GPU with TensorRT, or for others with TensorRT-RTX; keep them beside the stages."""
+    """Compile exported stages for this GPU with TensorRT, or for others with TensorRT-RTX; engines stay beside them."""
     from virst_engine.export.tensorrt import build_engines
 
     try:
@@ -354,7 +353,6 @@ def build(
             workspace_mib=workspace,
             force=force,
             require_fused=not unfused,
-            device=device,
             on_step=on_step,
         )
     for engine in built:

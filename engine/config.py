@@ -56,7 +56,7 @@ class ModelParameters:
     weights: str = parameter(
         "", "file of the weights, for sam2.1 a checkpoint or its folder; empty = the file shipped with the package"
     )
-    sha256: str = parameter("", "SHA-256 that a sam2.1 checkpoint must have; empty = any")
+    sha256: str = parameter("", "SHA-256 that the file of the weights must have; empty = any")
     image_size: int = parameter(
         0, "side of the model's square input, a multiple of 32; 0 = what the model was trained at", low=0, high=4096
     )

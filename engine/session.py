@@ -117,12 +117,13 @@ class Session:
         self._device = torch.device(config.model.device if device is None else device)
         self._sizes = stages.sizes
         self._has_reasoner = not isinstance(reasoner, NoReasoner)
+        self._ring_steps = config.memory.ring_steps
         self._tracker = Tracker(
             stages,
             config.memory,
             config.tracking,
             device=self._device,
-            pins=2 * anchor_count(config.reasoner.clip_frames),
+            pins=2 * anchor_count(config.reasoner.clip_frames) if self._has_reasoner else 1,
         )
         self._window = FrameWindow(config.reasoner.clip_frames, config.reasoner.clip_spacing_s)
         self._tracks: dict[str, _Track] = {}  # by goal id; the step thread's own
@@ -153,7 +154,7 @@ class Session:
         from virst_engine.weights import is_sam2, load_stages, weights_identity
 
         config = EngineConfig() if config is None else config
-        stages = load_stages(config.model, config.engine)
+        stages = load_stages(config.model, config.engine, config.memory)
         if reasoner is None and is_sam2(config.model):
             reasoner = NoReasoner()
         if reasoner is None:
@@ -252,9 +253,13 @@ class Session:
             return {goal.goal_id: self._states.get(goal.goal_id, ObjectState.SEARCHING) for goal in self._book.goals()}
 
     def reset(self) -> None:
-        """Forget all that was seen; goals stay and are asked about anew. Answers on their way are dropped."""
+        """Forget all that was seen; goals stay and are asked about anew. Answers on their way are dropped.
+
+        What was pointed out stays as a goal, too, but has to be pointed out again: `prompt_object`.
+        """
         with self._lock:
             self._book.new_epoch()
+            self._cached.clear()
             self._commands.append(_Command(reset=True))
 
     def reconfigure(self, config: EngineConfig) -> None:
@@ -324,10 +329,12 @@ class Session:
             )
         with self._lock:
             self._states = {goal_id: track.state for goal_id, track in self._tracks.items()}
-            self._cached.pop(frame.stamp_ns, None)
-            self._cached[frame.stamp_ns] = (tracked.step, (height, width))
-            if len(self._cached) > self._config.memory.ring_steps:
-                del self._cached[next(iter(self._cached))]
+            if not any(command.reset for command in self._commands):
+                self._cached.pop(frame.stamp_ns, None)
+                self._cached[frame.stamp_ns] = (tracked.step, (height, width))
+            gone = tracked.step - self._ring_steps
+            for stamp_ns in [stamp_ns for stamp_ns, (step, _) in self._cached.items() if step <= gone]:
+                del self._cached[stamp_ns]
         return FrameResult(frame.stamp_ns, tracked.step, frame.camera, objects, timer.ms())
 
     def _check(self, frame: Frame) -> None:
@@ -357,22 +364,29 @@ class Session:
                 "prompt one of them, or raise memory.ring_steps"
             )
         step, image_size = found
-        check_prompt(prompt, image_size)
+        check_prompt(prompt, image_size, self._sizes.prompt_tokens)
         return step
 
     def _apply_prompt(self, track: _Track, prompted: _Prompted) -> None:
         stamp_ns = self._tracker.ring.stamp_ns(prompted.step)
         try:
-            self._tracker.prompt(track.slot, prompted.step, prompted.prompt)
-        except BadPrompt as error:  # its frame was evicted, or the session was reset, since it was accepted
+            sighting = self._tracker.prompt(track.slot, prompted.step, prompted.prompt)
+        except VirstError as error:  # its frame was evicted, or the session was reset, since it was accepted
             track.problem = str(error)
             return
+        if not sighting.is_present and isinstance(prompted.prompt, ClickPrompt):
+            track.problem = "nothing was found where it was pointed out; point at its middle, or give a box"
+            return
+        with self._lock:
+            self._book.drop_requests(track.goal.goal_id, self._newest_ns or 0)
+        self._reasoner.cancel(track.goal.goal_id)
         track.problem, track.dispute, track.claim = "", Dispute(), None
         if self._tracker.is_replaying(track.slot):
             track.replay_anchor_ns, track.replay_is_settled = stamp_ns, True
         else:
             track.newest_anchor_ns, track.is_settled, track.is_weak = stamp_ns, True, False
-            track.state, track.absent_steps = ObjectState.TRACKING, 0
+            track.state = ObjectState.TRACKING if sighting.is_present else ObjectState.LOST
+            track.absent_steps = 0
 
     def _carry_out_commands(self) -> None:
         with self._lock:
@@ -657,7 +671,7 @@ class Session:
         if track.is_doubted and track.state is not ObjectState.LOST:
             return "something may fit the sentence, but not surely (tracking.start_presence); asked again"
         if not track.goal.sentence and track.state is ObjectState.SEARCHING:
-            return "pointed out in a frame that is gone; point it out again"
+            return "it was pointed out in a frame that is gone; point it out again"
         return {
             ObjectState.SEARCHING: "waiting for the reasoner's first answer",
             ObjectState.LOST: "not visible at the moment; it is found again when it comes back",

@@ -42,6 +42,7 @@ class StageSizes:
     mask: int  # side of the low-resolution mask: 4 x grid
     memory_frames: int  # num_maskmem: P = 7, rows of maskmem_tpos_enc
     video_size: int = 128  # side of the square frames that the reasoner's video encoder reads, pixels
+    prompt_tokens: int = 0  # most rows of PromptTokens.sparse; 0: any number
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ class ClickPrompt:
             raise ValueError("labels must be 1 (on the object) or 0 (not on it)")
         if not np.isfinite(points).all() or not np.isfinite(self.box_px or 0.0).all():
             raise ValueError("coordinates must be finite numbers of pixels")
+        if self.box_px is not None and len(self.box_px) != 4:
+            raise ValueError(f"a box is left, top, right, bottom, got {len(self.box_px)} numbers")
         if self.box_px is not None and not (self.box_px[0] < self.box_px[2] and self.box_px[1] < self.box_px[3]):
             raise ValueError(f"a box is left, top, right, bottom with left < right and top < bottom, got {self.box_px}")
         object.__setattr__(self, "points_px", points)
@@ -170,9 +173,16 @@ class ClickPrompt:
 
 @dataclass(frozen=True)
 class MaskPrompt:
-    """The object's mask itself, at the camera's size; all False: the object is not in this frame."""
+    """The object's mask itself, at the camera's size; all False: the object is not in this frame.
+
+    Raises ValueError for what is no mask.
+    """
 
     mask: Bool[np.ndarray, "height width"]
+
+    def __post_init__(self) -> None:
+        if self.mask.ndim != 2 or self.mask.dtype != np.bool_ or not self.mask.size:
+            raise ValueError(f"a mask must be height x width of bool, got {self.mask.shape} of {self.mask.dtype}")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from virst_engine.backends.base import Stages
 from virst_engine.backends.choice import choose_stages
 from virst_engine.backends.torch_backend import TorchStages
-from virst_engine.config import EngineParameters, ModelParameters
+from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BadGoal, WeightsError
 from virst_engine.model.checkpoint import checkpoint_file, load_sam2
 from virst_engine.model.config import VirstConfig
@@ -181,8 +181,12 @@ def load_goal_check(parameters: ModelParameters) -> Callable[[str], None]:
     return check
 
 
-def load_stages(parameters: ModelParameters, engine: EngineParameters | None = None) -> Stages:
+def load_stages(
+    parameters: ModelParameters, engine: EngineParameters | None = None, memory: MemoryParameters | None = None
+) -> Stages:
     """The segmenter's stages on `parameters.device`, run by the backend that `engine` asks for.
+
+    `memory`: what exported stages must have room for.
 
     Raises:
         WeightsError: the weights are missing, damaged or of another model.
@@ -196,11 +200,6 @@ def load_stages(parameters: ModelParameters, engine: EngineParameters | None = N
     if not is_sam2(parameters):
         config = read_config(weights_path(parameters))
         video_size = config.video.image_size
-        if parameters.image_size not in (0, config.sam2.image_size):
-            raise WeightsError(
-                f"{parameters.name} sees images of {config.sam2.image_size} px, model.image_size is "
-                f"{parameters.image_size}; set it to 0"
-            )
 
     def torch_stages() -> TorchStages:
         sam2, fusion_level = load_segmenter(parameters)
@@ -214,7 +213,14 @@ def load_stages(parameters: ModelParameters, engine: EngineParameters | None = N
             compiled=engine.compiled,
         )
 
-    return choose_stages(parameters, engine, weights_sha256=digest, video_size=video_size, torch_stages=torch_stages)
+    return choose_stages(
+        parameters,
+        engine,
+        MemoryParameters() if memory is None else memory,
+        weights_sha256=digest,
+        video_size=video_size,
+        torch_stages=torch_stages,
+    )
 
 
 def load_segmenter(parameters: ModelParameters) -> tuple[Sam2, int]:
@@ -224,7 +230,16 @@ def load_segmenter(parameters: ModelParameters) -> tuple[Sam2, int]:
         image_size = parameters.image_size or SAM2_IMAGE_SIZE
         sam2 = load_sam2(size, parameters.weights, image_size, parameters.sha256, parameters.device)
         return sam2, -1
+    if parameters.sha256 and parameters.sha256.lower() != (digest := weights_sha256(parameters)):
+        raise WeightsError(
+            f"the weights have the SHA-256 {digest}, model.sha256 asks for {parameters.sha256}; {REMEDY}"
+        )
     model = load_model(weights_path(parameters), device=parameters.device)
+    side = model.config.sam2.image_size
+    if parameters.image_size not in (0, side):
+        raise WeightsError(
+            f"{parameters.name} sees images of {side} px, model.image_size is {parameters.image_size}; set it to 0"
+        )
     return model.seg_model, model.config.fusion.feature_level
 
 

@@ -47,6 +47,8 @@ class FakeStages:
     def __init__(self) -> None:
         self.calls = {"image_encoder": 0, "memory_attention": 0, "mask_decoder": 0, "memory_encoder": 0}
         self.iou = 0.9  # what the decoder predicts while it tracks
+        self.is_blind = False  # the decoder sees no object anywhere
+        self.corrected: list[torch.Tensor | None] = []  # of each prompt of points: the mask that it corrects
         self.object_batches: list[int] = []  # objects of each memory attention call
 
     def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
@@ -90,18 +92,22 @@ class FakeStages:
         logits = REACH - (rgb - wanted[:, :, None, None]).abs().sum(dim=1)
         is_object = (logits > 0).float()
         area = is_object.sum(dim=(1, 2))
-        present = (area > 0).float()
+        present = (area > 0).float() * (0.0 if self.is_blind else 1.0)
         colour = (rgb * is_object[:, None]).sum(dim=(2, 3)) / area.clamp(min=1.0)[:, None]
         pointer = torch.zeros(len(wanted), 8)
         pointer[:, :3], pointer[:, 4] = colour, present
         return MaskPrediction(logits, torch.full((len(wanted),), self.iou), 8.0 * present - 4.0, pointer)
 
-    def click_tokens(self, points: torch.Tensor, labels: torch.Tensor) -> PromptTokens:
+    def click_tokens(
+        self, points: torch.Tensor, labels: torch.Tensor, mask_logits: torch.Tensor | None = None
+    ) -> PromptTokens:
         """Channels 4 and 5: where to look for the colour, 0..1; channel 7: that this is a click."""
-        self.calls["click_tokens"] = self.calls.get("click_tokens", 0) + 1
+        self.corrected.append(mask_logits)
         inside = (labels > 0).float()[..., None]
         tokens = torch.zeros(len(points), 1, 8)
-        tokens[:, 0, 4:6] = (points * inside).sum(dim=1) / inside.sum(dim=1) / SIDE  # the middle of a box's corners
+        tokens[:, 0, 4:6] = (
+            (points * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1.0) / SIDE
+        )  # the middle of a box's corners
         tokens[:, 0, 7] = 1.0
         return PromptTokens(tokens)
 

@@ -31,7 +31,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         EndpointError: the reasoner's address can never work.
     """
     path = weights_path(config.model)
-    stages, check_goal = load_stages(config.model, config.engine), load_goal_check(config.model)
+    stages, check_goal = load_stages(config.model, config.engine, config.memory), load_goal_check(config.model)
     reasoner: ReasonerClient = NoReasoner()
     if not is_sam2(config.model):
         reasoner = ZmqReasonerClient(

@@ -51,8 +51,16 @@ class Stages(Protocol):
         """Encode the predicted masks (b = 1 or b = o) into memories; `binarize`: those that a user has approved."""
         ...
 
-    def click_tokens(self, points: Float[Tensor, "o p 2"], labels: Int[Tensor, "o p"]) -> PromptTokens:
-        """Points in pixels of the model's input; labels 1 object, 0 not, 2 and 3 corners of a box, -1 padding."""
+    def click_tokens(
+        self,
+        points: Float[Tensor, "o p 2"],
+        labels: Int[Tensor, "o p"],
+        mask_logits: Float[Tensor, "o hm wm"] | None = None,
+    ) -> PromptTokens:
+        """Points in pixels of the model's input; labels 1 object, 0 not, 2 and 3 corners of a box, -1 padding.
+
+        `mask_logits`: the mask that they correct.
+        """
         ...
 
     def mask_prediction(self, features: ImageFeatures, mask: Float[Tensor, "o 1 size size"]) -> MaskPrediction:

@@ -9,7 +9,7 @@ import torch
 
 from virst_engine.backends.base import Stages
 from virst_engine.backends.manifest import Manifest, read_manifest
-from virst_engine.config import EngineParameters, ModelParameters
+from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BackendError, ExportError
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 def choose_stages(
     model: ModelParameters,
     engine: EngineParameters,
+    memory: MemoryParameters,
     *,
     weights_sha256: str,
     video_size: int,
@@ -32,14 +33,23 @@ def choose_stages(
 
     Raises:
         BackendError: that backend cannot run here. `auto` then takes the next one.
-        ExportError: `engine.path` is no export of this model.
+        ExportError: `engine.path` is no export of this model, or has no room for `memory`.
     """
     if not engine.path or engine.backend == "torch":
         why = "engine.backend asks for it" if engine.backend == "torch" else "no stages are exported (engine.path)"
         logger.info("%s runs by torch on %s: %s", model.name, model.device, why)
         return torch_stages()
     folder = Path(engine.path).expanduser()
-    _check_origin(folder, read_manifest(folder), model, weights_sha256)
+    manifest = read_manifest(folder)
+    _check_origin(folder, manifest, model, weights_sha256)
+    _check_memory(folder, manifest, memory)
+    pooled = f", {manifest.memory_pool} x {manifest.memory_pool} pooled keys" if manifest.memory_pool > 1 else ""
+    logger.info("%s: stages in %s%s", folder, manifest.precision, pooled)
+    if engine.precision not in ("fp32", manifest.precision) or engine.pooled_keys != (manifest.memory_pool > 1):
+        logger.warning(
+            "%s: engine.precision and engine.pooled_keys say otherwise; exported stages stay as they are: export again",
+            folder,
+        )
     if engine.backend == "tensorrt":
         logger.info("%s runs by TensorRT: engine.backend asks for it", model.name)
         return _tensorrt(folder, model, video_size)
@@ -57,6 +67,8 @@ def choose_stages(
             logger.info("%s runs by TensorRT: its engines in %s fit this GPU", model.name, folder)
             return stages
     try:
+        if manifest.precision == "fp16" and torch.device(model.device).type == "cpu":
+            raise BackendError("its stages are in fp16, which CPUs emulate: export fp32 for this device")
         stages = _onnxruntime(folder, model, video_size)
     except BackendError as error:
         reasons.append(f"not by ONNX Runtime ({error})")
@@ -83,9 +95,25 @@ def _check_origin(folder: Path, manifest: Manifest, model: ModelParameters, weig
         )
 
 
+def _check_memory(folder: Path, manifest: Manifest, memory: MemoryParameters) -> None:
+    slots, rows = memory.anchors_attended + memory.recent_frames, memory.anchors_attended + memory.pointers - 1
+    if slots > manifest.memory_slots or rows > manifest.pointer_rows:
+        raise ExportError(
+            f"{folder} has room for {manifest.memory_slots} memories and {manifest.pointer_rows} object pointers, "
+            f"memory.anchors_attended, recent_frames and pointers ask for {slots} and {rows}; lower them, or export "
+            "with --anchors, --recent and --pointers"
+        )
+
+
 def _tensorrt(folder: Path, model: ModelParameters, video_size: int) -> Stages:
     from virst_engine.backends.tensorrt_backend import TensorRtStages
 
+    index = torch.device(model.device).index or 0
+    if index:  # TensorRT takes whatever GPU is the process's first
+        raise BackendError(
+            f"TensorRT runs on the first GPU of a process, model.device is {model.device}: set "
+            f"CUDA_VISIBLE_DEVICES={index} and model.device to cuda:0"
+        )
     return TensorRtStages(folder, device=model.device, video_size=video_size)
 
 

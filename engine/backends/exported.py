@@ -137,8 +137,13 @@ class ExportedStages(ABC):
         return MemoryEntry(self._run("memory_encoder", inputs, objects)["spatial"], prediction.pointer)
 
     @torch.inference_mode()
-    def click_tokens(self, points: Float[Tensor, "o p 2"], labels: Int[Tensor, "o p"]) -> PromptTokens:
-        return self._prompts.clicks(points, labels)
+    def click_tokens(
+        self,
+        points: Float[Tensor, "o p 2"],
+        labels: Int[Tensor, "o p"],
+        mask_logits: Float[Tensor, "o hm wm"] | None = None,
+    ) -> PromptTokens:
+        return self._prompts.clicks(points, labels, mask_logits)
 
     @torch.inference_mode()
     def mask_prediction(self, features: ImageFeatures, mask: Float[Tensor, "o 1 size size"]) -> MaskPrediction:

@@ -82,6 +82,7 @@ class Manifest:
             grid=grid,
             mask=4 * grid,
             memory_frames=self.memory_frames,
+            prompt_tokens=self.prompt_tokens,
         )
 
 

@@ -19,6 +19,7 @@ from virst_engine.types import (
     StageSizes,
 )
 
+OBJECT_BUCKETS = (1, 4, 8)  # numbers of objects that compiled code is made for; more are compiled for as they come
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_IN_FP16 = ("image_encoder", "memory_attention")  # in the others fp16 errors grow through the recurrent memory
 
@@ -40,7 +41,8 @@ class TorchStages:
         precision: str = "fp32",
         compiled: bool = False,
     ) -> None:
-        """`compiled`: by torch.compile, with CUDA graphs on a GPU; the first calls take minutes.
+        """`compiled`: by torch.compile, with CUDA graphs on a GPU. The first frames with 1, with up to 4 and with up to
+        8 objects take minutes; prompts are decoded as they come, not compiled.
 
         Raises BackendError for a precision that this device has only emulated.
         """
@@ -70,15 +72,17 @@ class TorchStages:
     def image_encoder(self, pixels: Float[Tensor, "b 3 size size"]) -> ImageFeatures:
         with self._computing("image_encoder"):
             features = self._encode_image(pixels, self._fusion_level)
-        return _as_float(features)
+        return ImageFeatures(**self._out(features))
 
     @torch.inference_mode()
     def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
         if self.device.type == "cpu" and not self._is_compiled:
             memory = without_empty_slots(memory)
+        objects = memory.spatial.shape[0]
+        memory = MemoryTensors(**{name: self._filled(x) for name, x in vars(memory).items()})
         with self._computing("memory_attention"):
             conditioned: Tensor = self._attend_memory(features, memory)
-        return conditioned.float()
+        return self._own(conditioned)[:objects]
 
     @torch.inference_mode()
     def mask_decoder(
@@ -91,21 +95,35 @@ class TorchStages:
             if prompts is None:
                 raise ValueError("mask_decoder needs memory-conditioned features or prompts, got neither")
             conditioned = self._prompts.without_memory(features).expand(prompts.sparse.shape[0], -1, -1, -1)
+        objects = conditioned.shape[0]
         with self._computing("mask_decoder"):
-            prediction = self._decode_mask(features, conditioned, prompts)
-        return _as_float(prediction)
+            if prompts is None and features.top.shape[0] == 1:
+                prediction = self._decode_mask(features, self._filled(conditioned), None)
+            else:  # rare, and of any number of tokens
+                prediction = self._sam2.decode_mask(features, conditioned, prompts)
+        return MaskPrediction(**self._out(prediction, objects))
 
     @torch.inference_mode()
     def memory_encoder(
         self, features: ImageFeatures, prediction: MaskPrediction, binarize: Bool[Tensor, " o"] | None = None
     ) -> MemoryEntry:
+        objects = prediction.mask_logits.shape[0]
         with self._computing("memory_encoder"):
-            entry = self._encode_memory(features, prediction, binarize)
-        return _as_float(entry)
+            if binarize is None and features.top.shape[0] == 1:
+                filled = MaskPrediction(**{name: self._filled(x) for name, x in vars(prediction).items()})
+                entry = self._encode_memory(features, filled)
+            else:
+                entry = self._sam2.encode_memory(features, prediction, binarize)
+        return MemoryEntry(**self._out(entry, objects))
 
     @torch.inference_mode()
-    def click_tokens(self, points: Float[Tensor, "o p 2"], labels: Int[Tensor, "o p"]) -> PromptTokens:
-        return self._prompts.clicks(points, labels)
+    def click_tokens(
+        self,
+        points: Float[Tensor, "o p 2"],
+        labels: Int[Tensor, "o p"],
+        mask_logits: Float[Tensor, "o hm wm"] | None = None,
+    ) -> PromptTokens:
+        return self._prompts.clicks(points, labels, mask_logits)
 
     @torch.inference_mode()
     def mask_prediction(self, features: ImageFeatures, mask: Float[Tensor, "o 1 size size"]) -> MaskPrediction:
@@ -113,6 +131,22 @@ class TorchStages:
         bare = features.top.expand(mask.shape[0], -1, -1, -1)
         decoded = self.mask_decoder(features, bare, self._prompts.mask(mask))
         return self._prompts.mask_as_output(mask, decoded)
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Compiled code is made for 1, 4 and 8 objects: repeat the last row up to the next of these."""
+        objects = x.shape[0]
+        if not self._is_compiled:
+            return x
+        bucket = next((size for size in OBJECT_BUCKETS if size >= objects), objects)
+        return torch.cat((x, x[-1:].expand(bucket - objects, *x.shape[1:]))) if bucket > objects else x
+
+    def _out(self, values: Any, objects: int | None = None) -> dict[str, Tensor]:
+        """float32, of the first `objects` rows."""
+        return {name: self._own(x)[:objects] for name, x in vars(values).items()}
+
+    def _own(self, x: Tensor) -> Tensor:
+        # A CUDA graph's outputs lie in memory that the next stage's graph may take.
+        return x.float().clone() if self._is_compiled and self.device.type == "cuda" else x.float()
 
     def _computing(self, stage: str) -> Any:
         """Autocast to what this stage may compute in."""
@@ -147,7 +181,3 @@ def cpu_computes_in(dtype: torch.dtype) -> bool:
     if dtype is torch.bfloat16:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(dtype is torch.float16 and torch.cpu._is_amx_fp16_supported())
-
-
-def _as_float(values: Any) -> Any:
-    return replace(values, **{name: x.float() for name, x in vars(values).items() if x.is_floating_point()})

@@ -32,7 +32,7 @@ def load_system(settings: EvaluationSettings) -> System:
 
     config = settings.engine_config()
     reasoner = load_reasoner(config.model, second_fusion=not settings.no_second_fusion)
-    return System(load_stages(config.model, config.engine), reasoner, config)
+    return System(load_stages(config.model, config.engine, config.memory), reasoner, config)
 
 
 def run_mode(

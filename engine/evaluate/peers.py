@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -269,8 +269,13 @@ class CountingStages:
         with self._counting("memory_encoder"):
             return self._stages.memory_encoder(features, prediction, binarize)
 
-    def click_tokens(self, points: Float[Tensor, "o p 2"], labels: Any) -> PromptTokens:
-        return self._stages.click_tokens(points, labels)
+    def click_tokens(
+        self,
+        points: Float[Tensor, "o p 2"],
+        labels: Int[Tensor, "o p"],
+        mask_logits: Float[Tensor, "o hm wm"] | None = None,
+    ) -> PromptTokens:
+        return self._stages.click_tokens(points, labels, mask_logits)
 
     def mask_prediction(self, features: ImageFeatures, mask: Float[Tensor, "o 1 size size"]) -> MaskPrediction:
         return self._stages.mask_prediction(features, mask)
@@ -284,9 +289,13 @@ def flop_per_frame(stages: Stages, footage: Footage, objects: int, device: str) 
     counting = CountingStages(stages)
     tracker = OurTracker("count", counting, footage, device)
     tracker.begin(footage.prompts[:objects])
-    counting.flop.clear()
-    tracker.step(1, StageTimer(device))  # shapes are fixed: the first frame costs what every frame costs
+    for number in range(1, FULL_MEMORY_FRAMES + 1):  # memories that are not there yet are not attended
+        counting.flop.clear()
+        tracker.step(number, StageTimer(device))
     return dict(counting.flop)
+
+
+FULL_MEMORY_FRAMES = 17  # from here on all memories and pointers are there
 
 
 @dataclass

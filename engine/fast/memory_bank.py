@@ -57,32 +57,43 @@ class MemoryBank:
         kept = torch.bfloat16 if self._read_by_step else dtype
         self._dtype, self._spatial = dtype, torch.zeros(shape, device=device, dtype=kept)
         self._pointer = torch.zeros((rows, self._anchors + self._pointers, sizes.channels), device=device, dtype=dtype)
+        self._is_approved = np.zeros((rows, self._anchors), dtype=np.bool_)
         self._anchor_steps = np.full((rows, self._anchors), EMPTY, dtype=np.int64)
         self._recent_steps = np.full((rows, self._recent), EMPTY, dtype=np.int64)
         self._pointer_steps = np.full((rows, self._pointers), EMPTY, dtype=np.int64)
         self._writes = np.zeros(rows, dtype=np.int64)  # recent entries ever written; the next goes to writes % ring
 
-    def remember_anchor(self, slot: int, step: int, entry: MemoryEntry, entry_row: int = 0) -> None:
-        """Keep row `entry_row` of `entry` as an anchor; an anchor of the same step is replaced.
+    def remember_anchor(
+        self, slot: int, step: int, entry: MemoryEntry, entry_row: int = 0, *, is_approved: bool = False
+    ) -> None:
+        """Keep row `entry_row` of `entry` as an anchor; an anchor of the same step is replaced, unless the user
+        approved that one and not this.
 
         The first anchor stays for good: it is what the user meant. When all slots are full, the oldest of the others
-        makes room, unless the new one is older still.
+        makes room, unless the new one is older still; one that `is_approved` by the user only for another one.
         """
         steps = self._anchor_steps[slot]
         same, free = np.flatnonzero(steps == step), np.flatnonzero(steps == EMPTY)
         if same.size:
             column = int(same[0])
+            if self._is_approved[slot, column] and not is_approved:
+                return
         elif free.size:
             column = int(free[0])
         elif self._anchors == 1:
             column = 0
         else:
-            column = 1 + int(steps[1:].argmin())
-            if steps[column] > step:
+            others = np.arange(1, self._anchors)
+            spare = others[~self._is_approved[slot, 1:]]
+            if not spare.size and not is_approved:
+                return
+            spare = spare if spare.size else others
+            column = int(spare[steps[spare].argmin()])
+            if steps[column] > step and not is_approved:
                 return
         self._spatial[slot, column].copy_(entry.spatial[entry_row])
         self._pointer[slot, column].copy_(entry.pointer[entry_row])
-        steps[column] = step
+        steps[column], self._is_approved[slot, column] = step, is_approved
         if self._read_by_step:  # SAM 2: a frame is an anchor or a recent one
             for recent in (self._recent_steps[slot], self._pointer_steps[slot]):
                 recent[recent == step] = EMPTY
@@ -101,30 +112,37 @@ class MemoryBank:
 
     def clear(self, slot: int) -> None:
         self._anchor_steps[slot] = EMPTY
+        self._is_approved[slot] = False
         self._recent_steps[slot] = EMPTY
         self._pointer_steps[slot] = EMPTY
         self._writes[slot] = 0
 
     def forget_recent(self, slot: int) -> None:
         """Only anchors are remembered: what was tracked is not worth it."""
-        self._recent_steps[slot] = EMPTY
-        self._pointer_steps[slot] = EMPTY
-        self._writes[slot] = 0
+        self.forget_recent_after(slot, EMPTY)
+
+    def forget_recent_after(self, slot: int, step: int) -> None:
+        """What was tracked in later steps was never written."""
+        longest = self._pointer_steps if self._pointers > self._recent else self._recent_steps
+        self._writes[slot] -= int((longest[slot] > step).sum())
+        for steps in (self._recent_steps[slot], self._pointer_steps[slot]):
+            steps[steps > step] = EMPTY
 
     def forget_anchors_after(self, slot: int, step: int) -> None:
-        """No anchor of a later step is remembered."""
+        """No anchor of a later step is remembered, but for those that the user approved."""
         steps = self._anchor_steps[slot]
-        steps[steps > step] = EMPTY
+        steps[(steps > step) & ~self._is_approved[slot]] = EMPTY
 
     def copy_slot(self, source: int, target: int) -> None:
         """Make `target` remember what `source` does, and nothing else."""
         for buffer in (self._spatial, self._pointer):
             buffer[target].copy_(buffer[source])
-        for table in (self._anchor_steps, self._recent_steps, self._pointer_steps, self._writes):
+        for table in (self._anchor_steps, self._is_approved, self._recent_steps, self._pointer_steps, self._writes):
             table[target] = table[source]
 
     def is_empty(self, slot: int) -> bool:
-        return bool((self._anchor_steps[slot] == EMPTY).all() and self._writes[slot] == 0)
+        tables = (self._anchor_steps, self._recent_steps, self._pointer_steps)
+        return all(bool((steps[slot] == EMPTY).all()) for steps in tables)
 
     def anchor_steps(self, slot: int) -> list[int]:
         """Steps of the anchors kept, ascending."""
@@ -190,7 +208,8 @@ class MemoryBank:
         if not self._read_by_step:
             writes = self._writes[rows]
             column = (writes - back) % ring
-            return self._anchors + column, writes >= back, step - np.take_along_axis(steps, column, axis=1)
+            at = np.take_along_axis(steps, column, axis=1)
+            return self._anchors + column, (writes >= back) & (at != EMPTY), step - at
         anchor_steps = self._anchor_steps[rows[:, 0]].copy()
         attended = np.where(anchors_valid, anchors, self._anchors)
         spare = np.concatenate((anchor_steps, np.full((len(rows), 1), EMPTY)), axis=1)

@@ -23,11 +23,13 @@ def decode_prompt(
     prompt: ClickPrompt | MaskPrompt,
     image_size: tuple[int, int],
     device: torch.device,
+    corrects: Float[Tensor, "hm wm"] | None = None,
 ) -> MaskPrediction:
     """The object (o = 1) that the prompt shows in the frame of `features` (b = 1).
 
     Args:
         image_size: height and width of the camera's image, pixels.
+        corrects: logits of the mask that points without a box add to and take from; None: they stand alone.
 
     Raises:
         BadPrompt: the prompt does not fit that image.
@@ -36,16 +38,24 @@ def decode_prompt(
     if isinstance(prompt, MaskPrompt):
         return stages.mask_prediction(features, mask_input(prompt, image_size, size).to(device))
     points, labels = click_input(prompt, image_size, size)
-    tokens = stages.click_tokens(points.to(device), labels.to(device))
+    if corrects is None and not bool((labels > 0).any()):
+        raise BadPrompt("a prompt needs a point on the object (label 1) or a box where no mask of it is seen")
+    mask_logits = None if corrects is None else corrects[None].float()
+    tokens = stages.click_tokens(points.to(device), labels.to(device), mask_logits)
     return stages.mask_decoder(features, None, tokens)
 
 
-def check_prompt(prompt: ClickPrompt | MaskPrompt, image_size: tuple[int, int]) -> None:
-    """Raises BadPrompt unless the prompt fits an image of this height and width."""
+def check_prompt(prompt: ClickPrompt | MaskPrompt, image_size: tuple[int, int], most_tokens: int = 0) -> None:
+    """Raises BadPrompt unless the prompt fits an image of this height and width, and a model of so many tokens."""
     if isinstance(prompt, MaskPrompt):
         mask_input(prompt, image_size, 32)
-    else:
-        click_input(prompt, image_size, 32)
+        return
+    points, _ = click_input(prompt, image_size, 32)
+    if most_tokens and points.shape[1] >= most_tokens:  # the padding point takes one
+        raise BadPrompt(
+            f"the exported stages take prompts of at most {most_tokens - 1} points, of which a box counts as two; "
+            f"got {points.shape[1]}: give fewer, or set engine.backend to torch"
+        )
 
 
 def click_input(prompt: ClickPrompt, image_size: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:

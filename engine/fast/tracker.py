@@ -24,11 +24,13 @@ from virst_engine.errors import BadPrompt
 from virst_engine.fast.feature_ring import FeatureRing
 from virst_engine.fast.memory_bank import MemoryBank
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
-from virst_engine.fast.prompts import decode_prompt
+from virst_engine.fast.prompts import check_prompt, decode_prompt
 from virst_engine.timing import StageTimer
 from virst_engine.types import ClickPrompt, Frame, ImageFeatures, MaskPrediction, MaskPrompt, MemoryEntry, PromptTokens
 
 logger = logging.getLogger(__name__)
+
+BELIEVED_LOGIT = 10.0  # of a cached mask, which is kept as bits
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,9 @@ class Tracker:
         """Decode a user's prompt on the cached features of its own frame, and track what it shows from there.
 
         On the newest frame the object is there at once. On an older one the frames since then are replayed, and the
-        object of before, if there is one, stays until the replay is through (`catch_up`). Earlier anchors stay, unless
-        the prompt shows another thing than what was tracked: then it is all that is known.
+        object of before, if there is one, stays until the replay is through (`catch_up`). Points without a box correct
+        the mask that is seen there. What was known stays, unless a box or a mask shows another thing than what was
+        tracked: then it is all that is known. Where a click finds nothing, nothing changes.
 
         Raises:
             BadPrompt: the frame is gone, or the prompt does not fit its image; nothing has changed.
@@ -183,20 +186,26 @@ class Tracker:
                 f"the frame of step {step} is not cached; those of steps {self._ring.oldest_step()} to {self._step} "
                 "are: prompt a newer one, or raise memory.ring_steps"
             )
-        prediction = _own(decode_prompt(self._stages, features, prompt, size, self._device))
+        check_prompt(prompt, size, self._stages.sizes.prompt_tokens)
+        corrects = self._corrected(slot, step, prompt)
+        prediction = _own(decode_prompt(self._stages, features, prompt, size, self._device, corrects))
         (sighting,) = self._look(prediction, [step])
         believed, agreement = self._ring.belief(step, slot), self._agreement(slot, sighting)
         anchors = DecodedAnchors(
             (step,), (True,), (sighting.is_present,), (agreement,), features, prediction, (sighting,), is_approved=True
         )
+        if not sighting.is_present and isinstance(prompt, ClickPrompt) and not self._remembers_all:
+            return sighting  # nothing is there: not worth remembering
         was_seen = believed is not None and bool(believed.any())
         contradicts = was_seen and agreement is not None and agreement < self._agree_iou and not self._remembers_all
-        is_other_thing = contradicts and sighting.is_present
+        is_other_thing = contradicts and sighting.is_present and corrects is None
         if step == self._step:
-            self._drop_replay(slot)
+            if slot in self._replays:  # what the shadow knows is newer than what the object knew
+                self._memory.copy_slot(self._slots + slot, slot)
+                self._drop_replay(slot)
             if is_other_thing:
                 self._memory.clear(slot)
-            elif contradicts:  # what was taken for it is nothing
+            elif contradicts:  # what was taken for it is nothing, or only a part of it
                 self._memory.forget_recent(slot)
             self._remember_anchors(slot, anchors, [0])
             self._sightings[slot] = sighting
@@ -278,17 +287,36 @@ class Tracker:
 
     def _start_replay(self, slot: int, anchors: DecodedAnchors, chosen: Sequence[int], *, keeps_earlier: bool) -> None:
         shadow, first = self._slots + slot, anchors.steps[chosen[0]]
-        self._drop_replay(slot)
-        if keeps_earlier:
+        is_ahead = False  # of a replay that runs already and will come by
+        if not keeps_earlier:
+            self._drop_replay(slot)
+        elif slot in self._replays:
+            is_ahead = self._replays[slot] < first
+        else:
+            self._drop_replay(slot)
             self._memory.copy_slot(slot, shadow)
-            self._memory.forget_recent(shadow)
-            self._memory.forget_anchors_after(shadow, first)
+        if keeps_earlier and not is_ahead:
+            self._memory.forget_recent_after(shadow, first)
+            if not self._remembers_all:
+                self._memory.forget_anchors_after(shadow, first)
         self._remember_anchors(shadow, anchors, chosen)
         for i in chosen:
             sighting = anchors.sightings[i]
             self._believe(sighting.step, shadow, sighting)
             self._sightings[shadow] = sighting
-        self._replays[slot] = anchors.steps[chosen[-1]]
+        if not is_ahead:
+            self._replays[slot] = anchors.steps[chosen[-1]]
+
+    def _corrected(self, slot: int, step: int, prompt: ClickPrompt | MaskPrompt) -> Float[Tensor, "hm wm"] | None:
+        """The mask that is seen in that frame, which points without a box are to correct; None: none is."""
+        if not isinstance(prompt, ClickPrompt) or prompt.box_px is not None or self._remembers_all:
+            return None
+        sighting, believed = self._sightings.get(slot), self._ring.belief(step, slot)
+        if believed is None or not bool(believed.any()):
+            return None
+        if sighting is not None and sighting.step == step:
+            return sighting.mask_logits
+        return (believed.float() * 2 - 1) * BELIEVED_LOGIT
 
     def _drop_replay(self, slot: int) -> None:
         shadow = self._slots + slot
@@ -359,7 +387,7 @@ class Tracker:
             approved = torch.ones(len(anchors.steps), dtype=torch.bool, device=self._device)
         entry: MemoryEntry = self._stages.memory_encoder(anchors.features, anchors.prediction, approved)
         for i in chosen:
-            self._memory.remember_anchor(row, anchors.steps[i], entry, i)
+            self._memory.remember_anchor(row, anchors.steps[i], entry, i, is_approved=anchors.is_approved)
 
     def _take_over(self, slot: int) -> None:
         shadow = self._slots + slot

@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
 BOX_CORNERS = (2, 3)  # labels of a box's top left and bottom right corner
 NOT_A_POINT = -1
 MASK_SCALE, MASK_BIAS = 20.0, -10.0  # out_scale, out_bias: a mask that the user gave, as logits
+LARGEST_LOGIT = 32.0  # of a mask that is corrected
 MOST_POINTS_FOR_THREE_MASKS = 1  # multimask_max_pt_num: one click is ambiguous, a box or two clicks are not
 
 
@@ -55,14 +56,23 @@ class PromptTables(nn.Module):
         """Features of a frame that is decoded from its prompt alone (directly_add_no_mem_embed)."""
         return features.top + self.no_mem_embed.reshape(1, -1, 1, 1)
 
-    def clicks(self, points: Float[Tensor, "o p 2"], labels: Int[Tensor, "o p"]) -> PromptTokens:
+    def clicks(
+        self,
+        points: Float[Tensor, "o p 2"],
+        labels: Int[Tensor, "o p"],
+        mask_logits: Float[Tensor, "o hm wm"] | None = None,
+    ) -> PromptTokens:
         """Points in pixels of the model's input. Labels: 1 object, 0 background, 2 and 3 corners of a box, -1 padding.
 
-        SAM 2's padding point comes last, as one row more.
+        SAM 2's padding point comes last, as one row more. `mask_logits`: the mask that the points correct
+        (prev_sam_mask_logits).
         """
         sparse = self.sam_prompt_encoder._embed_points(points, labels, pad=True)
         count = (labels != NOT_A_POINT).sum(dim=1)
-        return PromptTokens(sparse, multimask=count <= MOST_POINTS_FOR_THREE_MASKS)
+        dense = None
+        if mask_logits is not None:
+            dense = self._dense(mask_logits[:, None].clamp(-LARGEST_LOGIT, LARGEST_LOGIT))
+        return PromptTokens(sparse, multimask=count <= MOST_POINTS_FOR_THREE_MASKS, dense=dense)
 
     def mask(self, mask: Float[Tensor, "o 1 size size"]) -> PromptTokens:
         """A mask of 0 and 1 at the model's input size, as a dense prompt beside an empty point."""
@@ -71,8 +81,13 @@ class PromptTables(nn.Module):
         return PromptTokens(
             sparse=encoder.not_a_point_embed.weight.expand(objects, 2, -1),
             multimask=torch.zeros(objects, dtype=torch.bool, device=mask.device),
-            dense=encoder._embed_masks(self.mask_downsample(mask)) - encoder.no_mask_embed.weight.reshape(1, -1, 1, 1),
+            dense=self._dense(self.mask_downsample(mask)),
         )
+
+    def _dense(self, mask: Float[Tensor, "o 1 hm wm"]) -> Float[Tensor, "o c h w"]:
+        encoder = self.sam_prompt_encoder
+        dense: Tensor = encoder._embed_masks(mask) - encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return dense
 
     def mask_as_output(self, mask: Float[Tensor, "o 1 size size"], decoded: MaskPrediction) -> MaskPrediction:
         """The user's mask in place of the one `decoded` from it, whose object pointer stays (_use_mask_as_output)."""

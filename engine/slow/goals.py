@@ -168,6 +168,13 @@ class GoalBook:
             entry.in_flight = None
         return request
 
+    def drop_requests(self, goal_id: str, now_ns: int) -> None:
+        """What is on its way about this goal is worth nothing any more; the next request has the usual time to wait."""
+        entry = self._entries.get(goal_id)
+        if entry is not None:
+            entry.in_flight, entry.asked_ns, entry.must_ask = None, now_ns, False
+            entry.unanswered.clear()
+
     def ask_again(self, goal_id: str) -> None:
         """The answer was of no use: the goal, if it is still set, is due at the next frame."""
         if goal_id in self._entries:

@@ -4,7 +4,9 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -693,7 +695,7 @@ def test_open_hands_the_reasoner_s_address_keys_and_weights_to_its_client(monkey
             made.append((endpoint, curve_keys, model))
 
     monkeypatch.setattr("virst_engine.slow.zmq_client.ZmqReasonerClient", Client)
-    monkeypatch.setattr("virst_engine.weights.load_stages", lambda model, engine: FakeStages())
+    monkeypatch.setattr("virst_engine.weights.load_stages", lambda model, engine, memory: FakeStages())
     monkeypatch.setattr("virst_engine.weights.weights_identity", lambda model: f"{model.name} 0123456789ab")
     reasoner = ReasonerParameters(endpoint="tcp://robot:5555", curve_keys="/keys")
     Session.open(EngineConfig(reasoner=reasoner)).close()
@@ -780,6 +782,12 @@ def test_nothing_relies_on_what_a_stage_returned_before_its_last_call() -> None:
     assert [found.state for found in results[1][-1].objects] == [ObjectState.TRACKING] * 3
 
 
+def boxed(t: int, row: int) -> ClickPrompt:
+    """A box around the moving square of frame t."""
+    x, y = 2.0 * (1 + t % 10), 2.0 * row
+    return ClickPrompt(box_px=(x, y, x + 8, y + 8))
+
+
 class TestPointedOut:
     """Objects from boxes, points and masks, beside goals or without a reasoner at all."""
 
@@ -825,7 +833,7 @@ class TestPointedOut:
         session.step(video.frame(0))
         goal = session.add_object(pointed(0), object_id="it")
         before = session.step(video.frame(1)).objects[0]
-        session.prompt_object("it", pointed(1, row=9))
+        session.prompt_object("it", boxed(1, row=9))
         after = session.step(video.frame(2)).objects[0]
         assert (after.object_id, after.instance_id, after.goal_id) == ("it", before.instance_id, goal.goal_id)
         assert iou(after.mask, video.truth(2, 1)) > iou(after.mask, video.truth(2, 0))
@@ -842,9 +850,10 @@ class TestPointedOut:
         video, session = Video(squares), Session(small_config(), FakeStages(), InstantClient())
         goal = session.set_goal("red")
         session.step(video.frame(0))
-        session.prompt_object(goal.object_id, pointed(0, row=9))
+        session.prompt_object(goal.object_id, boxed(0, row=9))
         found = session.step(video.frame(1)).objects[0]
         assert (found.goal_id, found.state) == (goal.goal_id, ObjectState.TRACKING)
+        assert iou(found.mask, video.truth(1, 1)) > 0.9
 
     def test_what_cannot_be_pointed_out_is_refused_and_changes_nothing(self) -> None:
         video, session = Video([moving_square()]), Session(small_config(ring_steps=4), FakeStages(), NoReasoner())
@@ -866,6 +875,108 @@ class TestPointedOut:
         with pytest.raises(BadGoal, match=r"3 goals are set; .*tracking\.max_objects"):
             session.add_object(pointed(7))
         assert len(session.step(video.frame(8)).objects) == 3
+
+    def tracker_session(
+        self, *squares: Square, client: Any = None, **changes: int
+    ) -> tuple[Video, Session, FakeStages]:
+        video, stages = Video(list(squares or [moving_square()])), FakeStages()
+        return video, Session(small_config(**changes), stages, client or NoReasoner()), stages
+
+    def test_a_second_prompt_keeps_a_first_one_that_is_still_replayed(self) -> None:
+        """In whichever order they come: both frames are anchors in the end."""
+        for first, second in ((2, 5), (5, 2), (2, 9), (8, 3)):
+            video, session, _ = self.tracker_session()
+            for t in range(10):
+                session.step(video.frame(t))
+            goal = session.add_object(pointed(first), stamp_ns=video.frame(first).stamp_ns)
+            session.prompt_object(goal.object_id, pointed(second), stamp_ns=video.frame(second).stamp_ns)
+            for t in range(10, 18):
+                (found,) = session.step(video.frame(t)).objects
+            assert session._tracker.memory.anchor_steps(0) == sorted((first, second)), (first, second)
+            assert iou(found.mask, video.truth(17)) > 0.9
+
+    def test_an_answer_on_its_way_does_not_overrule_the_user(self) -> None:
+        client = DelayedClient(delay_steps=3)
+        video, session, _ = self.tracker_session(moving_square(), moving_square(GREEN, row=9), client=client)
+        for t in range(20):
+            client.tick()
+            if t == 6:
+                goal = session.set_goal("red")
+            if t == 8:  # the answer about red comes while this is replayed
+                session.prompt_object(goal.object_id, boxed(2, row=9), stamp_ns=video.frame(2).stamp_ns)
+            result = session.step(video.frame(t))
+        (found,) = result.objects
+        assert iou(found.mask, video.truth(19, 1)) > 0.9
+
+    def test_points_correct_the_mask_that_is_seen(self) -> None:
+        video, session, stages = self.tracker_session()
+        session.step(video.frame(0))
+        goal = session.add_object(boxed(0, row=2))
+        session.step(video.frame(1))
+        session.prompt_object(goal.object_id, pointed(1))
+        session.step(video.frame(2))
+        session.prompt_object(goal.object_id, pointed(1), stamp_ns=video.frame(1).stamp_ns)
+        session.step(video.frame(3))
+        alone, newest, older = stages.corrected
+        assert alone is None
+        assert newest is not None
+        assert older is not None
+        truth = torch.from_numpy(cv2.resize(video.truth(1).astype(np.uint8), (16, 16)) > 0)
+        assert torch.equal(newest[0] > 0, truth)
+        assert torch.equal(older[0] > 0, truth)
+        assert session._tracker.memory.anchor_steps(0) == [0, 1]
+
+    def test_a_point_off_the_object_needs_a_mask_to_take_it_from(self) -> None:
+        video, session, _ = self.tracker_session()
+        session.step(video.frame(0))
+        session.add_object(ClickPrompt(np.array([[3.0, 3.0]]), np.array([0])))
+        (found,) = session.step(video.frame(1)).objects
+        assert found.state is ObjectState.SEARCHING
+        assert "needs a point on the object" in found.message
+
+    def test_where_nothing_is_found_nothing_is_remembered(self) -> None:
+        video = Video([moving_square()], noise=0.0)
+        stages = FakeStages()
+        session = Session(small_config(), stages, NoReasoner())
+        session.step(video.frame(0))
+        stages.is_blind = True
+        session.add_object(pointed(0))
+        (found,) = session.step(video.frame(1)).objects
+        assert found.state is ObjectState.SEARCHING
+        assert "nothing was found" in found.message
+        assert session._tracker.memory.is_empty(0)
+
+    def test_after_a_reset_there_is_no_frame_to_prompt(self) -> None:
+        video, session, _ = self.tracker_session()
+        session.step(video.frame(0))
+        session.add_object(pointed(0))
+        session.step(video.frame(1))
+        session.reset()
+        with pytest.raises(BadPrompt, match="no frame has been seen yet"):
+            session.add_object(pointed(1))
+        (found,) = session.step(video.frame(2)).objects
+        assert (found.state, found.message) == (
+            ObjectState.SEARCHING,
+            "it was pointed out in a frame that is gone; point it out again",
+        )
+        session.prompt_object(found.object_id, pointed(2))
+        assert session.step(video.frame(3)).objects[0].state is ObjectState.TRACKING
+
+    def test_more_points_than_the_stages_take_are_refused(self) -> None:
+        video, session, stages = self.tracker_session()
+        session._sizes = dataclasses.replace(stages.sizes, prompt_tokens=4)
+        session.step(video.frame(0))
+        with pytest.raises(BadPrompt, match="at most 3 points, of which a box counts as two; got 4"):
+            session.add_object(ClickPrompt(np.ones((2, 2)), box_px=(1.0, 1.0, 5.0, 5.0)))
+
+    def test_what_the_user_approved_outlives_the_reasoners_anchors(self) -> None:
+        video, session, _ = self.tracker_session(client=InstantClient(), period_s=0, anchor_slots=3)
+        goal = session.set_goal("red")
+        for t in range(30):
+            session.step(video.frame(t))
+            if t == 5:
+                session.prompt_object(goal.object_id, pointed(5))
+        assert 5 in session._tracker.memory.anchor_steps(0)
 
     def test_a_sentence_for_a_model_without_a_reasoner_is_explained(self) -> None:
         video, session = Video([moving_square()]), Session(small_config(), FakeStages(), NoReasoner())

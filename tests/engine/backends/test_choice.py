@@ -11,12 +11,13 @@ import pytest
 from tests.engine.backends.exports import small_sam2, write_fake_export
 from tests.fakes import FakeStages
 from virst_engine.backends import choice
-from virst_engine.backends.manifest import write_manifest
-from virst_engine.config import EngineParameters, ModelParameters
+from virst_engine.backends.manifest import read_manifest, write_manifest
+from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BackendError, ExportError
 
 MODEL = ModelParameters(name="tabletop-tiny")
 DIGEST = "ab" * 32
+SMALL = MemoryParameters(anchors_attended=2, anchor_slots=2, recent_frames=2, pointers=4)  # what the fake export holds
 
 
 class Built(FakeStages):
@@ -53,9 +54,11 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
     return refusals
 
 
-def chosen(engine: EngineParameters, model: ModelParameters = MODEL, digest: str = DIGEST) -> str:
+def chosen(
+    engine: EngineParameters, model: ModelParameters = MODEL, digest: str = DIGEST, memory: MemoryParameters = SMALL
+) -> str:
     stages = choice.choose_stages(
-        model, engine, weights_sha256=digest, video_size=128, torch_stages=lambda: Built("torch")
+        model, engine, memory, weights_sha256=digest, video_size=128, torch_stages=lambda: Built("torch")
     )
     assert isinstance(stages, Built)
     return stages.name
@@ -111,6 +114,19 @@ def test_stages_of_another_model_weights_or_size_are_refused(folder: Path, tried
         chosen(engine, digest="cd" * 32)
     with pytest.raises(ExportError, match=r"model\.image_size is 512"):
         chosen(engine, replace(MODEL, image_size=512))
+
+
+def test_a_memory_that_does_not_fit_the_stages_is_refused_at_the_start(
+    folder: Path, tried: dict[str, Exception | None]
+) -> None:
+    with pytest.raises(ExportError, match=r"room for 4 memories and 5 object pointers, .* ask for 9 and 18"):
+        chosen(EngineParameters(path=str(folder)), memory=MemoryParameters())
+
+
+def test_fp16_stages_are_not_for_cpus(folder: Path, tried: dict[str, Exception | None]) -> None:
+    write_manifest(folder, replace(read_manifest(folder), precision="fp16"))
+    assert chosen(EngineParameters(path=str(folder))) == "torch"
+    assert chosen(EngineParameters(path=str(folder)), replace(MODEL, device="cuda:0")) == "tensorrt"
 
 
 def test_a_folder_that_is_no_export_is_named(tmp_path: Path) -> None:

@@ -49,8 +49,10 @@ class AlwaysVisible:
     ) -> MemoryEntry:
         return self._stages.memory_encoder(features, prediction, binarize)
 
-    def click_tokens(self, points: torch.Tensor, labels: torch.Tensor) -> PromptTokens:
-        return self._stages.click_tokens(points, labels)
+    def click_tokens(
+        self, points: torch.Tensor, labels: torch.Tensor, mask_logits: torch.Tensor | None = None
+    ) -> PromptTokens:
+        return self._stages.click_tokens(points, labels, mask_logits)
 
     def mask_prediction(self, features: ImageFeatures, mask: torch.Tensor) -> MaskPrediction:
         return self._stages.mask_prediction(features, mask)
