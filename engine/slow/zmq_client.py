@@ -2,7 +2,8 @@
 """The session's end of the border to the reasoner process. Nothing here ever waits for the other side.
 
 There is no thread: each call moves whatever can be moved right now. ZeroMQ's own thread does the sending, and connects
-again by itself when the reasoner was killed. A request that was under way then is lost; the session asks again.
+again by itself when the reasoner was killed. A request that was under way then is lost; the session asks again. Whether
+one reasoner answers or a pool of them makes no difference here.
 """
 
 import logging
@@ -17,7 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from virst_engine.errors import EndpointError, WireError
 from virst_engine.slow import wire
-from virst_engine.slow.zmq_endpoint import bound_memory, check_endpoint, receive, use_client_keys
+from virst_engine.slow.zmq_endpoint import Role, bound_memory, check_endpoint, receive, use_own_keys, watch_peer
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class ZmqReasonerClient:
         self._asked: OrderedDict[int, _Asked] = OrderedDict()  # by request id
         self._answers: list[ReasonerAnswer] = []
         self._is_connected = False
+        self._has_said_hello = False  # since it connected; a pool must know us before it takes requests
         self._problem = ""  # what the other side said or did wrong; cleared by a good message
         self._heartbeat: wire.Heartbeat | None = None
         self._next_hello_s = clock()
@@ -82,7 +84,8 @@ class ZmqReasonerClient:
         socket.immediate = True  # no queue for a reasoner that is not there: it would get outdated requests
         socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
         if curve_keys:
-            use_client_keys(socket, curve_keys)
+            use_own_keys(socket, curve_keys, Role.ROBOT)
+        watch_peer(socket, self._endpoint)
         events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _REFUSED)
         try:
             socket.connect(self._endpoint)
@@ -141,6 +144,8 @@ class ZmqReasonerClient:
             silent_s = 0.0 if self._unheard_since_s is None else self._clock() - self._unheard_since_s
             if self._heartbeat is None:
                 return f"the reasoner at {self._endpoint} is there but has not answered for {silent_s:.1f} s (loading?)"
+            if self._heartbeat.reasoners == 0 and self._heartbeat.model == "":
+                return f"no reasoner has joined the pool at {self._endpoint}; start virst-reasoner --join for it"
             if self._model and self._heartbeat.model != self._model:
                 return (
                     f"the reasoner at {self._endpoint} runs other weights ({self._heartbeat.model or 'not named'}) "
@@ -148,12 +153,21 @@ class ZmqReasonerClient:
                 )
             if silent_s > self._silent_after_s:
                 return f"the reasoner at {self._endpoint} hangs, silent for {silent_s:.1f} s; restart virst-reasoner"
+            if self._heartbeat.reasoners == 0:
+                return f"all reasoners of the pool at {self._endpoint} hang or are overdue; restart them, see its log"
             if self._heartbeat.busy_s > self._busy_after_s:
                 return (
                     f"the reasoner at {self._endpoint} has worked on one request for {self._heartbeat.busy_s:.0f} s; "
                     "restart virst-reasoner, or give it a faster device"
                 )
             return ""
+
+    def heartbeat(self) -> wire.Heartbeat | None:
+        """The newest of the reasoner or pool; None before the first one since it connected."""
+        with self._lock:
+            if not self._is_closed:
+                self._exchange()
+            return self._heartbeat
 
     def close(self) -> None:
         with self._lock:
@@ -174,7 +188,7 @@ class ZmqReasonerClient:
             self._next_hello_s = self._clock() + self._heartbeat_s
             if self._unheard_since_s is None:
                 self._unheard_since_s = self._clock()
-            self._send(wire.encode(wire.Hello()))
+            self._has_said_hello = self._send(wire.encode(wire.Hello(self._model))) or self._has_said_hello
         self._send_all()
 
     def _send_all(self) -> None:
@@ -182,7 +196,7 @@ class ZmqReasonerClient:
             if not self._send(wire.encode(wire.Cancel(goal_id))):
                 return
             del self._cancelled[goal_id]
-        for goal_id in list(self._unsent):
+        for goal_id in list(self._unsent) if self._has_said_hello else ():
             if not self._send(self._unsent[goal_id]):
                 return
             del self._unsent[goal_id]
@@ -192,6 +206,7 @@ class ZmqReasonerClient:
             event = parse_monitor_message(self._events.recv_multipart())["event"]
             was_connected, self._is_connected = self._is_connected, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._heartbeat = self._unheard_since_s = None
+            self._has_said_hello = False
             self._cancelled.clear()
             self._next_hello_s = self._clock()
             if self._is_connected or was_connected:

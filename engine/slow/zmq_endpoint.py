@@ -1,26 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses, keys and bounded reception: what both ends of the ZeroMQ border share.
+"""Addresses, keys and bounded reception: what all ends of the ZeroMQ border share.
 
 `ipc://PATH` is the default: a Unix socket that only its owner may open. Everybody may write to /tmp, so on a machine
 with several users choose a path in a folder of your own, for example under $XDG_RUNTIME_DIR. `tcp://` is encrypted and
 authenticated with CURVE keys, always: a peer without a known key is not heard at all.
+
+A folder of keys holds pairs, NAME.key (public) and NAME.key_secret. `server` is the pair of whoever binds an address,
+`reasoner` that of the reasoners that join a pool, `client` that of the robots. Who binds admits the public keys in its
+folder, by their names: reasoner.key and reasoner-*.key to a pool's reasoners, all others to the robots.
 """
 
 import errno
 import fcntl
+import logging
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 
 import zmq
 import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
 
 from virst_engine.errors import EndpointError
 from virst_engine.slow.wire import MAX_PARTS, MAX_TENSOR_BYTES
 
+logger = logging.getLogger(__name__)
+
 LONGEST_IPC_PATH = 107  # bytes, sockaddr_un.sun_path without its final zero
+HANDSHAKE_MS = 5000  # who has not proved its key by then is cut off
+# A cable that is pulled sends no farewell. A pong waits behind a large request on a slow link, hence not less.
+PING_MS, PONG_MS = 1000, 30_000
+
+
+class Role(Enum):
+    """What somebody may be to the process that binds; the value is the name of its key pair."""
+
+    ROBOT = "client"
+    REASONER = "reasoner"
 
 
 def check_endpoint(endpoint: str, curve_keys: str) -> None:
@@ -40,28 +61,113 @@ def check_endpoint(endpoint: str, curve_keys: str) -> None:
 
 
 def make_curve_keys(folder: Path) -> None:
-    """Write the key pairs `server` and `client` (*.key public, *.key_secret private) into a new or empty folder."""
+    """Write the key pairs `server`, `client` and `reasoner` into a new or empty folder."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise EndpointError(f"{folder} is not empty; give a new folder, keys are never overwritten")
-        for name in ("server", "client"):
-            zmq.auth.create_certificates(folder, name)
-            (folder / f"{name}.key_secret").chmod(0o600)
+        for name in ("server", *(role.value for role in Role)):
+            _make_pair(folder, name)
     except OSError as error:
         raise EndpointError(f"cannot write keys to {folder}: {error}; choose another folder") from error
 
 
-def use_client_keys(socket: zmq.Socket[bytes], curve_keys: str) -> None:
-    """Make `socket` speak CURVE with the folder's client.key_secret, to the server of server.key."""
-    socket.curve_publickey, socket.curve_secretkey = _key_pair(Path(curve_keys) / "client.key_secret")
+def add_robot_keys(folder: Path, name: str) -> Path:
+    """Make a key for one more robot: public in `folder`/NAME.key, and all that the robot needs in the folder returned.
+
+    To shut that robot out again, delete NAME.key and restart the process that binds.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name) or _role_of(name) is not Role.ROBOT:
+        raise EndpointError(
+            f"{name[:80]!a} cannot name a robot: letters, digits, '_', '.', '-' can, 'server' and 'reasoner...' cannot"
+        )
+    _key(folder / "server.key")  # first: without it the new key is of no use
+    of_robot, public = folder / name, folder / f"{name}.key"
+    try:
+        if public.exists():
+            raise EndpointError(f"{public} exists; choose another name, keys are never overwritten")
+        of_robot.mkdir(mode=0o700)
+        _make_pair(of_robot, Role.ROBOT.value)
+        shutil.copyfile(folder / "server.key", of_robot / "server.key")
+        shutil.copyfile(of_robot / f"{Role.ROBOT.value}.key", public)
+    except OSError as error:
+        raise EndpointError(f"cannot write keys to {of_robot}: {error}; choose another name or folder") from error
+    return of_robot
+
+
+def use_own_keys(socket: zmq.Socket[bytes], curve_keys: str, role: Role) -> None:
+    """Make `socket` speak CURVE with the folder's key pair of `role`, to the server of server.key."""
+    socket.curve_publickey, socket.curve_secretkey = _key_pair(Path(curve_keys) / f"{role.value}.key_secret")
     socket.curve_serverkey, _ = _key(Path(curve_keys) / "server.key")
 
 
-def use_server_keys(socket: zmq.Socket[bytes], curve_keys: str) -> None:
-    """Make `socket` accept CURVE only, with the folder's server.key_secret."""
+def use_server_keys(socket: zmq.Socket[bytes], curve_keys: str, role: Role) -> None:
+    """Make `socket` accept only peers that `authenticate` admits to `role`, with the folder's server.key_secret."""
     socket.curve_publickey, socket.curve_secretkey = _key_pair(Path(curve_keys) / "server.key_secret")
     socket.curve_server = True
+    socket.zap_domain = role.value.encode()
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody comes in when the authenticator is not there
+    if not _admitted(Path(curve_keys), role):
+        raise EndpointError(
+            f"{curve_keys} holds no public key of a {role.value}, so nobody could connect; "
+            "see virst-reasoner --make-curve-keys"
+        )
+
+
+@contextmanager
+def authenticate(context: zmq.Context[zmq.Socket[bytes]], curve_keys: str) -> Iterator[None]:
+    """Decide who may talk to the sockets of `context`, meanwhile. They must be closed before this ends.
+
+    The folder is read for each new connection: a key that was added is good at once.
+    """
+    authenticator = ThreadAuthenticator(context, log=logging.getLogger("zmq.auth"))
+    for role in Role:
+        authenticator.configure_curve_callback(role.value, _Gate(Path(curve_keys), role))
+    authenticator.start()
+    try:
+        yield
+    finally:
+        authenticator.stop()
+
+
+class _Gate:
+    """pyzmq's credentials provider."""
+
+    def __init__(self, folder: Path, role: Role) -> None:
+        self._folder, self._role = folder, role
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Must not raise: that would end the thread of the authenticator, and nobody could connect any more."""
+        name = _admitted(self._folder, self._role).get(key)
+        if name is not None:
+            logger.info("admitted a %s with the key %s.key", self._role.value, name)
+        return name is not None
+
+
+def _admitted(folder: Path, role: Role) -> dict[bytes, str]:
+    """Public key -> its name."""
+    admitted = {}
+    for path in folder.glob("*.key"):
+        if _role_of(path.stem) is role:
+            try:
+                admitted[_key(path)[0]] = path.stem
+            except EndpointError as error:  # not a key, or out of file descriptors
+                logger.warning("a key was left out: %s", error)
+    return admitted
+
+
+def _role_of(name: str) -> Role | None:
+    if name == "server":
+        return None
+    return Role.REASONER if name == Role.REASONER.value or name.startswith("reasoner-") else Role.ROBOT
+
+
+def _make_pair(folder: Path, name: str) -> None:
+    earlier = os.umask(0o077)
+    try:
+        zmq.auth.create_certificates(folder, name)
+    finally:
+        os.umask(earlier)
 
 
 def bound_memory(socket: zmq.Socket[bytes], messages: int) -> None:
@@ -69,6 +175,12 @@ def bound_memory(socket: zmq.Socket[bytes], messages: int) -> None:
     socket.maxmsgsize = MAX_TENSOR_BYTES
     socket.sndhwm = socket.rcvhwm = messages
     socket.linger = 0
+
+
+def watch_peer(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Make a connecting `socket` notice that the other machine is gone, and the other machine that this one is."""
+    if endpoint.startswith("tcp:"):
+        socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = PING_MS, PONG_MS, PONG_MS
 
 
 def receive(socket: zmq.Socket[bytes], envelope: int = 0) -> list[memoryview]:
@@ -109,6 +221,7 @@ def sole_owner(endpoint: str) -> Iterator[None]:
 def bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
     """Bind; an ipc socket is made for its owner only. EndpointError when the address cannot be bound."""
     transport, _, address = endpoint.partition("://")
+    socket.handshake_ivl = HANDSHAKE_MS
     earlier = os.umask(0o177)
     try:
         socket.bind(endpoint)

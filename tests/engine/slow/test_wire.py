@@ -150,8 +150,8 @@ REQUEST, ANSWER = travel(small_request()), travel(small_answer())
         ([b"\xc1"], "header"),
         ([msgpack.packb([1, 2])], "header"),
         ([b"x" * (wire.MAX_HEADER_BYTES + 1)], "header"),
-        ([msgpack.packb({b"version": 2})], "header"),
-        ([msgpack.packb({"version": 2, "kind": "hello", "tensors": [], "more": b"raw"})], "header"),
+        ([msgpack.packb({b"version": 3})], "header"),
+        ([msgpack.packb({"version": 3, "kind": "hello", "tensors": [], "more": b"raw"})], "header"),
         ([b"\x91" * 2000], "header"),  # 2000 lists in each other
         ([b"\xdd\xff\xff\xff\xff"], "header"),  # a list of four billion entries
         (with_header(REQUEST, version=1), "version.*install the same virst_ros"),

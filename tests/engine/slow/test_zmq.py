@@ -20,6 +20,7 @@ import zmq
 
 from virst_engine.errors import EndpointError, WireError
 from virst_engine.slow import wire
+from virst_engine.slow.process import process_name
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.slow.zmq_endpoint import make_curve_keys
 from virst_engine.slow.zmq_server import ReasonerServer, main, serve
@@ -205,7 +206,7 @@ def test_garbage_is_refused_counted_and_harms_nobody(endpoint, caplog):
             peer.send_multipart(parts)
             assert isinstance(wire.decode(peer.recv_multipart()), wire.Refusal)
             peer.send_multipart(wire.encode(wire.Hello()))
-            assert wire.decode(peer.recv_multipart()) == wire.Heartbeat("obedient", 0.0, number)
+            assert wire.decode(peer.recv_multipart()) == wire.Heartbeat("obedient", 0.0, number, process_name())
         client.submit(request_of("the red ball"))
         wait_until(client.poll)
     assert "dropped a message" in caplog.text
@@ -450,5 +451,5 @@ def test_the_program_makes_keys(tmp_path, monkeypatch):
         main()
     assert ended.value.code == 0
     assert {path.name for path in (tmp_path / "keys").iterdir()} == {
-        "server.key", "server.key_secret", "client.key", "client.key_secret"
-    }  # fmt: skip
+        f"{name}.{kind}" for name in ("server", "client", "reasoner") for kind in ("key", "key_secret")
+    }
