@@ -4,12 +4,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from virst_engine import EngineConfig
+from virst_engine import EngineConfig, Goal
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.weights import load_goal_check, load_stages, weights_identity, weights_path
 from virst_ros.diagnostics import LoadedModel
+from virst_ros.prompts import PromptedObject
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class LoadedEngine:
     reasoner: ReasonerClient  # its status is asked by several threads
     model: LoadedModel
     check_goal: Callable[[str], None]  # raises BadGoal for a sentence that the model cannot read
+    # An object that was pointed at in the image of that stamp (ns, 0 = the newest) -> what tracks it. Raises BadGoal.
+    # None: the engine takes sentences only.
+    add_object: Callable[[PromptedObject, int], Goal] | None = None
+    ask: Callable[[str], str] | None = None  # a question -> the answer in words; None: the method has none
 
 
 def load_engine(config: EngineConfig) -> LoadedEngine:
