@@ -100,6 +100,7 @@ def test_the_block_is_where_it_is(graph, engine, encoding, depth_scale):
 def test_without_depth_places_are_void_and_the_rest_is_told(graph, engine):
     setup = Setup(graph, engine).settled()
     stamp_ns = setup.camera.send(depth=False)
+    wait_until(lambda: stamp_ns in engine.session.stepped_stamps)  # else the newer one would replace it
     setup.camera.send()  # the next frame ends the wait for depth
     found = setup.objects_of(stamp_ns)[0]
     assert found.state == SegmentedObject.TRACKING
