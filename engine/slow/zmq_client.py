@@ -14,18 +14,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
-from virst_engine.errors import EndpointError, WireError
+from virst_engine.errors import WireError
 from virst_engine.slow import wire
-from virst_engine.slow.zmq_endpoint import Role, bound_memory, check_endpoint, receive, use_own_keys, watch_peer
+from virst_engine.slow.zmq_endpoint import (
+    REFUSED,
+    Connection,
+    Role,
+    bound_memory,
+    check_endpoint,
+    receive,
+    use_own_keys,
+)
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_REQUESTS = 64  # answers to older ones are dropped
 MESSAGES_PER_CALL = 16  # bounds the work of one call when garbage pours in
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 @dataclass(frozen=True)
@@ -73,25 +79,14 @@ class ZmqReasonerClient:
         self._is_closed = False
         self._context = zmq.Context()
         try:
-            self._socket, self._events = self._connect(curve_keys)
+            self._socket = self._context.socket(zmq.DEALER)
+            bound_memory(self._socket, messages=1)
+            if curve_keys:
+                use_own_keys(self._socket, curve_keys, Role.ROBOT)
+            self._connection = Connection(self._socket, endpoint, clock=clock)
         except BaseException:
             self._context.destroy(linger=0)
             raise
-
-    def _connect(self, curve_keys: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        socket = self._context.socket(zmq.DEALER)
-        bound_memory(socket, messages=1)
-        socket.immediate = True  # no queue for a reasoner that is not there: it would get outdated requests
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
-        if curve_keys:
-            use_own_keys(socket, curve_keys, Role.ROBOT)
-        watch_peer(socket, self._endpoint)
-        events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _REFUSED)
-        try:
-            socket.connect(self._endpoint)
-        except zmq.ZMQError as error:
-            raise EndpointError(f"{self._endpoint} is no address: {error}; set reasoner.endpoint") from error
-        return socket, events
 
     def submit(self, request: ReasonerRequest) -> None:
         """Leave a request; it replaces an unsent one of the same goal. The clip's arrays must not change any more.
@@ -176,8 +171,7 @@ class ZmqReasonerClient:
             self._send(wire.encode(wire.Cancel("")))
             self._is_closed = True
             self._unsent.clear()
-            self._socket.disable_monitor()
-            self._events.close()
+            self._connection.close()
             self._socket.close(linger=50)  # ms, so that the farewell can leave
             self._context.term()
 
@@ -202,8 +196,7 @@ class ZmqReasonerClient:
             del self._unsent[goal_id]
 
     def _watch_connection(self) -> None:
-        while self._events.poll(0):
-            event = parse_monitor_message(self._events.recv_multipart())["event"]
+        for event in self._connection.events():
             was_connected, self._is_connected = self._is_connected, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._heartbeat = self._unheard_since_s = None
             self._has_said_hello = False
@@ -211,7 +204,7 @@ class ZmqReasonerClient:
             self._next_hello_s = self._clock()
             if self._is_connected or was_connected:
                 self._problem = ""
-            if event & _REFUSED:
+            if event & REFUSED:
                 self._problem = (
                     f"the reasoner at {self._endpoint} does not accept our keys; set reasoner.curve_keys to the folder "
                     "that it was started with"

@@ -10,6 +10,7 @@ A folder of keys holds pairs, NAME.key (public) and NAME.key_secret. `server` is
 folder, by their names: reasoner.key and reasoner-*.key to a pool's reasoners, all others to the robots.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -17,7 +18,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -25,6 +27,7 @@ from pathlib import Path
 import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
 from virst_engine.errors import EndpointError
 from virst_engine.slow.wire import MAX_PARTS, MAX_TENSOR_BYTES
@@ -32,6 +35,8 @@ from virst_engine.slow.wire import MAX_PARTS, MAX_TENSOR_BYTES
 logger = logging.getLogger(__name__)
 
 LONGEST_IPC_PATH = 107  # bytes, sockaddr_un.sun_path without its final zero
+REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+ASK_AGAIN_S = 2.0  # after a refusal
 HANDSHAKE_MS = 5000  # who has not proved its key by then is cut off
 # A cable that is pulled sends no farewell. A pong waits behind a large request on a slow link, hence not less.
 PING_MS, PONG_MS = 1000, 30_000
@@ -177,10 +182,47 @@ def bound_memory(socket: zmq.Socket[bytes], messages: int) -> None:
     socket.linger = 0
 
 
-def watch_peer(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    """Make a connecting `socket` notice that the other machine is gone, and the other machine that this one is."""
-    if endpoint.startswith("tcp:"):
-        socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = PING_MS, PONG_MS, PONG_MS
+class Connection:
+    """Connects a socket, tells what becomes of it, and tries again where ZeroMQ does not: after a refusal.
+
+    Raises EndpointError for an address that ZeroMQ cannot read.
+    """
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], endpoint: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._socket, self._endpoint, self._clock = socket, endpoint, clock
+        self._again_s: float | None = None
+        socket.immediate = True  # no queue for a peer that is not there: it would get outdated messages
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
+        if endpoint.startswith("tcp:"):  # notice that the other machine is gone, and let it notice that this one is
+            socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = PING_MS, PONG_MS, PONG_MS
+        self._events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | REFUSED)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise EndpointError(f"{endpoint} is no address: {error}; set another one") from error
+
+    def events(self) -> Iterator[int]:
+        """What has happened since the last call: EVENT_HANDSHAKE_SUCCEEDED, EVENT_DISCONNECTED, or one of REFUSED."""
+        while self._events.poll(0):
+            event: int = parse_monitor_message(self._events.recv_multipart())["event"]
+            if event & REFUSED:
+                self._again_s = self._clock() + ASK_AGAIN_S
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._again_s = None
+            yield event
+        if self._again_s is not None and self._clock() >= self._again_s:  # our key may be known by now
+            self._again_s = None
+            with contextlib.suppress(zmq.ZMQError):  # ZeroMQ may have let go of it already
+                self._socket.disconnect(self._endpoint)
+            self._socket.connect(self._endpoint)
+
+    def close(self) -> None:
+        """Stop telling; the socket stays open."""
+        self._socket.disable_monitor()
+        self._events.close()
 
 
 def receive(socket: zmq.Socket[bytes], envelope: int = 0) -> list[memoryview]:

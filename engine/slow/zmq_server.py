@@ -22,13 +22,15 @@ import typer
 import zmq
 
 from virst_engine.config import ModelParameters, ReasonerParameters
-from virst_engine.errors import EndpointError, VirstError, WireError
+from virst_engine.errors import VirstError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.pool import BEAT_S
 from virst_engine.slow.process import Waker, process_name, stopped_by_signals
 from virst_engine.slow.reasoner import Reasoner, refusal
 from virst_engine.slow.request_queue import RequestQueue, Waiting
 from virst_engine.slow.zmq_endpoint import (
+    REFUSED,
+    Connection,
     Role,
     add_robot_keys,
     authenticate,
@@ -40,7 +42,6 @@ from virst_engine.slow.zmq_endpoint import (
     sole_owner,
     use_own_keys,
     use_server_keys,
-    watch_peer,
 )
 from virst_engine.slow.zmq_pool import serve_pool
 from virst_engine.types import ReasonerRequest
@@ -221,19 +222,14 @@ class PoolMember(ReasonerServer):
     def _open(self, context: zmq.Context[zmq.Socket[bytes]], stack: ExitStack, curve_keys: str) -> zmq.Socket[bytes]:
         self._next_beat_s = 0.0
         self._heard_s = time.monotonic()
-        self._is_heard = True
+        self._is_heard, self._is_refused = True, False
         socket = context.socket(zmq.DEALER)
         stack.callback(socket.close, linger=100)  # ms, so that the farewell can leave
         bound_memory(socket, QUEUED_PER_PEER)
-        socket.immediate = True  # no queue for a pool that is not there
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
-        watch_peer(socket, self._endpoint)
         if curve_keys:
             use_own_keys(socket, curve_keys, Role.REASONER)
-        try:
-            socket.connect(self._endpoint)
-        except zmq.ZMQError as error:
-            raise EndpointError(f"{self._endpoint} is no address: {error}; see --join") from error
+        self._connection = Connection(socket, self._endpoint)
+        stack.callback(self._connection.close)
         return socket
 
     def close(self) -> bool:
@@ -243,6 +239,14 @@ class PoolMember(ReasonerServer):
 
     def _beat(self) -> int:
         now_s = time.monotonic()
+        for event in self._connection.events():
+            if event & REFUSED and not self._is_refused:  # it is asked again every other second
+                logger.warning(
+                    "the pool at %s does not accept our keys; give --curve-keys the folder that it was started with, "
+                    "or copy our reasoner.key into that one",
+                    self._endpoint,
+                )
+            self._is_refused = self._is_refused if event == zmq.EVENT_DISCONNECTED else bool(event & REFUSED)
         if now_s >= self._next_beat_s:
             self._next_beat_s = now_s + BEAT_S
             if not self._done:  # an answer that does not find its way must not lose its place to heartbeats

@@ -20,19 +20,20 @@ import pytest
 import zmq
 
 from tests.engine.slow.messages import answer_to, request_of
+from tests.engine.slow.reasoner_process import ObedientReasoner
 from virst_engine.errors import EndpointError
 from virst_engine.slow import wire
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.slow.zmq_endpoint import add_robot_keys, make_curve_keys
 from virst_engine.slow.zmq_pool import PoolServer
-from virst_engine.slow.zmq_server import main
+from virst_engine.slow.zmq_server import PoolMember, main
 from virst_engine.types import ReasonerAnswer
 
 PROGRAM = Path(__file__).with_name("reasoner_process.py")
 Value = TypeVar("Value")
 
 
-def wait_until(condition: Callable[[], Value], seconds: float = 30.0) -> Value:
+def wait_until(condition: Callable[[], Value], seconds: float = 60.0) -> Value:
     """The first true value of `condition`; fails the test when none comes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -72,6 +73,15 @@ class Site:
     def pool_process(self) -> "subprocess.Popen[bytes]":
         command = ["-m", "virst_engine.slow.zmq_server", "--pool", self.reasoners, "--endpoint", self.robots]
         return self._process([*command, "--curve-keys", self.keys])
+
+    def member(self) -> PoolMember:
+        """A reasoner in a thread of this process, for tests that do not kill it."""
+        server = self._stack.enter_context(PoolMember(self.reasoners, model="obedient", curve_keys=self.keys))
+        thread = threading.Thread(target=server.run, args=(ObedientReasoner(self._journal),))
+        self._stack.callback(thread.join)
+        self._stack.callback(server.stop)
+        thread.start()
+        return server
 
     def reasoner(self, *options: str) -> "subprocess.Popen[bytes]":
         command = [str(PROGRAM), self.reasoners, "--join", "--journal", str(self._journal)]
@@ -151,7 +161,7 @@ def test_a_pool_answers_like_a_single_reasoner(site: Site) -> None:
     wait_until(lambda: "no reasoner answers" in robot.status())
     site.pool()
     wait_until(lambda: "no reasoner has joined the pool" in robot.status())
-    site.reasoner()
+    site.member()
     wait_for_reasoners(robot, 1)
     answer = ask(robot, request_id=7, goal_id="g", epoch=3)
     assert (answer.request_id, answer.goal_id, answer.epoch, answer.error) == (7, "g", 3, "")
@@ -164,7 +174,7 @@ def test_a_pool_answers_like_a_single_reasoner(site: Site) -> None:
 def test_many_robots_and_reasoners_at_once(site: Site) -> None:
     site.pool()
     for _ in range(3):
-        site.reasoner()
+        site.member()
     robots = [site.robot() for _ in range(6)]
     wait_for_reasoners(robots[0], 3)
     expected = {(request_id, goal) for request_id in range(1, 4) for goal in ("1", "2")}
@@ -273,7 +283,7 @@ def test_a_pool_that_is_killed_and_restarted_finds_everybody_again(site: Site) -
 
 def test_a_robot_that_goes_away_with_its_request_harms_nobody(site: Site) -> None:
     server = site.pool()
-    site.reasoner()
+    site.member()
     robot, leaver = site.robot(), site.robot()
     wait_for_reasoners(robot, 1)
     leaver.submit(request_of("sleep 0.5"))
@@ -317,7 +327,7 @@ def test_a_reasoner_with_other_weights_is_told_and_not_used(site: Site) -> None:
 
 def test_garbage_of_robots_is_refused_and_harms_nobody(site: Site) -> None:
     server = site.pool()
-    site.reasoner()
+    site.member()
     robot = site.robot()
     wait_for_reasoners(robot, 1)
     peer = site.peer(site.robots)
@@ -353,7 +363,7 @@ def test_garbage_of_reasoners_is_dropped_and_costs_them_their_request(site: Site
     given = wait_until(lambda: _next_request(peers[0]))
     peers[0].send_multipart([b"garbage", *wire.encode(answer_to(given))])
     wait_until(lambda: server._pool.dropped == 4)
-    site.reasoner()
+    site.member()
     (answer,) = wait_until(robot.poll)
     assert answer.error == ""
     assert len(site.begun("whatever")) == 1
@@ -369,7 +379,7 @@ def _next_request(peer: "zmq.Socket[bytes]") -> Any:
 @pytest.mark.parametrize("kind", ["garbage", "hellos", "requests"])
 def test_a_flood_does_not_keep_others_from_their_answers(site: Site, kind: str) -> None:
     server = site.pool()
-    site.reasoner()
+    site.member()
     robot = site.robot()
     wait_for_reasoners(robot, 1)
     peer = site.peer(site.robots)
@@ -403,7 +413,7 @@ def test_a_flood_does_not_keep_others_from_their_answers(site: Site, kind: str) 
 
 def test_keys_open_what_they_are_for_and_nothing_opens_without(secured: Site, tmp_path: Path) -> None:
     server = secured.pool()
-    secured.reasoner()
+    secured.member()
     robot = secured.robot()
     wait_for_reasoners(robot, 1)
     assert ask(robot).error == ""
@@ -443,7 +453,7 @@ def test_keys_open_what_they_are_for_and_nothing_opens_without(secured: Site, tm
 
 def test_a_robot_with_a_key_of_its_own_can_be_let_in_and_shut_out(secured: Site) -> None:
     secured.pool()
-    secured.reasoner()
+    secured.member()
     of_robot = add_robot_keys(Path(secured.keys), "arm-1")  # while the pool runs
     assert {path.name for path in of_robot.iterdir()} == {"server.key", "client.key", "client.key_secret"}
     assert (of_robot.stat().st_mode & 0o077) == ((of_robot / "client.key_secret").stat().st_mode & 0o077) == 0
@@ -451,10 +461,14 @@ def test_a_robot_with_a_key_of_its_own_can_be_let_in_and_shut_out(secured: Site)
     wait_for_reasoners(robot, 1)
     assert ask(robot).error == ""
     robot.close()
-    (Path(secured.keys) / "arm-1.key").unlink()
+    public = Path(secured.keys) / "arm-1.key"
+    key = public.read_bytes()
+    public.unlink()
     shut_out = secured.robot(curve_keys=str(of_robot))
     wait_until(lambda: "does not accept our keys" in shut_out.status())
     wait_for_reasoners(secured.robot(), 1)  # the others are not affected
+    public.write_bytes(key)
+    wait_for_reasoners(shut_out, 1)  # it asks again by itself
 
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)  # ZMTP 3.1
@@ -466,7 +480,7 @@ READY = b"\x04\x26\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00
 )
 def test_a_peer_that_speaks_no_curve_hears_a_greeting_and_nothing_else(secured: Site, what: bytes) -> None:
     secured.pool()
-    secured.reasoner()
+    secured.member()
     robot = secured.robot()
     wait_for_reasoners(robot, 1)
     for endpoint in (secured.robots, secured.reasoners):
@@ -481,9 +495,23 @@ def test_a_peer_that_speaks_no_curve_hears_a_greeting_and_nothing_else(secured: 
     assert ask(robot).error == ""
 
 
+def test_a_reasoner_whose_key_comes_late_joins_by_itself(secured: Site, caplog: pytest.LogCaptureFixture) -> None:
+    public = Path(secured.keys) / "reasoner.key"
+    (Path(secured.keys) / "reasoner-other.key").write_bytes((Path(secured.keys) / "server.key").read_bytes())
+    key = public.read_bytes()
+    public.unlink()
+    secured.pool()
+    secured.member()
+    robot = secured.robot()
+    wait_until(lambda: "no reasoner has joined the pool" in robot.status())
+    wait_until(lambda: "does not accept our keys" in caplog.text)
+    public.write_bytes(key)
+    wait_for_reasoners(robot, 1)
+
+
 def test_connections_that_never_shake_hands_do_not_keep_robots_out(secured: Site) -> None:
     secured.pool()
-    secured.reasoner()
+    secured.member()
     robot = secured.robot()
     wait_for_reasoners(robot, 1)
     port = int(secured.robots.rpartition(":")[2])
