@@ -199,13 +199,17 @@ def object_message(found: ObjectResult, sentence: str, geometry: ObjectGeometry 
         message=found.message,
     )
     fill_geometry(message, geometry)
-    moments = cv2.moments(found.mask.view(np.uint8), binaryImage=True)
-    if found.state is ObjectState.TRACKING and moments["m00"] > 0:
-        x, y, width, height = cv2.boundingRect(found.mask.view(np.uint8))
+    if found.state is not ObjectState.TRACKING:
+        return message
+    mask = found.mask.view(np.uint8)
+    x, y, width, height = cv2.boundingRect(mask)
+    if width > 0:
+        # Within the box: of a whole image, moments would take longer than everything else here.
+        moments = cv2.moments(mask[y : y + height, x : x + width], binaryImage=True)
         message.area_px = int(moments["m00"])
         message.bbox = RegionOfInterest(x_offset=x, y_offset=y, height=height, width=width)
-        message.centroid_x_px = moments["m10"] / moments["m00"]
-        message.centroid_y_px = moments["m01"] / moments["m00"]
+        message.centroid_x_px = x + moments["m10"] / moments["m00"]
+        message.centroid_y_px = y + moments["m01"] / moments["m00"]
     return message
 
 
