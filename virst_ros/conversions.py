@@ -5,12 +5,14 @@ No cv_bridge: its builds break with NumPy 2, and an image is a header and a buff
 """
 
 import copy
+import io
 import math
 from array import array
 from collections.abc import Mapping
 
 import cv2
 import numpy as np
+import PIL.Image
 from builtin_interfaces.msg import Time
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, RegionOfInterest
 from std_msgs.msg import Header
@@ -22,6 +24,7 @@ from virst_engine.depth import ObjectGeometry
 from virst_engine.errors import BadFrame
 from virst_ros.depth_conversions import fill_geometry
 
+MOST_PIXELS = 64_000_000  # of a compressed image
 COLOUR_CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
 _TO_RGB = {
     "bgr8": cv2.COLOR_BGR2RGB,
@@ -92,13 +95,41 @@ def image_rgb(message: Image) -> np.ndarray:
 
 def frame(message: Image, camera: str) -> Frame:
     """One camera image as the engine takes it. Raises BadFrame like `image_rgb`, and for an image without a time."""
-    time_ns = stamp_ns(message.header.stamp)
+    time_ns = _time_ns(message.header)
+    return Frame(image_rgb(message), time_ns, camera)
+
+
+def compressed_frame(message: CompressedImage, camera: str) -> Frame:
+    """One JPEG or PNG of a camera as the engine takes it.
+
+    Raises:
+        BadFrame: data that is no picture, one with more than `MOST_PIXELS`, or without a time.
+    """
+    data = np.frombuffer(message.data, np.uint8)
+    what = f"{len(data)} bytes of {message.format[:40]!r}"
+    try:
+        # Reads the header only: a few bytes can claim to be a picture that fills the memory.
+        with PIL.Image.open(io.BytesIO(memoryview(data))) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise BadFrame(f"{what} are no picture that can be read: send JPEG or PNG on image/compressed") from error
+    if width * height > MOST_PIXELS:
+        raise BadFrame(f"{what} claim to be {width}x{height}: more than {MOST_PIXELS} pixels are not taken")
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if decoded is None:
+        raise BadFrame(f"{what} are cut short or damaged: look at the network between camera and segmenter")
+    return Frame(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), _time_ns(message.header), camera)
+
+
+def _time_ns(header: Header) -> int:
+    """Raises BadFrame where there is none."""
+    time_ns = stamp_ns(header.stamp)
     if time_ns <= 0:
         raise BadFrame(
             f"images carry no time stamp (header.stamp is {time_ns} ns): set it to the time of capture in the camera "
             "driver; goals are followed in the images' own time"
         )
-    return Frame(image_rgb(message), time_ns, camera)
+    return time_ns
 
 
 def mask(message: Image) -> np.ndarray:

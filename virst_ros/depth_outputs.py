@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from sensor_msgs.msg import CameraInfo, Image
 
-from virst_engine import ObjectState
+from virst_engine import Frame, ObjectState
 from virst_engine.depth import (
     ObjectGeometry,
     grow,
@@ -67,11 +67,12 @@ class DepthOutputs:
     def stop(self) -> None:
         self._clouds.stop(STOP_TIMEOUT_S)
 
-    def image_came(self, image: Image) -> None:
+    def image_came(self, frame: Frame, frame_id: str) -> None:
         """An image that can be used, processed or not."""
-        self._image_size, self._image_frame_id = (image.width, image.height), image.header.frame_id
+        height, width = frame.image_rgb_u8.shape[:2]
+        self._image_size, self._image_frame_id = (width, height), frame_id
         self._sync.wanted_slop_ns = round(self._settings().sync.slop_s * 1e9)
-        self._sync.image_came(conversions.stamp_ns(image.header.stamp))
+        self._sync.image_came(frame.stamp_ns)
 
     def camera_info_came(self, info: CameraInfo) -> None:
         self._info = info

@@ -9,7 +9,7 @@ from typing import Any
 from rclpy.callback_groups import CallbackGroup
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import qos_policy_name_from_kind
-from sensor_msgs.msg import CameraInfo, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 from virst_engine import Frame
@@ -64,7 +64,9 @@ class CameraInputs:
         self.camera_info: CameraInfo | None = None
         self.rejected = 0  # images that could not be used
         self._subscriptions = [
-            self._subscribe(Image, "image", self._on_image),
+            self._subscribe(CompressedImage, "image/compressed", self._on_compressed)
+            if settings.image_transport == "compressed"
+            else self._subscribe(Image, "image", self._on_image),
             self._subscribe(CameraInfo, "camera_info", self._on_camera_info),
         ]
         if depth is not None:
@@ -111,11 +113,18 @@ class CameraInputs:
         )
 
     def _on_image(self, message: Image) -> None:
+        self._take(message, conversions.frame, message.encoding)
+
+    def _on_compressed(self, message: CompressedImage) -> None:
+        self._take(message, conversions.compressed_frame, message.format[:40])
+
+    def _take(self, message: Any, convert: Callable[[Any, str], Frame], encoding: str) -> None:
         received = Received(message.header, time.perf_counter())
         self._diagnostics.image_received()
         try:
-            frame = conversions.frame(message, self._settings.camera_name)
-            change = self._diagnostics.image_decoded(f"{message.width}x{message.height} {message.encoding}")
+            frame = convert(message, self._settings.camera_name)
+            height, width = frame.image_rgb_u8.shape[:2]
+            change = self._diagnostics.image_decoded(f"{width}x{height} {encoding}")
             if change:
                 self._node.get_logger().warning(change, throttle_duration_sec=5.0)
             self._check_stamp(frame.stamp_ns)
@@ -125,7 +134,7 @@ class CameraInputs:
             return
         self._on_frame(received, frame)
         if self._depth is not None:
-            self._depth.image_came(message)
+            self._depth.image_came(frame, message.header.frame_id)
 
     def _check_stamp(self, stamp_ns: int) -> None:
         if stamp_ns < self._stamp_ns:

@@ -67,6 +67,11 @@ class NodeParameters:
     autostart: bool = parameter(True, "configure and activate without waiting for a lifecycle manager")
     camera_name: str = parameter("camera", "name of the camera; goals may be limited to it")
     initial_goal: str = parameter("", "goal that is set at the first activation; empty = none")
+    image_transport: str = parameter(
+        "raw",
+        "raw = subscribe to `image`; compressed = to `image/compressed` (JPEG or PNG), for cameras behind a network",
+        choices=("raw", "compressed"),
+    )
     input_qos: str = parameter("SENSOR_DATA", "quality of service of image, depth and camera_info", choices=QOS_NAMES)
     input_depth: int = parameter(
         1, "images kept by the middleware; the node itself keeps only the newest", low=1, high=100

@@ -360,7 +360,9 @@ class SegmenterNode(LifecycleNode):
         self._diagnostics_publisher.publish(message)
 
     def _image_topic(self) -> str:
-        return self.resolve_topic_name("image")
+        return self.resolve_topic_name(
+            "image/compressed" if self._settings.image_transport == "compressed" else "image"
+        )
 
     def _full_name(self) -> str:
         return f"{self.get_namespace().rstrip('/')}/{self.get_name()}"

@@ -163,3 +163,28 @@ def test_the_target_is_the_newest_goals_best_object_unless_it_is_named():
     assert choose_target(objects, goals, "nobody") is None
     assert choose_target(objects[:1], goals, "").object_id == "old", "the newest has none yet"
     assert choose_target([], goals, "") is None
+
+
+def compressed(image, form=".png"):
+    rgb = np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
+    encoded = cv2.imencode(form, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1]
+    message = CompressedImage(header=image.header, format=f"rgb8; {form[1:]} compressed bgr8")
+    message.data = encoded.tobytes()
+    return message
+
+
+def test_compressed_images_are_segmented_too(graph, engine, camera):
+    node = graph.add(SegmenterNode, engine, image_transport="compressed")
+    wait_until(lambda: node.state == "active")
+    publisher = graph.publisher(CompressedImage, "image/compressed", qos_profile_sensor_data)
+    wait_until(publisher.get_subscription_count)
+    assert graph.node.count_subscribers("/image") == 0
+    set_goal(graph)
+    masks = graph.collect(Image, "/segmenter/mask")
+    wait_until(lambda: node.outputs.mask.wanted)
+    for form in (".png", ".jpg"):
+        stamp_ns = camera.new_stamp_ns()
+        publisher.publish(compressed(camera.image(stamp_ns), form))
+        mask = wait_until(lambda stamp_ns=stamp_ns: [each for each in masks if stamp_of(each) == stamp_ns])[0]
+        assert mask.header.frame_id == FRAME_ID
+        assert (pixels(mask)[block_of(camera)] > 0).mean() > 0.9
