@@ -22,6 +22,7 @@ from functools import partial
 
 from virst_engine.errors import WireError
 from virst_engine.slow import wire
+from virst_engine.slow.process import RareWarnings
 from virst_engine.slow.reasoner import refusal
 from virst_engine.slow.request_queue import RequestQueue, Waiting
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
@@ -106,6 +107,7 @@ class Pool:
         self.answered = 0
         self.handed_over = 0  # requests taken from a reasoner, or given to a second one
         self._name = name
+        self._complaints = RareWarnings(logger)
         self._queue = RequestQueue()
         self._clients: dict[bytes, _Client] = {}
         self._members: dict[bytes, _Member] = {}
@@ -244,7 +246,7 @@ class Pool:
             self._refuse(waiting, goal, now_s)
             return
         for given_way in self._queue.put(waiting):
-            logger.warning("refused a request: %d are waiting", len(self._queue))
+            self._complaints.warning("refused a request: %d are waiting", len(self._queue))
             error = f"the pool is overloaded, {len(self._queue)} requests wait; set fewer goals or add a reasoner"
             self.letters.append(Letter(False, given_way.client, refusal(given_way.request, error)))
 
@@ -265,7 +267,7 @@ class Pool:
         member = self._members.get(peer)
         if member is None:
             if len(self._members) >= MAX_MEMBERS:
-                logger.warning("%d reasoners are here already; another one is not admitted", MAX_MEMBERS)
+                self._complaints.warning("%d reasoners are here already; another one is not admitted", MAX_MEMBERS)
                 return
             member = _Member(heartbeat.name, heartbeat.model, now_s, is_busy=True)
             self._members[peer] = member

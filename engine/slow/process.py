@@ -5,12 +5,15 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
+
+COMPLAIN_EVERY_S = 1.0
 
 
 class Waker:
@@ -42,6 +45,19 @@ class Waker:
     def close(self) -> None:
         self._woken.close()
         self._waker.close()
+
+
+class RareWarnings:
+    """Of what others may cause as often as they like: one a second at most, so that they cannot fill the log."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log, self._next_s = log, 0.0
+
+    def warning(self, message: str, *values: object) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            self._next_s = now_s + COMPLAIN_EVERY_S
+            self._log.warning(message, *values)
 
 
 class _Stoppable(Protocol):

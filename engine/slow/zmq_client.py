@@ -17,6 +17,7 @@ import zmq
 
 from virst_engine.errors import WireError
 from virst_engine.slow import wire
+from virst_engine.slow.process import RareWarnings
 from virst_engine.slow.zmq_endpoint import (
     REFUSED,
     Connection,
@@ -61,10 +62,12 @@ class ZmqReasonerClient:
         `busy_after_s`; also of a reasoner with other weights than `model` (see `weights_identity`; empty = any).
         Raises EndpointError for an address or keys that can never work.
         """
-        check_endpoint(endpoint, curve_keys)
+        curve_keys = check_endpoint(endpoint, curve_keys)
         self._endpoint, self._model = endpoint, model
         self._heartbeat_s, self._silent_after_s, self._busy_after_s = heartbeat_s, silent_after_s, busy_after_s
         self._clock = clock
+        self.dropped = 0  # messages that broke the protocol, or answered what was not asked
+        self._complaints = RareWarnings(logger)
         self._lock = threading.Lock()
         self._unsent: dict[str, list[wire.Buffer]] = {}  # requests by goal
         self._cancelled: dict[str, None] = {}  # goals whose cancelling has not been sent yet; a dict keeps their order
@@ -220,7 +223,8 @@ class ZmqReasonerClient:
             try:
                 self._accept(wire.decode(parts))
             except WireError as error:
-                logger.warning("dropped a message of the reasoner: %s", error)
+                self.dropped += 1
+                self._complaints.warning("dropped a message of the reasoner: %s", error)
                 self._problem = f"the reasoner at {self._endpoint} sends what we do not understand: {error}"
 
     def _accept(self, message: wire.Message) -> None:
@@ -232,7 +236,7 @@ class ZmqReasonerClient:
                 self._check_answer(message)
                 self._answers.append(message)
             case wire.Refusal():
-                logger.warning("the reasoner refused a message: %s", message.error)
+                self._complaints.warning("the reasoner refused a message: %s", message.error)
                 self._problem = f"the reasoner at {self._endpoint} refuses our messages: {message.error}"
             case _:
                 raise WireError(f"kind: a reasoner does not send {type(message).__name__}")

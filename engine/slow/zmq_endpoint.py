@@ -49,8 +49,11 @@ class Role(Enum):
     REASONER = "reasoner"
 
 
-def check_endpoint(endpoint: str, curve_keys: str) -> None:
-    """Raise EndpointError unless `endpoint` is ipc:// with a path, or tcp:// with a folder of CURVE keys."""
+def check_endpoint(endpoint: str, curve_keys: str) -> str:
+    """The folder of keys to use for it: `curve_keys` for tcp://, none for ipc://, which its file protects.
+
+    Raises EndpointError unless `endpoint` is ipc:// with a path, or tcp:// with a folder of CURVE keys.
+    """
     transport, _, address = endpoint.partition("://")
     if transport == "ipc" and address.startswith("/"):
         if len(os.fsencode(address)) > LONGEST_IPC_PATH:
@@ -59,10 +62,12 @@ def check_endpoint(endpoint: str, curve_keys: str) -> None:
         if not curve_keys:
             raise EndpointError(
                 f"{endpoint}: tcp:// needs CURVE keys; make them with `virst-reasoner --make-curve-keys FOLDER`, copy "
-                "the folder to both machines and set --curve-keys and reasoner.curve_keys, or use ipc://"
+                "to each machine what it needs (docs/security.md) and set --curve-keys and reasoner.curve_keys, or use "
+                "ipc://"
             )
     else:
         raise EndpointError(f"{endpoint}: an address is ipc:///absolute/path or tcp://host:port")
+    return curve_keys if transport == "tcp" else ""
 
 
 def make_curve_keys(folder: Path) -> None:
@@ -114,7 +119,7 @@ def use_server_keys(socket: zmq.Socket[bytes], curve_keys: str, role: Role) -> N
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody comes in when the authenticator is not there
     if not _admitted(Path(curve_keys), role):
         raise EndpointError(
-            f"{curve_keys} holds no public key of a {role.value}, so nobody could connect; "
+            f"{curve_keys} holds no public key of a {role.name.lower()}, so nobody could connect; "
             "see virst-reasoner --make-curve-keys"
         )
 
@@ -145,7 +150,7 @@ class _Gate:
         """Must not raise: that would end the thread of the authenticator, and nobody could connect any more."""
         name = _admitted(self._folder, self._role).get(key)
         if name is not None:
-            logger.info("admitted a %s with the key %s.key", self._role.value, name)
+            logger.info("admitted a %s with the key %s.key", self._role.name.lower(), name)
         return name is not None
 
 

@@ -21,7 +21,6 @@ The memory of a process is its peak (VmHWM of Linux) above what it had before.
 import argparse
 import contextlib
 import json
-import logging
 import os
 import random
 import socket as tcp
@@ -445,23 +444,8 @@ class _Echo:
         return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts)
 
 
-class _Counter(logging.Handler):
-    """Of the messages that a client drops: it says so in the log only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.count += record.msg.startswith("dropped a message")
-
-
 def _be_client(address: str, result: Path) -> None:
     """A session that asks about one goal, as the sample answers answer it."""
-    counter = _Counter()
-    log = logging.getLogger(ZmqReasonerClient.__module__)
-    log.addHandler(counter)
-    log.propagate = False
     (sample,) = [message for message in sample_messages() if isinstance(message, ReasonerRequest)]
     with contextlib.closing(ZmqReasonerClient(address, model="tabletop-tiny 0123", heartbeat_s=0.05)) as client:
         while True:
@@ -471,7 +455,7 @@ def _be_client(address: str, result: Path) -> None:
             heartbeat = client.heartbeat()
             if heartbeat is not None and heartbeat.name == DONE and not result.exists():
                 unfinished = result.with_suffix(".new")
-                unfinished.write_text(str(counter.count))
+                unfinished.write_text(str(client.dropped))
                 unfinished.rename(result)
 
 

@@ -17,7 +17,7 @@ import zmq
 from virst_engine.errors import EndpointError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.pool import BEAT_S, Letter, Pool
-from virst_engine.slow.process import Waker, process_name, stopped_by_signals
+from virst_engine.slow.process import RareWarnings, Waker, process_name, stopped_by_signals
 from virst_engine.slow.zmq_endpoint import (
     Role,
     authenticate,
@@ -31,10 +31,10 @@ from virst_engine.slow.zmq_endpoint import (
 
 logger = logging.getLogger(__name__)
 
+IO_THREADS = 4  # of ZeroMQ: they encrypt and decrypt, each for its share of the connections
 QUEUED_PER_ROBOT = 2  # messages that ZeroMQ buffers for or from one peer
 QUEUED_PER_REASONER = 8
 MESSAGES_AT_ONCE = 64  # of the reasoners, before it is a robot's turn again
-COMPLAIN_EVERY_S = 1.0  # garbage may come fast, the log stays readable
 REPORT_EVERY_S = 60.0
 
 
@@ -45,19 +45,18 @@ class PoolServer:
     """
 
     def __init__(self, robots: str, reasoners: str, *, curve_keys: str = "") -> None:
-        """`robots` and `reasoners` are the addresses for each; `curve_keys` holds for both.
+        """`robots` and `reasoners` are the addresses for each; `curve_keys` is for those that are tcp://.
 
         Raises EndpointError when an address is malformed, taken or not permitted, or keys are missing.
         """
         if robots == reasoners:
             raise EndpointError(f"{robots}: --pool and --endpoint must be two addresses, for reasoners and for robots")
-        for endpoint in (robots, reasoners):
-            check_endpoint(endpoint, curve_keys)
-        self._robots_endpoint, self._reasoners_endpoint = robots, reasoners
+        robots_keys, reasoners_keys = (check_endpoint(endpoint, curve_keys) for endpoint in (robots, reasoners))
         # Tickets of an earlier pool may still be answered to this one.
         self._pool = Pool(process_name(), first_ticket=secrets.randbits(48))
         self._is_stopping = False
-        self._next_complaint_s = self._next_tick_s = 0.0
+        self._complaints = RareWarnings(logger)
+        self._next_tick_s = 0.0
         self._next_report_s = time.monotonic() + REPORT_EVERY_S
         self._reported = ""
         self._waker = Waker()
@@ -65,12 +64,12 @@ class PoolServer:
             stack.callback(self._waker.close)
             for endpoint in (robots, reasoners):
                 stack.enter_context(sole_owner(endpoint))
-            context = zmq.Context()
+            context = zmq.Context(IO_THREADS)
             stack.callback(context.destroy, linger=0)
-            if curve_keys:
+            if robots_keys or reasoners_keys:
                 stack.enter_context(authenticate(context, curve_keys))
-            self._robots = _router(context, stack, robots, curve_keys, Role.ROBOT, QUEUED_PER_ROBOT)
-            self._reasoners = _router(context, stack, reasoners, curve_keys, Role.REASONER, QUEUED_PER_REASONER)
+            self._robots = _router(context, stack, robots, robots_keys, Role.ROBOT, QUEUED_PER_ROBOT)
+            self._reasoners = _router(context, stack, reasoners, reasoners_keys, Role.REASONER, QUEUED_PER_REASONER)
             self._resources = stack.pop_all()
 
     def __enter__(self) -> "PoolServer":
@@ -145,9 +144,7 @@ class PoolServer:
 
     def _complain(self, who: str, error: WireError) -> None:
         self._pool.dropped += 1
-        if time.monotonic() >= self._next_complaint_s:
-            self._next_complaint_s = time.monotonic() + COMPLAIN_EVERY_S
-            logger.warning("dropped a message of %s (%d since the start): %s", who, self._pool.dropped, error)
+        self._complaints.warning("dropped a message of %s (%d since the start): %s", who, self._pool.dropped, error)
 
     def _send_letters(self) -> None:
         while self._pool.letters:
@@ -158,7 +155,7 @@ class PoolServer:
                 socket.send_multipart([letter.peer, *parts], zmq.NOBLOCK, copy=False)
             except zmq.ZMQError as error:
                 if not letter.to_member:  # gone (EHOSTUNREACH), or it does not read what it asked for (EAGAIN)
-                    logger.info("a message to a robot was dropped: %s", error)
+                    self._complaints.warning("a message to a robot was dropped: %s", error)
                 elif error.errno == zmq.EHOSTUNREACH:
                     self._pool.lose(letter.peer, "is gone", time.monotonic())
                 elif not isinstance(letter.message, wire.Hello):  # it does not read; its silence is noticed as well

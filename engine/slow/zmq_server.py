@@ -25,7 +25,7 @@ from virst_engine.config import ModelParameters, ReasonerParameters
 from virst_engine.errors import VirstError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.pool import BEAT_S
-from virst_engine.slow.process import Waker, process_name, stopped_by_signals
+from virst_engine.slow.process import RareWarnings, Waker, process_name, stopped_by_signals
 from virst_engine.slow.reasoner import Reasoner, refusal
 from virst_engine.slow.request_queue import RequestQueue, Waiting
 from virst_engine.slow.zmq_endpoint import (
@@ -49,7 +49,6 @@ from virst_engine.types import ReasonerRequest
 logger = logging.getLogger(__name__)
 
 QUEUED_PER_PEER = 4  # messages that ZeroMQ buffers for or from one client
-COMPLAIN_EVERY_S = 1.0  # garbage may come fast, the log stays readable
 LAST_REQUEST_S = 3.0  # how long a stopping server waits for the request that is being computed
 POOL_SILENT_S = 5.0  # then a member says in its log that nobody hears it
 
@@ -65,7 +64,7 @@ class ReasonerServer:
 
         Raises EndpointError when the address is malformed, taken or not permitted, or keys are missing.
         """
-        check_endpoint(endpoint, curve_keys)
+        curve_keys = check_endpoint(endpoint, curve_keys)
         self.model = model
         self._endpoint = endpoint
         self._name = process_name()
@@ -75,7 +74,7 @@ class ReasonerServer:
         self._busy_since_s: float | None = None
         self._is_stopping = False
         self._dropped = 0
-        self._next_complaint_s = 0.0
+        self._complaints = RareWarnings(logger)
         self._worker: threading.Thread | None = None
         self._waker = Waker()
         with ExitStack() as stack:
@@ -153,9 +152,7 @@ class ReasonerServer:
             self._accept(client, wire.decode(parts))
         except WireError as error:
             self._dropped += 1
-            if time.monotonic() >= self._next_complaint_s:
-                self._next_complaint_s = time.monotonic() + COMPLAIN_EVERY_S
-                logger.warning("dropped a message (%d since the start): %s", self._dropped, error)
+            self._complaints.warning("dropped a message (%d since the start): %s", self._dropped, error)
             self._send(client, wire.encode(wire.Refusal(str(error))))
 
     def _receive_parts(self) -> tuple[bytes, list[memoryview]]:
@@ -185,7 +182,7 @@ class ReasonerServer:
             length = len(self._waiting)
             self._changed.notify_all()
         for waiting in given_way:
-            logger.warning("refused a request: %d are waiting", length)
+            self._complaints.warning("refused a request: %d are waiting", length)
             error = f"the reasoner is overloaded, {length} requests wait; set fewer goals or start a pool of reasoners"
             self._send(waiting.client, wire.encode(refusal(waiting.request, error)))
 
@@ -197,7 +194,7 @@ class ReasonerServer:
         try:
             self._socket.send_multipart([client, *parts], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:  # gone (EHOSTUNREACH), or it does not read what it asked for (EAGAIN)
-            logger.info("a message to a client was dropped: %s", error)
+            self._complaints.warning("a message to a client was dropped: %s", error)
 
     def _work(self, reasoner: Reasoner) -> None:
         while True:
@@ -221,7 +218,7 @@ class PoolMember(ReasonerServer):
 
     def _open(self, context: zmq.Context[zmq.Socket[bytes]], stack: ExitStack, curve_keys: str) -> zmq.Socket[bytes]:
         self._next_beat_s = 0.0
-        self._heard_s = time.monotonic()
+        self._heard_s = 0.0
         self._is_heard, self._is_refused = True, False
         socket = context.socket(zmq.DEALER)
         stack.callback(socket.close, linger=100)  # ms, so that the farewell can leave
@@ -231,6 +228,11 @@ class PoolMember(ReasonerServer):
         self._connection = Connection(socket, self._endpoint)
         stack.callback(self._connection.close)
         return socket
+
+    def run(self, reasoner: Reasoner) -> None:
+        """Join, and answer until `stop`. Whatever `reasoner.answer` raises becomes an answer that says so."""
+        self._heard_s = time.monotonic()
+        super().run(reasoner)
 
     def close(self) -> bool:
         if self._worker is not None and not self._socket.closed:  # else it never joined

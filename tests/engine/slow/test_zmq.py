@@ -133,6 +133,7 @@ def test_an_answer_to_something_that_was_not_asked_is_dropped(endpoint, what, ca
     with server_thread(endpoint), connected(endpoint) as client:
         client.submit(request_of(f"forge {what}"))
         wait_until(lambda: client.poll() or "dropped a message" in caplog.text)
+        assert client.dropped == 1
         client.submit(request_of("the red ball", request_id=2))
         assert [answer.request_id for answer in wait_until(client.poll)] == [2]
 

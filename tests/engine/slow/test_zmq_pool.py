@@ -451,6 +451,21 @@ def test_keys_open_what_they_are_for_and_nothing_opens_without(secured: Site, tm
     assert secured.begun("of a stranger") == []
 
 
+def test_robots_may_come_over_tcp_while_reasoners_sit_on_the_same_machine(site: Site, tmp_path: Path) -> None:
+    site.robots = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+    site.keys = str(tmp_path / "keys")
+    make_curve_keys(Path(site.keys))
+    site.pool()
+    site.member()
+    robot = site.robot()
+    wait_for_reasoners(robot, 1)
+    assert ask(robot).error == ""
+    local = site.peer(site.reasoners)  # ipc is not encrypted: its file is for its owner only
+    local.send_multipart(wire.encode(wire.Heartbeat("obedient", 0.0, 0)))
+    wait_for_reasoners(robot, 2)
+    assert (Path(site.reasoners.removeprefix("ipc://")).stat().st_mode & 0o077) == 0
+
+
 def test_a_robot_with_a_key_of_its_own_can_be_let_in_and_shut_out(secured: Site) -> None:
     secured.pool()
     secured.member()
@@ -532,7 +547,7 @@ def test_both_addresses_are_checked(site: Site, tmp_path: Path) -> None:
     make_curve_keys(tmp_path / "keys")
     (tmp_path / "keys" / "reasoner.key").unlink()
     with pytest.raises(EndpointError, match="holds no public key of a reasoner, so nobody could connect"):
-        PoolServer(site.robots, site.reasoners, curve_keys=str(tmp_path / "keys"))
+        PoolServer(site.robots, f"tcp://127.0.0.1:{free_ports(1)[0]}", curve_keys=str(tmp_path / "keys"))
     site.pool()
     with pytest.raises(EndpointError, match="is served already"):
         PoolServer(site.robots, f"{site.reasoners}2")
