@@ -24,7 +24,7 @@ from virst_engine.slow.process import process_name
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.slow.zmq_endpoint import make_curve_keys
 from virst_engine.slow.zmq_server import ReasonerServer, main, serve
-from virst_engine.types import Clip, ReasonerRequest
+from virst_engine.types import Clip, ReasonerAnswer, ReasonerRequest
 
 PROGRAM = Path(__file__).with_name("reasoner_process.py")
 SPEC = importlib.util.spec_from_file_location("reasoner_process", PROGRAM)
@@ -211,6 +211,39 @@ def test_garbage_is_refused_counted_and_harms_nobody(endpoint, caplog):
         client.submit(request_of("the red ball"))
         wait_until(client.poll)
     assert "dropped a message" in caplog.text
+
+
+class GatedReasoner(ObedientReasoner):
+    def __init__(self):
+        super().__init__()
+        self.gate = threading.Event()
+
+    def answer(self, request):
+        answer = super().answer(request)
+        self.gate.wait(60)
+        return answer
+
+
+def test_who_asks_too_much_is_refused_and_others_are_not(endpoint):
+    reasoner = GatedReasoner()
+    with server_thread(endpoint, reasoner), raw_peer(endpoint) as peer, connected(endpoint) as client:
+        peer.send_multipart(wire.encode(request_of("first", goal_id="first")))
+        wait_until(lambda: reasoner.sentences)
+        for number in range(260):
+            peer.send_multipart(wire.encode(request_of("much", request_id=number, goal_id=str(number))))
+        refused = [wire.decode(peer.recv_multipart()) for _ in range(4)]
+        assert {answer.error for answer in refused} == {
+            "the reasoner is overloaded, 256 requests wait; set fewer goals or start a pool of reasoners"
+        }
+        assert [answer.request_id for answer in refused] == [256, 257, 258, 259]
+        client.submit(request_of("little"))
+        wait_until(lambda: client.status() == "" and client.heartbeat().busy_s > 0)
+        client.submit(request_of("little, again"))
+        assert isinstance(wire.decode(peer.recv_multipart()), ReasonerAnswer)  # a fifth had to give way
+        reasoner.gate.set()
+        wait_until(client.poll)
+        assert reasoner.sentences[:2] == ["first", "much"]
+        assert reasoner.sentences[2].startswith("little")  # in turns
 
 
 def test_garbage_from_a_reasoner_is_dropped_and_reported(endpoint, caplog):
