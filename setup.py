@@ -24,6 +24,7 @@ setup(
         (f"share/{PACKAGE}/launch", [*glob("launch/*.launch.py"), *glob("launch/*.xml")]),
         (f"share/{PACKAGE}/launch/params", glob("launch/params/*")),
         (f"share/{PACKAGE}/launch/rviz", glob("launch/rviz/*")),
+        (f"share/{PACKAGE}/launch/foxglove", glob("launch/foxglove/*")),
     ],
     install_requires=[
         "numpy",
