@@ -22,6 +22,7 @@ from launch.substitutions import EnvironmentVariable, LaunchConfiguration
 from launch_ros.actions import Node
 
 HERE = Path(__file__).parent  # the same tree in the source and in share/virst_ros
+PATIENCE_S = "15"  # after SIGINT: on a busy machine it takes seconds to finish a frame and give a model back
 ONLY_CAMERA = "camera"  # what {camera} stands for in topics when no names are given
 BOOLEAN = ["true", "false"]
 AS_IN_FILE = ["", *BOOLEAN]
@@ -334,6 +335,7 @@ def segmenter(value: dict[str, str], parameters: dict[str, Any], namespace: str,
         remappings=remappings,
         ros_arguments=["--log-level", value["log_level"]],
         output="screen",
+        sigterm_timeout=PATIENCE_S,
     )
 
 
@@ -346,7 +348,9 @@ def reasoner(value: dict[str, str], parameters: dict[str, Any], node: str) -> Ex
     for parameter, option in REASONER_OPTIONS.items():
         if agreed.get(parameter):
             command += [option, str(agreed[parameter])]
-    return ExecuteProcess(name="reasoner", cmd=command, output="screen", respawn=True, respawn_delay=2.0)
+    return ExecuteProcess(
+        name="reasoner", cmd=command, output="screen", respawn=True, respawn_delay=2.0, sigterm_timeout=PATIENCE_S
+    )
 
 
 def generate_launch_description() -> LaunchDescription:
