@@ -31,9 +31,9 @@ except ImportError:  # Humble
 STOP_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class SegmentedFrame:
-    """One frame with everything that is told of it."""
+    """One frame with everything that is told of it. Read by several threads; only `age_s` is set later."""
 
     header: Header
     frame: Frame

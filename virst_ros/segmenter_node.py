@@ -6,7 +6,6 @@ Callbacks convert and leave work in the inbox; one thread owns the session and p
 inputs, outputs, depth_outputs, vision_outputs, goals, services, segment_action and diagnostics.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -277,8 +276,7 @@ class SegmenterNode(LifecycleNode):
         height, width = frame.image_rgb_u8.shape[:2]
         info = inputs.camera_info_for(width, height) if inputs is not None else None
         self._frame_outputs.publish(shown, info, overlay=self._settings.overlay)
-        age_s = (self.get_clock().now().nanoseconds - frame.stamp_ns) * 1e-9
-        shown = dataclasses.replace(shown, age_s=age_s)
+        shown.age_s = (self.get_clock().now().nanoseconds - frame.stamp_ns) * 1e-9
         if self._vision_outputs is not None:
             self._vision_outputs.publish(shown)
         if self._depth_outputs is not None:
@@ -288,7 +286,7 @@ class SegmenterNode(LifecycleNode):
         self._segment.frame_segmented(shown)
         self._diagnostics.goals_changed(goals)
         overhead_s = time.perf_counter() - received.received_s - self._thread.step_s
-        self._diagnostics.result_published(result, age_s, overhead_s * 1e3)
+        self._diagnostics.result_published(result, shown.age_s, overhead_s * 1e3)
 
     def _reject_frame(self, reason: str) -> None:
         self._diagnostics.frame_rejected(reason)
