@@ -51,6 +51,7 @@ def play(context: LaunchContext) -> list:
 
 def generate_launch_description() -> LaunchDescription:
     segment = IncludeLaunchDescription(PythonLaunchDescriptionSource(str(HERE / "segment.launch.py")))
+    # The bag first: when it is not there, nothing must have been started.
     return LaunchDescription(
-        [*ARGUMENTS, SetLaunchConfiguration("use_sim_time", "true"), segment, OpaqueFunction(function=play)]
+        [*ARGUMENTS, OpaqueFunction(function=play), SetLaunchConfiguration("use_sim_time", "true"), segment]
     )

@@ -461,7 +461,7 @@ class TestReplay:
     def test_the_segmenter_runs_in_the_bags_time(self, replay: Any) -> None:
         (entities,) = replay.generate_launch_description().positional
         assert entities[: len(replay.ARGUMENTS)] == replay.ARGUMENTS
-        set_time, include, player = entities[len(replay.ARGUMENTS) :]
+        player, set_time, include = entities[len(replay.ARGUMENTS) :]  # a missing bag must not leave a segmenter behind
         assert set_time.positional == ("use_sim_time", "true")
         (source,) = include.positional
         assert Path(source.positional[0]) == LAUNCH_FILE
