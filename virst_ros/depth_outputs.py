@@ -67,6 +67,10 @@ class DepthOutputs:
     def stop(self) -> None:
         self._clouds.stop(STOP_TIMEOUT_S)
 
+    def pause(self) -> None:
+        """Images are not taken any more; a frame that waits for its depth is not published later."""
+        self._sync.clear()
+
     def image_came(self, frame: Frame, frame_id: str) -> None:
         """An image that can be used, processed or not."""
         height, width = frame.image_rgb_u8.shape[:2]

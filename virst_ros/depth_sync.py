@@ -96,6 +96,12 @@ class DepthSync(Generic[FrameItem, DepthItem]):
                 done.append(Match(frame, found))
             return done
 
+    def clear(self) -> None:
+        """Forget frames and depth images: what comes next does not belong to them."""
+        with self._lock:
+            self._depths.clear()
+            self._waiting = self._image_ns = None
+
     def nearest_gap_ns(self, stamp_ns: int) -> int | None:
         """How far the nearest depth image that is kept is from that time; None when there is none."""
         with self._lock:

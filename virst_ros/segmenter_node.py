@@ -217,6 +217,8 @@ class SegmenterNode(LifecycleNode):
         if self.inputs is not None:
             self.inputs.destroy()
             self.inputs = None
+        if self._depth_outputs is not None:
+            self._depth_outputs.pause()
 
     def _stop_inference(self, reason: str) -> None:
         self._destroy_inputs()

@@ -150,6 +150,19 @@ def test_masks_never_wait_for_depth(graph, engine):
     assert stamps == sorted(stamps), "in the order of the frames"
 
 
+def test_a_frame_that_waits_is_not_published_after_a_pause(graph, engine):
+    setup = Setup(graph, engine).settled()
+    stamp_ns = setup.camera.send(depth=False)
+    wait_until(lambda: stamp_ns in engine.session.stepped_stamps)
+    time.sleep(0.1)
+    setup.node.trigger_deactivate()
+    setup.node.trigger_activate()
+    wait_until(setup.camera.connected)
+    after_ns = setup.camera.send()
+    setup.objects_of(after_ns)
+    assert all(stamp_of(message) != stamp_ns for message in setup.objects)
+
+
 def test_stamps_must_be_equal_unless_a_slop_is_set(graph, engine):
     setup = Setup(graph, engine, RgbdCamera(graph)).settled()
     setup.camera.depth_offset_ns = 4_000_000

@@ -91,6 +91,15 @@ def test_old_depth_is_forgotten():
     assert DepthSync(1, 0).nearest_gap_ns(0) is None
 
 
+def test_what_is_cleared_does_not_come_back():
+    made, _ = sync()
+    made.put_depth(100, "depth 100")
+    assert made.put_frame(200, "frame 200") == []
+    made.clear()
+    assert made.put_depth(200, "depth 200") == []
+    assert made.put_frame(200, "another") == [Match("another", "depth 200")]
+
+
 def test_time_that_goes_back_starts_over():
     made, _ = sync()
     made.put_depth(1000, "before")
