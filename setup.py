@@ -55,6 +55,8 @@ setup(
             "virst = virst_engine.cli:main",
             "virst-reasoner = virst_engine.slow.zmq_server:main",
             "virst-goal = virst_ros.goal:main",
+            "virst-contracts = virst_ros.contracts:main",
+            "virst-overhead = virst_ros.overhead:main",
             "segmenter = virst_ros.segmenter_node:main",
             "sim_camera = virst_ros.sim_camera_node:main",
         ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Subscribers that take a segmenter's outputs as the stacks that use them do, and count what they accept and reject.
 
-python -m virst_ros.contracts --sim --seconds 60      # starts camera, reasoner and segmenter; ends with status 0 or 1
-python -m virst_ros.contracts --image /camera/color/image_raw --depth ... --camera-info ...    # watches running ones
+virst-contracts --sim --seconds 60      # starts camera, reasoner and segmenter; ends with status 0 or 1
+virst-contracts --image /camera/color/image_raw --depth ... --camera-info ...    # watches running ones
 
 Formats and synchronisation are those of FoundationPose (isaac_ros_pose_estimation), nvblox, Contact-GraspNet's inputs
 and MoveIt's PointCloudOctomapUpdater. Their code is not run here.
@@ -357,7 +357,7 @@ def _command(
         else:
             figures = _watch(topics, seconds, goal, segmenter, None)
     except VirstError as error:
-        typer.echo(f"contracts: {error}", err=True)
+        typer.echo(f"virst-contracts: {error}", err=True)
         raise typer.Exit(1) from error
     for row in figures["consumers"]:
         typer.echo(f"{row['consumer']:18s} accepted {row['accepted']:6d}   rejected {row['rejected']:4d}")
@@ -466,7 +466,7 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float, otherwise: str, c
 
 def main() -> int:
     """Run the program; see --help."""
-    app(prog_name="contracts")
+    app(prog_name="virst-contracts")
     return 0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what ROS costs per frame: from the image's callback to the frame's last message, less the engine's step.
 
-python -m virst_ros.overhead --seconds 30     # 1280x720; camera, reasoner and segmenter are processes of their own
+virst-overhead --seconds 30     # 1280x720; camera, reasoner and segmenter are processes of their own
 
 The segmenter itself measures and tells it on /diagnostics ("ROS overhead p50 (ms)"); this program gives it work.
 """
@@ -44,7 +44,7 @@ def _command(
     try:
         figures = _measure(seconds, width, height, rate, encoding, goals, with_depth=depth)
     except VirstError as error:
-        typer.echo(f"overhead: {error}", err=True)
+        typer.echo(f"virst-overhead: {error}", err=True)
         raise typer.Exit(1) from error
     for name, value in figures.items():
         typer.echo(f"{name}: {value}")
@@ -186,7 +186,7 @@ class _Camera:
 
 def main() -> int:
     """Run the program; see --help."""
-    app(prog_name="overhead")
+    app(prog_name="virst-overhead")
     return 0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What FoundationPose, nvblox, Contact-GraspNet and MoveIt would do with the node's outputs, over the real middleware.
 
-The same consumers run for a minute against the real engine with: python -m virst_ros.contracts --sim --seconds 60
+The same consumers run for a minute against the real engine with: virst-contracts --sim --seconds 60
 """
 
 import copy
