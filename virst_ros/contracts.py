@@ -26,6 +26,7 @@ import numpy as np
 import typer
 
 from virst_engine.errors import BadFrame, VirstError
+from virst_ros.fast_dds import use_profile
 
 # What a topic is for a consumer -> its name; the last four are relative to the segmenter.
 INPUTS = ("image", "depth", "camera_info")
@@ -350,6 +351,7 @@ def _command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
     """Watch a segmenter as its consumers would, and say what they accept and reject."""
+    use_profile()
     topics = {"image": image, "depth": depth, "camera_info": camera_info, **output_topics(segmenter)}
     try:
         if sim:
@@ -376,9 +378,6 @@ def _watch_simulation(seconds: float, goal: str, rate_hz: float, width: int, hei
     from virst_ros.demo.child_processes import ChildProcesses
     from virst_ros.demo.ros_domain import free_ros_domain
 
-    profile = Path(__file__).parents[1] / "launch" / "fastdds_profile.xml"
-    if profile.is_file():
-        os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(profile))
     topics = {**SIM_TOPICS, **output_topics("/segmenter")}
     with (
         free_ros_domain() as domain_id,

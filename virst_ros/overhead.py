@@ -21,6 +21,7 @@ import numpy as np
 import typer
 
 from virst_engine.errors import VirstError
+from virst_ros.fast_dds import use_profile
 
 SENTENCES = ("the red ball", "the box left of the blue can", "the thing that can roll", "the object moving to the left")
 
@@ -67,9 +68,7 @@ def _measure(
     from virst_ros.goal import SegmenterServices
     from virst_ros.spinning import spin_until_shutdown
 
-    profile = Path(__file__).parents[1] / "launch" / "fastdds_profile.xml"
-    if profile.is_file():
-        os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(profile))
+    use_profile()
     told: dict[str, str] = {}
 
     def on_diagnostics(message: DiagnosticArray) -> None:
