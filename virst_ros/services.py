@@ -85,7 +85,16 @@ class Services:
             raise VirstError(
                 "this engine takes sentences only, no boxes, points or masks: say with set_goal what to segment"
             )
-        added = [engine.add_object(prompted, stamp_ns) for prompted in objects]
+        known = {goal.goal_id for goal in self._goals.all()}
+        added = []
+        try:
+            for prompted in objects:
+                added.append(engine.add_object(prompted, stamp_ns))
+        except Exception:
+            for goal in added:  # all of them or none
+                if goal.goal_id not in known:
+                    self._goals.clear(goal.goal_id)
+            raise
         self._goals.changed()
         response.object_ids = [goal.object_id for goal in added]
         response.object_indices = [goal.instance_id for goal in added]

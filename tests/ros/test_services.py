@@ -155,6 +155,23 @@ class TestObjects:
         assert (can.box_px, can.points_px, can.labels) == (None, [(1.0, 2.0)], [1])
         np.testing.assert_array_equal(plate.mask, [[False, False, True], [False, True, False]])
 
+    def test_when_one_object_cannot_be_added_none_is(self, graph, engine):
+        def add(prompted, stamp_ns):
+            if prompted.object_id == "bad":
+                raise BadGoal("the frame is gone")
+            return engine.session.set_goal("-", object_id=prompted.object_id)
+
+        engine.add_object = add
+        node = graph.add(SegmenterNode, engine)
+        wait_until(lambda: node.state == "active")
+        assert call(graph, SetGoal, "set_goal", goal="one", object_id="before").success
+        boxes = {"bbox_object_ids": ["good", "bad"], "bbox_coords": [box(5, 5, 2, 2)] * 2}
+        answer = call(graph, AddObjects, "add_objects", **boxes)
+        assert not answer.success
+        assert answer.message == "the frame is gone"
+        assert not answer.object_ids
+        assert [goal.object_ids[0] for goal in call(graph, ListGoals, "list_goals").goals] == ["before"]
+
     def test_one_object_is_removed_whatever_made_it(self, graph, node):
         assert call(graph, SetGoal, "set_goal", goal="one", object_id="a").success
         second = call(graph, SetGoal, "set_goal", goal="two", object_id="b")
