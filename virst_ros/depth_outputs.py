@@ -122,7 +122,7 @@ class DepthOutputs:
             self._publishers.publish_objects(shown, places)
             if self._publishers.markers.wanted:
                 self._publishers.markers.publish(
-                    markers_message(shown.header, shown.result.objects, places, shown.sentences)
+                    markers_message(shown.header, shown.result.objects, places, shown.captions)
                 )
             if scene is not None and (self._publishers.points.wanted or self._publishers.points_without_object.wanted):
                 self._clouds.offer(scene)

@@ -51,8 +51,13 @@ class SegmentedFrame:
 
     @cached_property
     def sentences(self) -> dict[str, str]:
-        """By goal id."""
+        """By goal id; empty for an object that was pointed at."""
         return {goal.goal_id: goal.sentence for goal in self.goals}
+
+    @cached_property
+    def captions(self) -> dict[str, str]:
+        """What to call the object of each goal, by goal id: the sentence, or the object's name where there is none."""
+        return {goal.goal_id: goal.sentence or goal.object_id for goal in self.goals}
 
 
 def choose_target(objects: Sequence[ObjectResult], goals: Sequence[Goal], wanted: str) -> ObjectResult | None:
@@ -175,7 +180,7 @@ class FrameOutputs:
             self._drawing.offer(shown)
 
     def _draw(self, shown: SegmentedFrame) -> None:
-        drawn = draw_overlay(shown.frame.image_rgb_u8, shown.result, shown.sentences)
+        drawn = draw_overlay(shown.frame.image_rgb_u8, shown.result, shown.captions)
         if self._publishers.overlay.wanted:
             self._publishers.overlay.publish(conversions.image_message(shown.header, drawn, "rgb8"))
         if self._publishers.overlay_jpeg.wanted:

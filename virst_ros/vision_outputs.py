@@ -48,7 +48,7 @@ class VisionOutputs:
         return VisionOutputs(messages, publishers, settings) if messages is not None else None
 
     def publish(self, shown: SegmentedFrame) -> None:
-        labels = [(goal.instance_id, goal.sentence) for goal in shown.goals]
+        labels = [(goal.instance_id, shown.captions[goal.goal_id]) for goal in shown.goals]
         if labels != self._labels or self.label_info.wanted:
             self._labels = labels
             self.label_info.publish(label_info(self._messages, shown))
@@ -58,7 +58,9 @@ class VisionOutputs:
 
 def label_info(messages: ModuleType, shown: SegmentedFrame) -> Any:
     """Which value in the mask stands for which sentence (vision_msgs/LabelInfo)."""
-    classes = [messages.VisionClass(class_id=goal.instance_id, class_name=goal.sentence) for goal in shown.goals]
+    classes = [
+        messages.VisionClass(class_id=goal.instance_id, class_name=shown.captions[goal.goal_id]) for goal in shown.goals
+    ]
     return messages.LabelInfo(header=shown.header, class_map=classes, threshold=0.5)
 
 
@@ -66,13 +68,16 @@ def detections(messages: ModuleType, shown: SegmentedFrame) -> Any:
     """What is seen now (vision_msgs/Detection2DArray): box of the mask, `id` the object's, class_id the sentence."""
     found = []
     for each in shown.result.objects:
-        ours = conversions.object_message(each, shown.sentences.get(each.goal_id, ""))
+        ours = conversions.object_message(each, "")
         if each.state is not ObjectState.TRACKING or ours.area_px == 0:
             continue
         box = messages.BoundingBox2D(size_x=float(ours.bbox.width), size_y=float(ours.bbox.height))
         box.center.position.x = ours.bbox.x_offset + ours.bbox.width / 2
         box.center.position.y = ours.bbox.y_offset + ours.bbox.height / 2
         guess = messages.ObjectHypothesisWithPose()
-        guess.hypothesis.class_id, guess.hypothesis.score = ours.goal or each.object_id, float(each.score)
+        guess.hypothesis.class_id, guess.hypothesis.score = (
+            shown.captions.get(each.goal_id, each.object_id),
+            float(each.score),
+        )
         found.append(messages.Detection2D(header=shown.header, results=[guess], bbox=box, id=each.object_id))
     return messages.Detection2DArray(header=shown.header, detections=found)
