@@ -146,9 +146,9 @@ def markers_message(
     header: Header,
     objects: Sequence[ObjectResult],
     geometries: Mapping[str, ObjectGeometry],
-    sentences: Mapping[str, str],
+    captions: Mapping[str, str],
 ) -> MarkerArray:
-    """A translucent box and its sentence for each object with a place; what was shown before is deleted."""
+    """A translucent box and its caption (by goal id) for each object with a place; what was shown before is deleted."""
     markers = [Marker(header=header, action=Marker.DELETEALL)]
     for found in objects:
         geometry = geometries.get(found.object_id)
@@ -163,6 +163,6 @@ def markers_message(
         text.pose = Pose(position=_point(top_m))
         text.scale.z = max(0.01, TEXT_SHARE * float(geometry.box.size_m.max()))
         text.color.r = text.color.g = text.color.b = text.color.a = 1.0
-        text.text = sentences.get(found.goal_id, found.object_id)
+        text.text = captions.get(found.goal_id, found.object_id)
         markers += [box, text]
     return MarkerArray(markers=markers)
