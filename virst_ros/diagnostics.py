@@ -56,6 +56,7 @@ class Surroundings:
     no_image_after_s: float
     inference_traceback: str  # not empty: inference has stopped
     reasoner_problem: str  # empty: a reasoner listens
+    unserved: str = ""  # why somebody subscribes to a topic in vain; empty: nobody does
 
 
 @dataclass(frozen=True)
@@ -319,6 +320,8 @@ class Diagnostics:
             level, message = STALE, f"not active ({seen.state}): no masks are published"
         elif not self._masks.rate_hz(now_s):
             level, message = STALE, "no masks lately: see input"
+        elif seen.unserved:
+            level, message = WARN, seen.unserved
         return _status(f"{self._name}: output", level, message, self.model.device, values)
 
     def _reasoner(self, seen: Surroundings) -> DiagnosticStatus:

@@ -141,6 +141,19 @@ class Publishers:
         """Whether anybody listens to what needs depth."""
         return any(each.wanted for each in (self.objects, self.points, self.points_without_object, self.markers))
 
+    def why_unserved(self, settings: NodeParameters) -> str:
+        """Why somebody subscribes to a topic on which nothing comes; empty when nobody does."""
+        if not settings.use_depth:
+            for topic in ("points", "points_without_object", "markers"):
+                if getattr(self, topic).wanted:
+                    return (
+                        f"{self._prefix}{topic} has a subscriber, but comes from depth only: set use_depth, and remap "
+                        "`depth` to the camera's registered depth (at launch: depth_topic:=...)"
+                    )
+        if not settings.overlay and (self.overlay.wanted or self.overlay_jpeg.wanted):
+            return f"{self._prefix}overlay has a subscriber, but the parameter overlay is false"
+        return ""
+
     def publish_objects(self, shown: SegmentedFrame, geometries: dict[str, Any]) -> None:
         self.objects.publish(
             conversions.objects_message(

@@ -354,6 +354,7 @@ class SegmenterNode(LifecycleNode):
             no_image_after_s=self._settings.no_image_after_s,
             inference_traceback=thread.failure_traceback if thread is not None else "",
             reasoner_problem=engine.reasoner.status() if engine is not None else "",
+            unserved=self.outputs.why_unserved(self._settings) if self.outputs is not None else "",
         )
         message = DiagnosticArray(status=self._diagnostics.statuses(seen))
         message.header.stamp = self.get_clock().now().to_msg()

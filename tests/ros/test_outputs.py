@@ -8,9 +8,10 @@ import pytest
 pytest.importorskip("rclpy")
 pytest.importorskip("virst_msgs.msg")
 
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from virst_msgs.srv import ClearGoal, SetGoal
 
 from tests.ros.rgbd_camera import FRAME_ID, RgbdCamera, stamp_of
@@ -121,6 +122,31 @@ def test_camera_info_is_the_cameras_with_the_header_of_the_mask(graph, node, cam
     info = infos.next()
     sent = camera.info(stamp_of(info))
     assert info == sent
+
+
+def test_a_subscriber_who_waits_in_vain_is_told_why(graph, engine, camera):
+    diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
+    node = graph.add(SegmenterNode, engine, diagnostics_period_s=0.05)
+    wait_until(lambda: node.state == "active" and camera.image_publisher.get_subscription_count())
+
+    def output_says(level, text):
+        camera.send()
+        status = next((each for each in diagnostics[-1].status if each.name == "segmenter: output"), None)
+        return status is not None and status.level == level and text in status.message
+
+    wait_until(lambda: diagnostics)
+    wait_until(lambda: output_says(DiagnosticStatus.OK, "masks are published"))
+    graph.collect(PointCloud2, "/segmenter/points")
+    wait_until(lambda: output_says(DiagnosticStatus.WARN, "~/points has a subscriber, but comes from depth only"))
+
+
+def test_an_overlay_that_is_switched_off_is_told(graph, engine):
+    node = graph.add(SegmenterNode, engine, overlay=False)
+    wait_until(lambda: node.state == "active")
+    assert not node.outputs.why_unserved(node._settings)
+    graph.collect(Image, "/segmenter/overlay", qos_profile_sensor_data)
+    wait_until(lambda: node.outputs.overlay.wanted)
+    assert "the parameter overlay is false" in node.outputs.why_unserved(node._settings)
 
 
 def test_nothing_is_computed_that_nobody_reads(graph, node, camera, engine, monkeypatch):
