@@ -341,7 +341,7 @@ class SegmenterNode(LifecycleNode):
         self.get_logger().warning(reason)
 
     def _publish_diagnostics(self) -> None:
-        thread, engine, inputs = self._thread, self._engine, self.inputs
+        thread, engine, inputs, outputs = self._thread, self._engine, self.inputs, self.outputs
         topic = self._image_topic()
         rejected = inputs.rejected if inputs is not None else 0
         seen = Surroundings(
@@ -354,7 +354,7 @@ class SegmenterNode(LifecycleNode):
             no_image_after_s=self._settings.no_image_after_s,
             inference_traceback=thread.failure_traceback if thread is not None else "",
             reasoner_problem=engine.reasoner.status() if engine is not None else "",
-            unserved=self.outputs.why_unserved(self._settings) if self.outputs is not None else "",
+            unserved=outputs.why_unserved(self._settings) if outputs is not None else "",
         )
         message = DiagnosticArray(status=self._diagnostics.statuses(seen))
         message.header.stamp = self.get_clock().now().to_msg()
