@@ -96,7 +96,8 @@ class Setup:
             status = self.status(subject)
             if status is None or status.level != level:
                 return None
-            shown = {pair.key: pair.value for pair in status.values}[key] if key else status.message
+            # The newest message may be from before the value was there.
+            shown = {pair.key: pair.value for pair in status.values}.get(key, "") if key else status.message
             return status if all(text in shown for text in texts) else None
 
         return wait_until(fits)
