@@ -124,8 +124,10 @@ def back_project(
 ) -> Float[np.ndarray, "n 3"]:
     """The points that the pixels (indices into the flattened image, with a measured depth) see, float32."""
     points = np.empty((len(pixels), 3), np.float32)
-    points[:, 2] = depth_m.reshape(-1)[pixels]
-    points[:, :2] = rays.reshape(-1, 2)[pixels] * points[:, 2:]
+    # By row and column: a part of an image would have to be copied to be flat.
+    at = np.divmod(pixels, depth_m.shape[1])
+    points[:, 2] = depth_m[at]
+    points[:, :2] = rays[at] * points[:, 2:]
     return points
 
 
@@ -254,34 +256,42 @@ def support_plane(ground_m: Float[np.ndarray, "g 3"], object_m: Float[np.ndarray
     normals, offsets = normals * -np.sign(offsets)[:, None], -np.abs(offsets)  # the camera, 0, is above the plane
 
     share = (np.abs(ground @ normals.T - offsets) < noise_m).mean(axis=0)
-    for best in np.argsort(-share)[:8]:
-        if share[best] < SUPPORT_SHARE:
-            return None
-        plane = _refined(ground, Plane(normals[best], float(offsets[best])), noise_m)
-        if plane is not None and _stands_on(thing, plane, noise_m):
-            return plane
-    return None
+    # Three points make a rough plane: below it, the object may seem to be three times as deep as noise allows.
+    share[~_stands_on(thing, normals, offsets, 3 * noise_m)] = 0.0
+    best = int(share.argmax())
+    if share[best] < SUPPORT_SHARE:
+        return None
+    plane = _refined(ground, Plane(normals[best], float(offsets[best])), noise_m)
+    if plane is None or not _stands_on(thing, plane.normal[None], np.array([plane.offset_m]), noise_m)[0]:
+        return None
+    return plane
 
 
 def _refined(ground: Float[np.ndarray, "g 3"], plane: Plane, noise_m: float) -> Plane | None:
     near = ground[np.abs(plane.heights_m(ground)) < noise_m]
     centre = near.mean(axis=0)
-    normal = np.linalg.svd(near - centre, full_matrices=False)[2][2]
+    normal = np.linalg.eigh((near - centre).T @ (near - centre))[1][:, 0]
     offset = float(normal @ centre)
     if offset == 0.0:  # the plane holds the camera: it sees no side of it
         return None
     return Plane(-normal * np.sign(offset), -abs(offset))
 
 
-def _stands_on(points_m: Float[np.ndarray, "n 3"], plane: Plane, noise_m: float) -> bool:
-    lowest, middle, top = np.percentile(plane.heights_m(points_m), (2, 50, 98))
-    may_hover_m = max(STANDING_M, STANDING_SHARE * top)
+def _stands_on(
+    points_m: Float[np.ndarray, "n 3"],
+    normals: Float[np.ndarray, "k 3"],
+    offsets_m: Float[np.ndarray, " k"],
+    noise_m: float,
+) -> Bool[np.ndarray, " k"]:
+    """On which of the planes the object can stand."""
+    lowest, middle, top = np.percentile(points_m @ normals.T - offsets_m, (2, 50, 98), axis=0)
     centre = points_m.mean(axis=0)
-    if -centre @ plane.normal > FROM_ABOVE * np.linalg.norm(centre):  # its sides are hidden
-        flat = points_m - centre
-        flat = flat - (flat @ plane.normal)[:, None] * plane.normal
-        may_hover_m = max(may_hover_m, 2.8 * float(np.sqrt((flat**2).sum(axis=1).mean())))  # a disc's diameter
-    return bool(-3 * noise_m < lowest < may_hover_m and middle > noise_m / 2)
+    flat = points_m - centre
+    width_m = 2.8 * np.sqrt(np.maximum((flat**2).sum() - ((flat @ normals.T) ** 2).sum(axis=0), 0) / len(flat))
+    is_from_above = -(normals @ centre) > FROM_ABOVE * np.linalg.norm(centre)  # then its sides are hidden
+    may_hover_m = np.maximum(STANDING_M, STANDING_SHARE * top)
+    may_hover_m = np.where(is_from_above, np.maximum(may_hover_m, width_m), may_hover_m)  # 2.8 rms: a disc's diameter
+    return (lowest > -3 * noise_m) & (lowest < may_hover_m) & (middle > noise_m / 2)
 
 
 def _every(points_m: Float[np.ndarray, "n 3"], most: int) -> Float[np.ndarray, "m 3"]:
@@ -297,7 +307,7 @@ def box_on_plane(points_m: Float[np.ndarray, "n 3"], plane: Plane) -> OrientedBo
 
 def smallest_box(points_m: Float[np.ndarray, "n 3"]) -> OrientedBox:
     """The smallest box around the points with one of their principal axes among its own."""
-    points = points_m.astype(np.float64)
+    points = _every(points_m, 1000).astype(np.float64)
     centred = points - points.mean(axis=0)
     principal = np.linalg.eigh(centred.T @ centred)[1].T
     found = [_smallest_around(points, axis) for axis in principal]
