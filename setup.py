@@ -24,6 +24,7 @@ setup(
         (f"share/{PACKAGE}/launch", [*glob("launch/*.launch.py"), *glob("launch/*.xml")]),
         (f"share/{PACKAGE}/launch/params", glob("launch/params/*")),
         (f"share/{PACKAGE}/launch/rviz", glob("launch/rviz/*")),
+        (f"share/{PACKAGE}/launch/foxglove", glob("launch/foxglove/*")),
     ],
     install_requires=[
         "numpy",
@@ -57,6 +58,8 @@ setup(
             "virst = virst_engine.cli:main",
             "virst-reasoner = virst_engine.slow.zmq_server:main",
             "virst-goal = virst_ros.goal:main",
+            "virst-contracts = virst_ros.contracts:main",
+            "virst-overhead = virst_ros.overhead:main",
             "segmenter = virst_ros.segmenter_node:main",
             "sim_camera = virst_ros.sim_camera_node:main",
         ]

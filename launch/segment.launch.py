@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment one camera's images: the segmenter node, the reasoner process, and if wanted a simulated camera.
+"""Segment the images of one camera or several: a segmenter per camera, one reasoner, and what shows their results.
 
 ros2 launch virst_ros segment.launch.py image_topic:=/camera/color/image_raw goal:="the cup left of the laptop"
-ros2 launch virst_ros segment.launch.py sim:=true goal:="the red ball"
+ros2 launch virst_ros segment.launch.py sim:=true depth_topic:=/camera/depth/image_raw goal:="the red ball"
+ros2 launch virst_ros segment.launch.py camera_names:=left,right image_topic:=/{camera}/image_raw
 ros2 launch virst_ros segment.launch.py --show-args
 """
 
@@ -21,6 +22,8 @@ from launch.substitutions import EnvironmentVariable, LaunchConfiguration
 from launch_ros.actions import Node
 
 HERE = Path(__file__).parent  # the same tree in the source and in share/virst_ros
+PATIENCE_S = "15"  # after SIGINT: on a busy machine it takes seconds to finish a frame and give a model back
+ONLY_CAMERA = "camera"  # what {camera} stands for in topics when no names are given
 BOOLEAN = ["true", "false"]
 AS_IN_FILE = ["", *BOOLEAN]
 # Fast DDS 3, from ROS 2 Kilted on, renamed the variable that names its profile.
@@ -29,15 +32,29 @@ PROFILE_VARIABLE = f"{'FASTRTPS' if OLD_FAST_DDS else 'FASTDDS'}_DEFAULT_PROFILE
 
 ARGUMENTS = [
     DeclareLaunchArgument(
-        "image_topic", default_value="/camera/color/image_raw", description="colour images to segment"
+        "image_topic",
+        default_value="/{camera}/color/image_raw",
+        description="colour images to segment; {camera} is the camera's name, `camera` where there is only one. "
+        "/compressed is appended with image_transport:=compressed",
     ),
     DeclareLaunchArgument(
         "camera_info_topic",
-        default_value="/camera/color/camera_info",
+        default_value="/{camera}/color/camera_info",
         description="their calibration, passed on with each mask",
     ),
     DeclareLaunchArgument(
         "depth_topic", default_value="", description="depth images registered with the colour images; empty = none"
+    ),
+    DeclareLaunchArgument(
+        "depth_camera_info_topic",
+        default_value="",
+        description="calibration of the depth images, if they have another size; empty = that of the colour images",
+    ),
+    DeclareLaunchArgument(
+        "image_transport",
+        default_value="",
+        choices=["", "raw", "compressed"],
+        description="how the colour images come; empty = as in params_file",
     ),
     DeclareLaunchArgument(
         "namespace", default_value="", description="namespace of the segmenter: masks on <namespace>/segmenter/mask"
@@ -46,12 +63,38 @@ ARGUMENTS = [
         "camera_name", default_value="", description="name by which goals choose this camera; empty = as in params_file"
     ),
     DeclareLaunchArgument(
+        "camera_names",
+        default_value="",
+        description="several cameras, separated by commas: a segmenter for each in <namespace>/<camera>; {camera} in "
+        "the topic arguments stands for its name; empty = one camera",
+    ),
+    DeclareLaunchArgument(
         "params_file",
         default_value=str(HERE / "params" / "default.yaml"),
         description="parameters of the segmenter; the arguments here go before it",
     ),
     DeclareLaunchArgument(
         "goal", default_value="", description="a sentence that is set from the start; empty = as in params_file"
+    ),
+    DeclareLaunchArgument(
+        "target",
+        default_value="",
+        description="object shown on target_mask and left out of points_without_object; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "overlay",
+        default_value="",
+        choices=AS_IN_FILE,
+        description="draw the overlay while somebody looks at it; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "detections",
+        default_value="",
+        choices=["", "auto", "on", "off"],
+        description="publish detections and label_info (vision_msgs); empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "model", default_value="", description="model of segmenter and reasoner; empty = as in params_file"
     ),
     DeclareLaunchArgument(
         "device",
@@ -102,20 +145,45 @@ ARGUMENTS = [
     ),
     DeclareLaunchArgument("sim_seed", default_value="1000000", description="number of the simulated scene"),
     DeclareLaunchArgument(
-        "rviz", default_value="false", choices=BOOLEAN, description="start RViz with a view of images and masks"
+        "rviz", default_value="false", choices=BOOLEAN, description="start RViz with a view of images, clouds and boxes"
     ),
+    DeclareLaunchArgument(
+        "fixed_frame",
+        default_value="camera_color_optical_frame",
+        description="frame in which RViz shows clouds and boxes: the images' own, or one that tf connects with it",
+    ),
+    DeclareLaunchArgument(
+        "foxglove",
+        default_value="false",
+        choices=BOOLEAN,
+        description="start foxglove_bridge; in Foxglove open ws://<host>:<foxglove_port>, import foxglove/virst.json",
+    ),
+    DeclareLaunchArgument("foxglove_port", default_value="8765", description="port of foxglove_bridge"),
 ]
 
 # Launch argument -> parameter of the segmenter.
 TEXT_PARAMETERS = {
     "camera_name": "camera_name",
     "goal": "initial_goal",
+    "target": "target",
+    "detections": "detections",
+    "image_transport": "image_transport",
+    "model": "model.name",
     "device": "model.device",
     "weights": "model.weights",
     "reasoner_endpoint": "reasoner.endpoint",
     "curve_keys": "reasoner.curve_keys",
 }
-BOOLEAN_PARAMETERS = ("autostart", "use_sim_time")
+BOOLEAN_PARAMETERS = ("autostart", "use_sim_time", "overlay")
+# Launch argument -> topic of the segmenter.
+TOPICS = {
+    "image_topic": "image",
+    "camera_info_topic": "camera_info",
+    "depth_topic": "depth",
+    "depth_camera_info_topic": "depth/camera_info",
+}
+# What rviz/virst.rviz shows, relative to the segmenter.
+RVIZ_TOPICS = ("overlay", "mask", "points", "points_without_object", "markers")
 # Parameter of the segmenter -> option of virst-reasoner: where the two must agree, or usually do.
 REASONER_OPTIONS = {
     "reasoner.endpoint": "--endpoint",
@@ -174,41 +242,22 @@ def reasoner_program() -> list[str]:
 def start(context: LaunchContext) -> list:
     """The processes for the arguments as they were given; an empty argument leaves params_file as it is."""
     value = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
-    ros_arguments = ["--log-level", value["log_level"]]
-
     parameters: dict[str, Any] = {
         parameter: value[argument] for argument, parameter in TEXT_PARAMETERS.items() if value[argument]
     }
     parameters |= {name: value[name] == "true" for name in BOOLEAN_PARAMETERS if value[name]}
-    sim_time = {name: parameters[name] for name in ("use_sim_time",) if name in parameters}
-    remappings = [("image", value["image_topic"]), ("camera_info", value["camera_info_topic"])]
     if value["depth_topic"]:
         parameters["use_depth"] = True
-        remappings.append(("depth", value["depth_topic"]))
+    sim_time = {name: parameters[name] for name in ("use_sim_time",) if name in parameters}
+    cameras = camera_names(value)
+    namespaces = ["/".join(part for part in (value["namespace"].strip("/"), camera) if part) for camera in cameras]
 
     processes = [
-        Node(
-            package="virst_ros",
-            executable="segmenter",
-            name="segmenter",
-            namespace=value["namespace"],
-            parameters=[value["params_file"], *([parameters] if parameters else [])],
-            remappings=remappings,
-            ros_arguments=ros_arguments,
-            output="screen",
-        )
+        segmenter(value, parameters | ({"camera_name": camera} if camera else {}), namespace, camera)
+        for camera, namespace in zip(cameras, namespaces, strict=True)
     ]
     if value["reasoner"] == "true":
-        namespace = value["namespace"].strip("/")
-        node = f"/{namespace}/segmenter" if namespace else "/segmenter"
-        agreed = parameters_in_file(Path(value["params_file"]), node) | parameters
-        # Not a ROS node: it speaks ZeroMQ only, and may run on another machine. launch_ros.Node would give it
-        # --ros-args, which it does not know.
-        command = [*reasoner_program(), "--log-level", REASONER_LOG_LEVELS.get(value["log_level"], value["log_level"])]
-        for parameter, option in REASONER_OPTIONS.items():
-            if agreed.get(parameter):
-                command += [option, str(agreed[parameter])]
-        processes.append(ExecuteProcess(name="reasoner", cmd=command, output="screen", respawn=True, respawn_delay=2.0))
+        processes.append(reasoner(value, parameters, f"/{namespaces[0]}/segmenter".replace("//", "/")))
     if value["sim"] == "true":
         processes.append(
             Node(
@@ -216,22 +265,92 @@ def start(context: LaunchContext) -> list:
                 executable="sim_camera",
                 name="camera",
                 parameters=[{"seed": int(value["sim_seed"]), **sim_time}],
-                ros_arguments=ros_arguments,
+                ros_arguments=["--log-level", value["log_level"]],
                 output="screen",
             )
         )
     if value["rviz"] == "true":
+        for namespace in namespaces:
+            processes.append(
+                Node(
+                    package="rviz2",
+                    executable="rviz2",
+                    name="rviz",
+                    namespace=namespace,
+                    arguments=["-d", str(HERE / "rviz" / "virst.rviz"), "-f", value["fixed_frame"]],
+                    parameters=[sim_time] if sim_time else [],
+                    remappings=[
+                        (f"/segmenter/{topic}", f"/{namespace}/segmenter/{topic}") for topic in RVIZ_TOPICS if namespace
+                    ],
+                    output="log",
+                )
+            )
+    if value["foxglove"] == "true":
         processes.append(
             Node(
-                package="rviz2",
-                executable="rviz2",
-                name="rviz",
-                arguments=["-d", str(HERE / "rviz" / "virst.rviz")],
-                parameters=[sim_time] if sim_time else [],
-                output="log",
+                package="foxglove_bridge",
+                executable="foxglove_bridge",
+                name="foxglove_bridge",
+                parameters=[{"port": int(value["foxglove_port"]), **sim_time}],
+                output="screen",
             )
         )
     return processes
+
+
+def camera_names(value: dict[str, str]) -> list[str]:
+    """The cameras of camera_names; one without a name where there are none. Raises ValueError."""
+    cameras = [name.strip() for name in value["camera_names"].split(",") if name.strip()]
+    if not cameras:
+        return [""]
+    for name in cameras:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ValueError(f"camera_names: {name!r} is no name in ROS (letters, digits, _; no digit first)")
+    if len(set(cameras)) < len(cameras):
+        raise ValueError(f"camera_names: {value['camera_names']} names a camera twice")
+    for argument in TOPICS:
+        if len(cameras) > 1 and value[argument] and "{camera}" not in value[argument]:
+            raise ValueError(
+                f"camera_names has {len(cameras)} cameras, but {argument} is {value[argument]} for all of them: put "
+                "{camera} where their names differ, as in /{camera}/color/image_raw"
+            )
+    return cameras
+
+
+def segmenter(value: dict[str, str], parameters: dict[str, Any], namespace: str, camera: str) -> Node:
+    """The segmenter of one camera; `camera` is empty where there is only one."""
+    suffix = "/compressed" if value["image_transport"] == "compressed" else ""
+    remappings = []
+    for argument, topic in TOPICS.items():
+        name = value[argument].replace("{camera}", camera or ONLY_CAMERA)
+        if name:
+            ending = suffix if topic == "image" else ""
+            remappings.append((f"{topic}{ending}", f"{name}{ending}"))
+    return Node(
+        package="virst_ros",
+        executable="segmenter",
+        name="segmenter",
+        namespace=namespace,
+        parameters=[value["params_file"], *([parameters] if parameters else [])],
+        remappings=remappings,
+        ros_arguments=["--log-level", value["log_level"]],
+        output="screen",
+        sigterm_timeout=PATIENCE_S,
+    )
+
+
+def reasoner(value: dict[str, str], parameters: dict[str, Any], node: str) -> ExecuteProcess:
+    """The reasoner, agreeing with the segmenter of that full name."""
+    agreed = parameters_in_file(Path(value["params_file"]), node) | parameters
+    # Not a ROS node: it speaks ZeroMQ only, and may run on another machine. launch_ros.Node would give it
+    # --ros-args, which it does not know.
+    command = [*reasoner_program(), "--log-level", REASONER_LOG_LEVELS.get(value["log_level"], value["log_level"])]
+    for parameter, option in REASONER_OPTIONS.items():
+        if agreed.get(parameter):
+            command += [option, str(agreed[parameter])]
+    return ExecuteProcess(
+        name="reasoner", cmd=command, output="screen", respawn=True, respawn_delay=2.0, sigterm_timeout=PATIENCE_S
+    )
 
 
 def generate_launch_description() -> LaunchDescription:

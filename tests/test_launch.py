@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/segment.launch.py with stand-ins for ROS 2's launch packages, which exist only where a ROS 2 is sourced."""
+"""The launch files with stand-ins for ROS 2's launch packages, which exist only in a sourced ROS 2; the layouts."""
 
 import importlib
 import importlib.util
+import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -16,7 +18,8 @@ from typer.testing import CliRunner
 from virst_engine.config import EngineConfig
 from virst_ros.parameters import engine_specs, node_specs
 
-LAUNCH_FILE = Path(__file__).parents[1] / "launch" / "segment.launch.py"
+LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH_FILE, REPLAY_FILE = LAUNCH / "segment.launch.py", LAUNCH / "replay.launch.py"
 
 
 class Recorded:
@@ -44,7 +47,7 @@ def launch_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_launch_file(monkeypatch)
 
 
-def load_launch_file(monkeypatch: pytest.MonkeyPatch) -> Any:
+def load_launch_file(monkeypatch: pytest.MonkeyPatch, path: Path = LAUNCH_FILE) -> Any:
     def kind(name: str, base: type = Recorded) -> type:
         return type(name, (base,), {})
 
@@ -52,8 +55,12 @@ def load_launch_file(monkeypatch: pytest.MonkeyPatch) -> Any:
         "launch": {"LaunchContext": FakeContext, "LaunchDescription": kind("LaunchDescription")},
         "launch.actions": {
             name: kind(name)
-            for name in ("DeclareLaunchArgument", "ExecuteProcess", "OpaqueFunction", "SetEnvironmentVariable")
+            for name in (
+                *("DeclareLaunchArgument", "ExecuteProcess", "OpaqueFunction", "SetEnvironmentVariable"),
+                *("IncludeLaunchDescription", "SetLaunchConfiguration", "TimerAction"),
+            )
         },
+        "launch.launch_description_sources": {"PythonLaunchDescriptionSource": kind("PythonLaunchDescriptionSource")},
         "launch.substitutions": {
             "EnvironmentVariable": kind("EnvironmentVariable"),
             "LaunchConfiguration": FakeConfiguration,
@@ -67,7 +74,7 @@ def load_launch_file(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = types.ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    spec = importlib.util.spec_from_file_location("segment_launch", LAUNCH_FILE)
+    spec = importlib.util.spec_from_file_location(path.stem.replace(".", "_"), path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -77,10 +84,16 @@ def load_launch_file(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def processes(launch_module: Any, **given: str) -> dict[str, Recorded]:
     """What starts for these arguments, by program."""
+    return {
+        process.named.get("executable", process.named.get("name")): process
+        for process in all_processes(launch_module, **given)
+    }
+
+
+def all_processes(launch_module: Any, **given: str) -> list[Recorded]:
     values = {argument.name: argument.named["default_value"] for argument in launch_module.ARGUMENTS}
     assert given.keys() <= values.keys()
-    started = launch_module.start(FakeContext({**values, **given}))
-    return {process.named.get("executable", process.named.get("name")): process for process in started}
+    return launch_module.start(FakeContext({**values, **given}))
 
 
 def parameters(node: Recorded) -> dict[str, Any]:
@@ -104,6 +117,8 @@ def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None
     assert {
         *("image_topic", "camera_info_topic", "depth_topic", "namespace", "camera_name", "params_file", "goal"),
         *("log_level", "use_sim_time", "autostart", "sim", "reasoner", "weights", "curve_keys", "rviz"),
+        *("camera_names", "depth_camera_info_topic", "image_transport", "target", "overlay", "detections", "model"),
+        *("fixed_frame", "foxglove", "foxglove_port"),
     } <= set(names)
     assert len(names) == len(set(names))
     for argument in launch_module.ARGUMENTS:
@@ -245,6 +260,10 @@ def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) ->
             "depth_topic": "/d",
             "use_sim_time": "true",
             "autostart": "false",
+            "target": "goal_1",
+            "detections": "off",
+            "image_transport": "compressed",
+            "overlay": "false",
         },
     ],
 )
@@ -253,6 +272,8 @@ def test_the_segmenter_knows_every_parameter_it_gets(launch_module: Any, given: 
     got = parameters(processes(launch_module, **given)["segmenter"])
     assert got.pop("use_sim_time", False) is (given.get("use_sim_time") == "true")  # rclpy's own
     assert got["autostart"] is (given.get("autostart") != "false")
+    assert got["overlay"] is (given.get("overlay") != "false")
+    assert got["target"] == given.get("target", "")
     assert got.keys() <= known.keys()
     for name, value in got.items():
         assert type(value) is known[name].type, name
@@ -271,9 +292,50 @@ def test_topics_are_remapped(launch_module: Any) -> None:
     node = processes(launch_module, image_topic="/a", camera_info_topic="/b", namespace="robot")["segmenter"]
     assert node.named["remappings"] == [("image", "/a"), ("camera_info", "/b")]
     assert node.named["namespace"] == "robot"
-    with_depth = processes(launch_module, depth_topic="/c")["segmenter"]
-    assert ("depth", "/c") in with_depth.named["remappings"]
+    with_depth = processes(launch_module, depth_topic="/c", depth_camera_info_topic="/d")["segmenter"]
+    assert {("depth", "/c"), ("depth/camera_info", "/d")} <= set(with_depth.named["remappings"])
     assert parameters(with_depth)["use_depth"] is True
+    compressed = processes(launch_module, image_topic="/a", image_transport="compressed")["segmenter"]
+    assert compressed.named["remappings"][0] == ("image/compressed", "/a/compressed")
+
+
+def test_without_topics_the_camera_is_the_simulated_ones(launch_module: Any) -> None:
+    node = processes(launch_module)["segmenter"]
+    assert node.named["remappings"] == [
+        ("image", "/camera/color/image_raw"),
+        ("camera_info", "/camera/color/camera_info"),
+    ]
+
+
+def test_several_cameras_have_a_segmenter_each_and_one_reasoner(launch_module: Any) -> None:
+    started = all_processes(
+        launch_module, camera_names="left, right", namespace="robot", depth_topic="/{camera}/depth", goal="the can"
+    )
+    left, right, reasoner = started
+    assert reasoner.named["name"] == "reasoner"
+    for node, camera in ((left, "left"), (right, "right")):
+        assert node.named["namespace"] == f"robot/{camera}"
+        assert parameters(node)["camera_name"] == camera
+        assert parameters(node)["initial_goal"] == "the can"
+        assert node.named["remappings"] == [
+            ("image", f"/{camera}/color/image_raw"),
+            ("camera_info", f"/{camera}/color/camera_info"),
+            ("depth", f"/{camera}/depth"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"camera_names": "left,right", "image_topic": "/image"}, "image_topic is /image for all of them"),
+        ({"camera_names": "left,left"}, "names a camera twice"),
+        ({"camera_names": "left,1st"}, "'1st' is no name in ROS"),
+        ({"camera_names": "left/right"}, "'left/right' is no name in ROS"),
+    ],
+)
+def test_cameras_that_cannot_be_are_named(launch_module: Any, given: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        all_processes(launch_module, **given)
 
 
 def test_reasoner_and_simulated_camera_can_be_chosen(launch_module: Any) -> None:
@@ -287,11 +349,123 @@ def test_reasoner_and_simulated_camera_can_be_chosen(launch_module: Any) -> None
 
 def test_rviz_starts_when_it_is_chosen(launch_module: Any) -> None:
     rviz = processes(launch_module, rviz="true")["rviz2"]
-    option, file = rviz.named["arguments"]
-    assert option == "-d"
+    assert rviz.named["arguments"][::2] == ["-d", "-f"]
+    file, frame = rviz.named["arguments"][1::2]
     assert Path(file).is_file()
-    assert rviz.named["parameters"] == []
+    assert frame == "camera_color_optical_frame"
+    assert rviz.named["parameters"] == rviz.named["remappings"] == []
     assert rviz.named["package"] == "rviz2"
+
+
+def test_rviz_shows_the_topics_of_the_namespace(launch_module: Any) -> None:
+    rviz = processes(launch_module, rviz="true", namespace="robot")["rviz2"]
+    moved = dict(rviz.named["remappings"])
+    assert moved.keys() == shown_in_rviz()
+    assert moved["/segmenter/overlay"] == "/robot/segmenter/overlay"
+
+
+def shown_in_rviz() -> set[str]:
+    tree = yaml.safe_load((LAUNCH / "rviz" / "virst.rviz").read_text(encoding="utf-8"))
+    displays = tree["Visualization Manager"]["Displays"]
+    assert {display["Class"] for display in displays} <= {
+        f"rviz_default_plugins/{kind}" for kind in ("Image", "PointCloud2", "MarkerArray")
+    }
+    for display in displays:
+        best_effort = display["Topic"]["Reliability Policy"] == "Best Effort"
+        assert best_effort or display["Class"].endswith("MarkerArray"), "large data must not be held up by a viewer"
+    return {display["Topic"]["Value"] for display in displays}
+
+
+def test_foxglove_starts_when_it_is_chosen(launch_module: Any) -> None:
+    bridge = processes(launch_module, foxglove="true", foxglove_port="9000")["foxglove_bridge"]
+    assert bridge.named["parameters"] == [{"port": 9000}]
+    assert "foxglove_bridge" not in processes(launch_module)
+
+
+def published_topics() -> set[str]:
+    """What the node publishes, read off its source: this test needs no ROS."""
+    source = (LAUNCH.parent / "virst_ros" / "outputs.py").read_text(encoding="utf-8")
+    return {f"/segmenter/{topic}" for topic in re.findall(r'self\.make\(\w+, "([\w/]+)"', source)} | {"/diagnostics"}
+
+
+def test_the_foxglove_layout_shows_what_there_is() -> None:
+    layout = json.loads((LAUNCH / "foxglove" / "virst.json").read_text(encoding="utf-8"))
+    topics, services = set(), set()
+    for name, panel in layout["configById"].items():
+        if name.startswith("Image!"):
+            topics.add(panel["imageMode"]["imageTopic"])
+        elif name.startswith("3D!"):
+            topics |= panel["topics"].keys()
+        elif name.startswith("RawMessages!"):
+            topics.add(panel["topicPath"])
+        elif name.startswith("Plot!"):
+            topics |= {path["value"].split(".")[0] for path in panel["paths"]}
+        elif name.startswith("DiagnosticSummary!"):
+            topics.add(panel["topicToRender"])
+        elif name.startswith("CallService!"):
+            services.add(panel["serviceName"])
+            json.loads(panel["requestPayload"])
+        else:
+            pytest.fail(f"a panel of unknown kind: {name}")
+    assert topics <= published_topics()
+    assert services <= {"/segmenter/set_goal", "/segmenter/clear_goal"}
+
+    placed = []
+
+    def visit(tree: Any) -> None:
+        if isinstance(tree, str):
+            placed.append(tree)
+        else:
+            visit(tree["first"])
+            visit(tree["second"])
+
+    visit(layout["layout"])
+    assert sorted(placed) == sorted(layout["configById"]), "every panel has one place"
+
+
+def test_rviz_shows_what_there_is() -> None:
+    assert shown_in_rviz() <= published_topics()
+
+
+class TestReplay:
+    @pytest.fixture
+    def replay(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        return load_launch_file(monkeypatch, REPLAY_FILE)
+
+    def command(self, replay: Any, **given: str) -> tuple[float, list[str]]:
+        values = {argument.name: argument.named.get("default_value") for argument in replay.ARGUMENTS}
+        (timer,) = replay.play(FakeContext({**values, **given}))
+        (player,) = timer.named["actions"]
+        return timer.named["period"], player.named["cmd"]
+
+    def test_every_argument_is_described(self, replay: Any) -> None:
+        for argument in replay.ARGUMENTS:
+            assert len(argument.named["description"]) > 15, argument.name
+        assert [argument.name for argument in replay.ARGUMENTS if "default_value" not in argument.named] == ["bag"]
+
+    def test_the_bag_is_played_with_its_clock_after_the_model_is_loaded(self, replay: Any, tmp_path: Path) -> None:
+        period, command = self.command(replay, bag=str(tmp_path))
+        assert period == 5.0
+        assert command == ["ros2", "bag", "play", str(tmp_path), "--clock", "100", "--rate", "1.0"]
+
+    def test_arguments_reach_the_player(self, replay: Any, tmp_path: Path) -> None:
+        period, command = self.command(replay, bag=str(tmp_path), rate="0.5", start_s="3.5", loop="true", wait_s="0")
+        assert period == 0.0
+        assert command[-3:] == ["--start-offset", "3.5", "--loop"]
+        assert command[command.index("--rate") + 1] == "0.5"
+
+    def test_a_missing_bag_is_told(self, replay: Any, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="there is no"):
+            self.command(replay, bag=str(tmp_path / "nothing"))
+
+    def test_the_segmenter_runs_in_the_bags_time(self, replay: Any) -> None:
+        (entities,) = replay.generate_launch_description().positional
+        assert entities[: len(replay.ARGUMENTS)] == replay.ARGUMENTS
+        player, set_time, include = entities[len(replay.ARGUMENTS) :]  # a missing bag must not leave a segmenter behind
+        assert set_time.positional == ("use_sim_time", "true")
+        (source,) = include.positional
+        assert Path(source.positional[0]) == LAUNCH_FILE
+        assert player.named["function"] is replay.play
 
 
 def test_the_real_launch_packages_accept_the_file() -> None:
@@ -300,5 +474,8 @@ def test_the_real_launch_packages_accept_the_file() -> None:
     from launch.launch_description_sources import PythonLaunchDescriptionSource
 
     context = LaunchContext()
-    description = PythonLaunchDescriptionSource(str(LAUNCH_FILE)).get_launch_description(context)
-    assert len(description.get_launch_arguments()) >= 12
+    for file, least in ((LAUNCH_FILE, 25), (REPLAY_FILE, 30)):
+        description = PythonLaunchDescriptionSource(str(file)).get_launch_description(context)
+        names = [argument.name for argument in description.get_launch_arguments()]
+        assert len(names) >= least
+        assert len(set(names)) == len(names)

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "timing": {"types", "errors"},
+    "depth": set(),
     "visualize": {"types", "errors"},
     "backends.base": WORDS,
     "backends": STAGES,

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ROS messages <-> engine types; the only file that knows both, and the only one that knows BGR.
+"""ROS messages <-> engine types; the only file that knows BGR. Calibration and 3D are in depth_conversions.py.
 
 No cv_bridge: its builds break with NumPy 2, and an image is a header and a buffer.
 """
 
 import copy
+import io
 import math
 from array import array
 from collections.abc import Mapping
 
 import cv2
 import numpy as np
+import PIL.Image
 from builtin_interfaces.msg import Time
-from sensor_msgs.msg import CameraInfo, Image, RegionOfInterest
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, RegionOfInterest
 from std_msgs.msg import Header
 from virst_msgs.msg import Goal as GoalMessage
 from virst_msgs.msg import SegmentedObject, SegmentedObjectArray, StageTimings
 
 from virst_engine import Frame, FrameResult, Goal, ObjectResult, ObjectState
+from virst_engine.depth import ObjectGeometry
 from virst_engine.errors import BadFrame
+from virst_ros.depth_conversions import fill_geometry
 
+MOST_PIXELS = 64_000_000  # of a compressed image
 COLOUR_CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
 _TO_RGB = {
     "bgr8": cv2.COLOR_BGR2RGB,
@@ -90,13 +95,59 @@ def image_rgb(message: Image) -> np.ndarray:
 
 def frame(message: Image, camera: str) -> Frame:
     """One camera image as the engine takes it. Raises BadFrame like `image_rgb`, and for an image without a time."""
-    time_ns = stamp_ns(message.header.stamp)
+    time_ns = _time_ns(message.header)
+    return Frame(image_rgb(message), time_ns, camera)
+
+
+def compressed_frame(message: CompressedImage, camera: str) -> Frame:
+    """One JPEG or PNG of a camera as the engine takes it.
+
+    Raises:
+        BadFrame: data that is no picture, one with more than `MOST_PIXELS`, or without a time.
+    """
+    data = np.frombuffer(message.data, np.uint8)
+    what = f"{len(data)} bytes of {message.format[:40]!r}"
+    try:
+        # Reads the header only: a few bytes can claim to be a picture that fills the memory.
+        with PIL.Image.open(io.BytesIO(memoryview(data))) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise BadFrame(f"{what} are no picture that can be read: send JPEG or PNG on image/compressed") from error
+    if width * height > MOST_PIXELS:
+        raise BadFrame(f"{what} claim to be {width}x{height}: more than {MOST_PIXELS} pixels are not taken")
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if decoded is None:
+        raise BadFrame(f"{what} are cut short or damaged: look at the network between camera and segmenter")
+    return Frame(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), _time_ns(message.header), camera)
+
+
+def _time_ns(header: Header) -> int:
+    """Raises BadFrame where there is none."""
+    time_ns = stamp_ns(header.stamp)
     if time_ns <= 0:
         raise BadFrame(
             f"images carry no time stamp (header.stamp is {time_ns} ns): set it to the time of capture in the camera "
             "driver; goals are followed in the images' own time"
         )
-    return Frame(image_rgb(message), time_ns, camera)
+    return time_ns
+
+
+def mask(message: Image) -> np.ndarray:
+    """Where a mono8 or 8UC1 image is above 0: bool (height, width). Raises BadFrame for anything else."""
+    if message.encoding not in ("mono8", "8UC1"):
+        raise BadFrame(f"mask encoding {message.encoding!r} is not supported, only mono8 with values above 0 inside")
+    return _rows(message, 1) > 0
+
+
+def check_depth(message: Image) -> None:
+    """Raises BadFrame for what `depth_m` cannot read; takes no time."""
+    kind = _DEPTH_TYPES.get(message.encoding)
+    if kind is None:
+        raise BadFrame(
+            f"depth encoding {message.encoding!r} is not supported, only 32FC1 (metres) and 16UC1 (millimetres): "
+            "choose one in the camera driver"
+        )
+    _rows(message, kind.itemsize)
 
 
 def depth_m(message: Image) -> np.ndarray:
@@ -105,12 +156,8 @@ def depth_m(message: Image) -> np.ndarray:
     Raises:
         BadFrame: unsupported encoding, no pixels, or data that height, width and step do not describe.
     """
-    kind = _DEPTH_TYPES.get(message.encoding)
-    if kind is None:
-        raise BadFrame(
-            f"depth encoding {message.encoding!r} is not supported, only 32FC1 (metres) and 16UC1 (millimetres): "
-            "choose one in the camera driver"
-        )
+    check_depth(message)
+    kind = _DEPTH_TYPES[message.encoding]
     rows = np.ascontiguousarray(_rows(message, kind.itemsize))
     values = rows.view(kind.newbyteorder(">" if message.is_bigendian else "<"))
     metres = values.astype(np.float32) * np.float32(0.001 if message.encoding == "16UC1" else 1.0)
@@ -136,6 +183,30 @@ def image_message(header: Header, pixels: np.ndarray, encoding: str) -> Image:
     )
 
 
+def binary(mask: np.ndarray) -> np.ndarray:
+    """255 where the mask is, else 0."""
+    return mask.view(np.uint8) * np.uint8(255)
+
+
+def png_message(header: Header, ids: np.ndarray) -> CompressedImage:
+    """Instance ids without loss; named as image_transport's compressed plugin does."""
+    # Run lengths are all there is to gain in a picture of ids, and the quickest way.
+    options = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE, cv2.IMWRITE_PNG_COMPRESSION, 1]
+    return _compressed(header, "mono8; png compressed ", cv2.imencode(".png", ids, options)[1])
+
+
+def jpeg_message(header: Header, image_rgb_u8: np.ndarray) -> CompressedImage:
+    """A picture for people; never for ids, which JPEG would change."""
+    bgr = cv2.cvtColor(image_rgb_u8, cv2.COLOR_RGB2BGR)
+    return _compressed(header, "rgb8; jpeg compressed bgr8", cv2.imencode(".jpg", bgr)[1])
+
+
+def _compressed(header: Header, form: str, encoded: np.ndarray) -> CompressedImage:
+    data = array("B")
+    data.frombytes(memoryview(encoded.reshape(-1)))
+    return CompressedImage(header=header, format=form, data=data)
+
+
 def camera_info_message(header: Header, info: CameraInfo) -> CameraInfo:
     """The camera's calibration under the header of the processed frame (consumers pair it with the mask by stamp)."""
     paired = copy.copy(info)
@@ -143,8 +214,8 @@ def camera_info_message(header: Header, info: CameraInfo) -> CameraInfo:
     return paired
 
 
-def object_message(found: ObjectResult, sentence: str) -> SegmentedObject:
-    """One object of one frame; box and centroid are of the mask, in pixels of the input image."""
+def object_message(found: ObjectResult, sentence: str, geometry: ObjectGeometry | None = None) -> SegmentedObject:
+    """One object of one frame; `bbox` and the centroid in pixels are of the mask, the rest is of `geometry`."""
     message = SegmentedObject(
         object_id=found.object_id,
         goal_id=found.goal_id,
@@ -158,13 +229,18 @@ def object_message(found: ObjectResult, sentence: str) -> SegmentedObject:
         reasoner_latency=float(found.reasoner_latency_s),
         message=found.message,
     )
-    moments = cv2.moments(found.mask.view(np.uint8), binaryImage=True)
-    if found.state is ObjectState.TRACKING and moments["m00"] > 0:
-        x, y, width, height = cv2.boundingRect(found.mask.view(np.uint8))
+    fill_geometry(message, geometry)
+    if found.state is not ObjectState.TRACKING:
+        return message
+    mask = found.mask.view(np.uint8)
+    x, y, width, height = cv2.boundingRect(mask)
+    if width > 0:
+        # Within the box: of a whole image, moments would take longer than everything else here.
+        moments = cv2.moments(mask[y : y + height, x : x + width], binaryImage=True)
         message.area_px = int(moments["m00"])
         message.bbox = RegionOfInterest(x_offset=x, y_offset=y, height=height, width=width)
-        message.centroid_x_px = moments["m10"] / moments["m00"]
-        message.centroid_y_px = moments["m01"] / moments["m00"]
+        message.centroid_x_px = x + moments["m10"] / moments["m00"]
+        message.centroid_y_px = y + moments["m01"] / moments["m00"]
     return message
 
 
@@ -175,13 +251,17 @@ def objects_message(
     age_ms: float,
     frames_in: int,
     frames_dropped: int,
+    geometries: Mapping[str, ObjectGeometry] | None = None,
 ) -> SegmentedObjectArray:
-    """Everything known of one frame; `sentences` by goal id."""
+    """Everything known of one frame; `sentences` by goal id, `geometries` by object id."""
+    places = geometries or {}
     in_order = sorted(result.objects, key=lambda found: found.instance_id)
     return SegmentedObjectArray(
         header=header,
         step=result.step,
-        objects=[object_message(found, sentences.get(found.goal_id, "")) for found in in_order],
+        objects=[
+            object_message(found, sentences.get(found.goal_id, ""), places.get(found.object_id)) for found in in_order
+        ],
         timings=StageTimings(
             stage=list(result.timings_ms),
             duration_ms=[float(ms) for ms in result.timings_ms.values()],

@@ -56,6 +56,7 @@ class Surroundings:
     no_image_after_s: float
     inference_traceback: str  # not empty: inference has stopped
     reasoner_problem: str  # empty: a reasoner listens
+    unserved: str = ""  # why somebody subscribes to a topic in vain; empty: nobody does
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,15 @@ class Diagnostics:
             self._camera_info_problem = ""
             self._depth = RateWindow()
             self._depth_s: float | None = None
-            self._depth_problem = ""
+            self._depth_problem = self._geometry_problem = ""
+            self._depth_matches: deque[bool] = deque(maxlen=20)
+            self._frames_with_depth = self._frames_without_depth = 0
+            self._depth_gap_ns: int | None = None
+            self._depth_slop_ns = 0
             self._bad_frames, self._bad_frame, self._bad_frame_s = 0, "", -math.inf
             self._qos_problems: dict[str, str] = {}
             self._published = 0
-            self._ages_ms = LatencyWindow(AGES_KEPT)
+            self._ages_ms, self._overhead_ms = LatencyWindow(AGES_KEPT), LatencyWindow(AGES_KEPT)
             self._timings_ms: dict[str, float] = {}
             self._objects: tuple[ObjectResult, ...] = ()
             self._goals: tuple[Goal, ...] = ()
@@ -160,6 +165,19 @@ class Diagnostics:
             self._depth.add(self._depth_s)
             self._depth_problem = problem
 
+    def depth_paired(self, found: bool, gap_ns: int | None, slop_ns: int) -> None:
+        """Whether a frame has found its depth, how far the nearest one was, and how far it might have been."""
+        with self._lock:
+            self._depth_matches.append(found)
+            self._frames_with_depth += found
+            self._frames_without_depth += not found
+            self._depth_gap_ns, self._depth_slop_ns = gap_ns, slop_ns
+
+    def geometry_checked(self, problem: str) -> None:
+        """Why the newest depth image gives no points; empty when it does."""
+        with self._lock:
+            self._geometry_problem = problem
+
     def frame_rejected(self, reason: str) -> None:
         with self._lock:
             self._bad_frames += 1
@@ -178,8 +196,10 @@ class Diagnostics:
         with self._lock:
             self._goals = tuple(goals)
 
-    def result_published(self, result: FrameResult, age_s: float) -> None:
+    def result_published(self, result: FrameResult, age_s: float, overhead_ms: float) -> None:
+        """A mask went out. `overhead_ms`: from the image's callback to then, without waiting and the engine's step."""
         with self._lock:
+            self._overhead_ms.add(overhead_ms)
             self._masks.add(self._now_s())
             self._published += 1
             self._ages_ms.add(age_s * 1e3)
@@ -213,7 +233,10 @@ class Diagnostics:
             "time stamps went back": self._stamps_back,
             "camera_info problem": self._camera_info_problem or "none",
             "depth rate (Hz)": self._depth.rate_hz(now_s),
-            "depth problem": self._depth_problem or "none",
+            "depth problem": self._depth_problem or self._geometry_problem or "none",
+            "frames with depth": self._frames_with_depth,
+            "frames without depth": self._frames_without_depth,
+            "sync slop now (ms)": self._depth_slop_ns / 1e6,
         }
         values |= {f"incompatible QoS on {topic}": reason for topic, reason in self._qos_problems.items()}
         level, message = OK, f"{seen.image_topic} arrives"
@@ -237,7 +260,23 @@ class Diagnostics:
             return self._size_change
         if self._qos_problems:
             return next(iter(self._qos_problems.values()))
-        return self._camera_info_problem or self._why_no_depth(seen, now_s) or self._depth_problem
+        return (
+            self._camera_info_problem
+            or self._why_no_depth(seen, now_s)
+            or self._depth_problem
+            or self._geometry_problem
+            or self._why_unpaired()
+        )
+
+    def _why_unpaired(self) -> str:
+        missing = self._depth_matches.count(False)
+        if missing <= len(self._depth_matches) / 2 or len(self._depth_matches) < 10 or self._depth_gap_ns is None:
+            return ""
+        return (
+            f"{missing} of the last {len(self._depth_matches)} frames found no depth of their time (the nearest was "
+            f"{self._depth_gap_ns / 1e6:.1f} ms away, {self._depth_slop_ns / 1e6:.1f} ms are allowed): have the driver "
+            "stamp image and depth alike, or set sync.slop_s, which counts up to half of the time between two images"
+        )
 
     def _why_no_depth(self, seen: Surroundings, now_s: float) -> str:
         silent_s = now_s - (self._start_s if self._depth_s is None else self._depth_s)
@@ -269,6 +308,7 @@ class Diagnostics:
         now_s = self._now_s()
         values: dict[str, object] = {"rate (Hz)": self._masks.rate_hz(now_s), "published": self._published}
         values |= {f"age {name} (ms)": value for name, value in self._ages_ms.summary().items()}
+        values |= {f"ROS overhead {name} (ms)": value for name, value in self._overhead_ms.summary().items()}
         values |= {f"{stage} (ms)": ms for stage, ms in self._timings_ms.items()}
         level, message = OK, "masks are published"
         if seen.inference_traceback:
@@ -280,6 +320,8 @@ class Diagnostics:
             level, message = STALE, f"not active ({seen.state}): no masks are published"
         elif not self._masks.rate_hz(now_s):
             level, message = STALE, "no masks lately: see input"
+        elif seen.unserved:
+            level, message = WARN, seen.unserved
         return _status(f"{self._name}: output", level, message, self.model.device, values)
 
     def _reasoner(self, seen: Surroundings) -> DiagnosticStatus:

@@ -27,6 +27,10 @@ class FrameInbox(Generic[Item]):
         """Items that were replaced by a newer one, or that came after `close`."""
         return self._dropped
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def put(self, item: Item) -> None:
         with self._changed:
             self._received += 1

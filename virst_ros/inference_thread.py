@@ -3,6 +3,7 @@
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -51,6 +52,7 @@ class InferenceThread(Generic[Header]):
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.failure_traceback = ""
+        self.step_s = 0.0  # how long the newest step took; for `on_result`
 
     @property
     def failed(self) -> bool:
@@ -81,7 +83,10 @@ class InferenceThread(Generic[Header]):
                     continue
                 header, frame = item
                 try:
-                    self._on_result(header, frame, self._session.step(frame))
+                    begin_s = time.perf_counter()
+                    result = self._session.step(frame)
+                    self.step_s = time.perf_counter() - begin_s
+                    self._on_result(header, frame, result)
                     failure, times = "", 0
                 except BadFrame as error:
                     self._on_bad_frame(str(error))

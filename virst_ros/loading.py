@@ -3,13 +3,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from virst_engine import EngineConfig
+import numpy as np
+
+from virst_engine import ClickPrompt, EngineConfig, Goal, MaskPrompt
+from virst_engine.errors import BadPrompt
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.weights import is_sam2, load_goal_check, load_stages, weights_identity, weights_path
 from virst_ros.diagnostics import LoadedModel
+from virst_ros.prompts import PromptedObject
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,10 @@ class LoadedEngine:
     reasoner: ReasonerClient  # its status is asked by several threads
     model: LoadedModel
     check_goal: Callable[[str], None]  # raises BadGoal for a sentence that the model cannot read
+    # An object that was pointed at in the image of that stamp (ns, 0 = the newest) -> what tracks it. Raises BadGoal.
+    # None: the engine takes sentences only.
+    add_object: Callable[[PromptedObject, int], Goal] | None = None
+    ask: Callable[[str], str] | None = None  # a question -> the answer in words; None: the method has none
 
 
 def load_engine(config: EngineConfig) -> LoadedEngine:
@@ -43,4 +52,25 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         reasoner=reasoner,
         model=LoadedModel(config.model.name, str(path), type(stages).__name__, config.model.device),
         check_goal=check_goal,
+        add_object=partial(add_prompted, session),
     )
+
+
+def add_prompted(session: Session, prompted: PromptedObject, stamp_ns: int) -> Goal:
+    """Track what was pointed at in the image of that stamp (0 = the newest); an object that exists is prompted again.
+
+    Raises BadPrompt or BadGoal; nothing has changed then.
+    """
+    prompt: ClickPrompt | MaskPrompt
+    try:
+        if prompted.mask is not None:
+            prompt = MaskPrompt(prompted.mask)
+        else:
+            points = np.array(prompted.points_px, np.float32).reshape(-1, 2)
+            prompt = ClickPrompt(points, np.array(prompted.labels, np.int64), prompted.box_px)
+    except ValueError as error:
+        raise BadPrompt(f"{prompted.object_id[:40]!r}: {error}") from error
+    at = stamp_ns or None
+    if any(goal.object_id == prompted.object_id for goal in session.goals()):
+        return session.prompt_object(prompted.object_id, prompt, stamp_ns=at)
+    return session.add_object(prompt, stamp_ns=at, object_id=prompted.object_id)

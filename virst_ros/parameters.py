@@ -9,12 +9,55 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from virst_engine.config import EngineConfig, check_fields, parameter
 
 QOS_NAMES = ("DEFAULT", "SENSOR_DATA", "SYSTEM_DEFAULT")
+AUTO, ON, OFF = "auto", "on", "off"
+
+
+@dataclass(frozen=True)
+class SyncParameters:
+    """How depth images find the frames that they belong to."""
+
+    queue_size: int = parameter(10, "depth images kept until the mask of their frame is there", low=1, high=100)
+    # Beyond half a frame, another image's depth would be nearer.
+    slop_s: float = parameter(
+        0.0,
+        "difference in time stamp up to which depth and image belong together, at most half of the time between two "
+        "images; 0 = equal stamps only, as drivers of RGB-D cameras send them",
+        low=0.0,
+        high=0.5,
+        live=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields("sync", self)
+
+
+@dataclass(frozen=True)
+class DepthParameters:
+    """What is made of depth."""
+
+    rectified: bool = parameter(
+        False, "the images are rectified: camera_info's P holds for them, not its K and D", live=True
+    )
+    margin_px: int = parameter(
+        4,
+        "pixels around the target that points_without_object leaves out too: depth is blurred at an edge, and what is "
+        "left of the object would be an obstacle",
+        low=0,
+        high=100,
+        live=True,
+    )
+    every_px: int = parameter(
+        2, "points_without_object holds every so many-th row and column", low=1, high=32, live=True
+    )
+
+    def __post_init__(self) -> None:
+        check_fields("depth", self)
 
 
 @dataclass(frozen=True)
@@ -24,13 +67,35 @@ class NodeParameters:
     autostart: bool = parameter(True, "configure and activate without waiting for a lifecycle manager")
     camera_name: str = parameter("camera", "name of the camera; goals may be limited to it")
     initial_goal: str = parameter("", "goal that is set at the first activation; empty = none")
+    image_transport: str = parameter(
+        "raw",
+        "raw = subscribe to `image`; compressed = to `image/compressed` (JPEG or PNG), for cameras behind a network",
+        choices=("raw", "compressed"),
+    )
     input_qos: str = parameter("SENSOR_DATA", "quality of service of image, depth and camera_info", choices=QOS_NAMES)
     input_depth: int = parameter(
         1, "images kept by the middleware; the node itself keeps only the newest", low=1, high=100
     )
     output_qos: str = parameter("DEFAULT", "quality of service of mask and camera_info", choices=QOS_NAMES)
     output_depth: int = parameter(5, "results kept by the middleware for a slow reader", low=1, high=1000)
-    use_depth: bool = parameter(False, "subscribe to the registered depth image and watch its rate and size")
+    target: str = parameter(
+        "", "object shown on target_mask and left out of points_without_object; empty = the newest goal's", live=True
+    )
+    use_depth: bool = parameter(
+        False, "subscribe to the registered depth image: positions and boxes in objects, points, markers"
+    )
+    detections: str = parameter(
+        AUTO,
+        "publish detections and label_info, which need vision_msgs; auto = where it is installed",
+        choices=(AUTO, ON, OFF),
+    )
+    segment_timeout_s: float = parameter(
+        30.0,
+        "time that the action segment waits for a mask when its goal does not say",
+        low=0.1,
+        high=3600.0,
+        live=True,
+    )
     overlay: bool = parameter(True, "draw the overlay while somebody subscribes to it", live=True)
     diagnostics_period_s: float = parameter(1.0, "time between two messages on /diagnostics", low=0.05, high=60.0)
     no_image_after_s: float = parameter(
@@ -39,6 +104,8 @@ class NodeParameters:
     stop_after_failures: int = parameter(
         5, "the same unexpected failure this many times in a row stops the inference", low=1, high=1000
     )
+    sync: SyncParameters = field(default_factory=SyncParameters)
+    depth: DepthParameters = field(default_factory=DepthParameters)
 
     def __post_init__(self) -> None:
         check_fields("", self)
@@ -84,37 +151,48 @@ def _spec(group: str, f: "dataclasses.Field[Any]") -> ParameterSpec:
     )
 
 
+def _specs(config: type) -> list[ParameterSpec]:
+    """Plain fields first, then each group: a dataclass as a field's default factory."""
+    found = dataclasses.fields(config)
+    plain = [_spec("", f) for f in found if f.metadata]
+    grouped = [_spec(g.name, f) for g in found if not g.metadata for f in dataclasses.fields(_group(g))]
+    return plain + grouped
+
+
+def _group(f: "dataclasses.Field[Any]") -> Any:
+    return f.default_factory
+
+
 def engine_specs() -> list[ParameterSpec]:
     """The parameters of `EngineConfig`, in its order."""
-    return [
-        _spec(group.name, f)
-        for group in dataclasses.fields(EngineConfig)
-        for f in dataclasses.fields(group.default_factory)  # type: ignore[arg-type]
-    ]
+    return _specs(EngineConfig)
 
 
 def node_specs(parameters: type = NodeParameters) -> list[ParameterSpec]:
     """The parameters of a node's own dataclass, in its order."""
-    return [_spec("", f) for f in dataclasses.fields(parameters)]
+    return _specs(parameters)
 
 
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:
     """The configuration that `values` (by ROS name, others ignored) describe. ValueError where one is not allowed."""
-    groups = {}
-    for group in dataclasses.fields(EngineConfig):
-        kind: Any = group.default_factory
-        chosen = {
-            f.name: values[f"{group.name}.{f.name}"]
-            for f in dataclasses.fields(kind)
-            if f"{group.name}.{f.name}" in values
-        }
-        groups[group.name] = kind(**chosen)
-    return EngineConfig(**groups)
+    config: EngineConfig = _configured(EngineConfig, values)
+    return config
 
 
 def node_parameters(values: Mapping[str, Any], parameters: type = NodeParameters) -> Any:
     """The node's own parameters out of `values`. ValueError where one is not allowed."""
-    return parameters(**{f.name: values[f.name] for f in dataclasses.fields(parameters) if f.name in values})
+    return _configured(parameters, values)
+
+
+def _configured(config: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    chosen = {}
+    for f in dataclasses.fields(config):
+        name = f"{prefix}{f.name}"
+        if not f.metadata:
+            chosen[f.name] = _configured(_group(f), values, f"{name}.")
+        elif name in values:
+            chosen[f.name] = values[name]
+    return config(**chosen)
 
 
 def declare(node: Any, specs: Iterable[ParameterSpec]) -> None:

@@ -33,6 +33,14 @@ OVERLAY = QoSProfile(
     durability=DurabilityPolicy.VOLATILE,
 )
 
+# Large, and old ones are worth nothing.
+NEWEST = QoSProfile(
+    history=HistoryPolicy.KEEP_LAST,
+    depth=1,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.VOLATILE,
+)
+
 # The state of the newest frame, also for those who join later.
 LATCHED = QoSProfile(
     history=HistoryPolicy.KEEP_LAST,

@@ -259,7 +259,8 @@ class SimCameraNode(Node):
 def camera_info(header: Header, camera: Any, settings: CameraParameters) -> CameraInfo:
     """The pinhole of the simulated camera: no distortion, so rectified and raw image are the same."""
     pinhole = camera.intrinsics(settings.width, settings.height)
-    fx, fy, cx, cy = pinhole.fx, pinhole.fy, pinhole.cx, pinhole.cy
+    # The simulator counts from the corner of the first pixel, CameraInfo from its centre.
+    fx, fy, cx, cy = pinhole.fx, pinhole.fy, pinhole.cx - 0.5, pinhole.cy - 0.5
     return CameraInfo(
         header=header,
         width=settings.width,

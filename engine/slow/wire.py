@@ -3,7 +3,7 @@
 
 A message is a list of buffers (one ZeroMQ multipart message). The first is a msgpack map of at most MAX_HEADER_BYTES:
 
-    {"version": 2, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
+    {"version": 3, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
 
 and each tensor follows as one buffer, C order, little endian. A request's sentence is a tensor too (UTF-8 bytes), which
 keeps the header small. Everything is declared below and checked before anything is allocated; decoded arrays are
@@ -21,13 +21,13 @@ import numpy as np
 from virst_engine.errors import WireError
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 32 * 1024
 MAX_TENSOR_BYTES = 256 * 1024 * 1024
 MAX_TENSORS = 3
 MAX_PARTS = 1 + MAX_TENSORS
 MAX_FRAMES = 100
-MAX_NAME_CHARACTERS = 1024  # goal ids, cameras, models
+MAX_NAME_CHARACTERS = 1024  # goal ids, cameras, models, reasoners
 MAX_ERROR_CHARACTERS = 2000
 MAX_SENTENCE_BYTES = 400_000  # goal.max_length at its highest, in UTF-8
 MAX_TIMINGS = 32
@@ -39,16 +39,28 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Hello:
-    """Client to reasoner, every now and then: are you there? Answered with a Heartbeat at once."""
+    """Client to reasoner, first and every now and then: are you there? Answered with a Heartbeat at once.
+
+    A pool says it to its reasoners too, which send heartbeats without being asked.
+    """
+
+    model: str = ""  # identity of the weights whose answers the client can use; empty = any
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Reasoner to client, also while it computes."""
+    """Reasoner to client or pool, also while it computes; pool to client."""
 
     model: str  # identity of the weights that answer, see `weights_identity`; empty = not told
-    busy_s: float  # for how long the running request has been computed; 0 when idle
+    busy_s: float  # for how long the running request has been computed; 0 when idle. A pool: the client's oldest one
     dropped: int  # messages from anyone that broke the protocol, since the start
+    name: str = ""  # of the process, for people
+    reasoners: int = 1  # a pool: how many of its reasoners are well and run what the client can use
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Reasoner to pool: give what I work on to another one, I am stopping."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Refusal:
     error: str
 
 
-Message: TypeAlias = Hello | Heartbeat | Cancel | Refusal | ReasonerRequest | ReasonerAnswer
+Message: TypeAlias = Hello | Heartbeat | Leave | Cancel | Refusal | ReasonerRequest | ReasonerAnswer
 
 
 @dataclass(frozen=True)
@@ -91,12 +103,17 @@ def encode(message: Message) -> list[Buffer]:
     """
     match message:
         case Hello():
-            return _pack("hello", {})
+            _text("model", message.model, MAX_NAME_CHARACTERS)
+            return _pack("hello", vars(message))
         case Heartbeat():
             _number("busy_s", message.busy_s)
             _integer("dropped", message.dropped)
+            _integer("reasoners", message.reasoners)
             _text("model", message.model, MAX_NAME_CHARACTERS)
+            _text("name", message.name, MAX_NAME_CHARACTERS)
             return _pack("heartbeat", vars(message))
+        case Leave():
+            return _pack("leave", {})
         case Cancel():
             _text("goal_id", message.goal_id, MAX_NAME_CHARACTERS)
             return _pack("cancel", vars(message))
@@ -195,19 +212,27 @@ def _decode_answer(header: dict[str, Any], buffers: Sequence[Buffer]) -> Reasone
 
 
 def _decode_hello(header: dict[str, Any], buffers: Sequence[Buffer]) -> Hello:
-    _fields(header)
+    _fields(header, "model")
     _tensors(header["tensors"], buffers, ())
-    return Hello()
+    return Hello(_text("model", header["model"], MAX_NAME_CHARACTERS))
 
 
 def _decode_heartbeat(header: dict[str, Any], buffers: Sequence[Buffer]) -> Heartbeat:
-    _fields(header, "model", "busy_s", "dropped")
+    _fields(header, "model", "busy_s", "dropped", "name", "reasoners")
     _tensors(header["tensors"], buffers, ())
     return Heartbeat(
         model=_text("model", header["model"], MAX_NAME_CHARACTERS),
         busy_s=_number("busy_s", header["busy_s"]),
         dropped=_integer("dropped", header["dropped"]),
+        name=_text("name", header["name"], MAX_NAME_CHARACTERS),
+        reasoners=_integer("reasoners", header["reasoners"]),
     )
+
+
+def _decode_leave(header: dict[str, Any], buffers: Sequence[Buffer]) -> Leave:
+    _fields(header)
+    _tensors(header["tensors"], buffers, ())
+    return Leave()
 
 
 def _decode_cancel(header: dict[str, Any], buffers: Sequence[Buffer]) -> Cancel:
@@ -225,6 +250,7 @@ def _decode_refusal(header: dict[str, Any], buffers: Sequence[Buffer]) -> Refusa
 _DECODERS: Mapping[str, Callable[[dict[str, Any], Sequence[Buffer]], Message]] = {
     "hello": _decode_hello,
     "heartbeat": _decode_heartbeat,
+    "leave": _decode_leave,
     "cancel": _decode_cancel,
     "refusal": _decode_refusal,
     "request": _decode_request,

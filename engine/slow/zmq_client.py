@@ -2,7 +2,8 @@
 """The session's end of the border to the reasoner process. Nothing here ever waits for the other side.
 
 There is no thread: each call moves whatever can be moved right now. ZeroMQ's own thread does the sending, and connects
-again by itself when the reasoner was killed. A request that was under way then is lost; the session asks again.
+again by itself when the reasoner was killed. A request that was under way then is lost; the session asks again. Whether
+one reasoner answers or a pool of them makes no difference here.
 """
 
 import logging
@@ -13,18 +14,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
-from virst_engine.errors import EndpointError, WireError
+from virst_engine.errors import WireError
 from virst_engine.slow import wire
-from virst_engine.slow.zmq_endpoint import bound_memory, check_endpoint, receive, use_client_keys
+from virst_engine.slow.process import RareWarnings
+from virst_engine.slow.zmq_endpoint import (
+    REFUSED,
+    Connection,
+    Role,
+    bound_memory,
+    check_endpoint,
+    receive,
+    use_own_keys,
+)
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_REQUESTS = 64  # answers to older ones are dropped
 MESSAGES_PER_CALL = 16  # bounds the work of one call when garbage pours in
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,19 @@ class ZmqReasonerClient:
         `busy_after_s`; also of a reasoner with other weights than `model` (see `weights_identity`; empty = any).
         Raises EndpointError for an address or keys that can never work.
         """
-        check_endpoint(endpoint, curve_keys)
+        curve_keys = check_endpoint(endpoint, curve_keys)
         self._endpoint, self._model = endpoint, model
         self._heartbeat_s, self._silent_after_s, self._busy_after_s = heartbeat_s, silent_after_s, busy_after_s
         self._clock = clock
+        self.dropped = 0  # messages that broke the protocol, or answered what was not asked
+        self._complaints = RareWarnings(logger)
         self._lock = threading.Lock()
         self._unsent: dict[str, list[wire.Buffer]] = {}  # requests by goal
         self._cancelled: dict[str, None] = {}  # goals whose cancelling has not been sent yet; a dict keeps their order
         self._asked: OrderedDict[int, _Asked] = OrderedDict()  # by request id
         self._answers: list[ReasonerAnswer] = []
         self._is_connected = False
+        self._has_said_hello = False  # since it connected; a pool must know us before it takes requests
         self._problem = ""  # what the other side said or did wrong; cleared by a good message
         self._heartbeat: wire.Heartbeat | None = None
         self._next_hello_s = clock()
@@ -71,24 +82,14 @@ class ZmqReasonerClient:
         self._is_closed = False
         self._context = zmq.Context()
         try:
-            self._socket, self._events = self._connect(curve_keys)
+            self._socket = self._context.socket(zmq.DEALER)
+            bound_memory(self._socket, messages=1)
+            if curve_keys:
+                use_own_keys(self._socket, curve_keys, Role.ROBOT)
+            self._connection = Connection(self._socket, endpoint, clock=clock)
         except BaseException:
             self._context.destroy(linger=0)
             raise
-
-    def _connect(self, curve_keys: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        socket = self._context.socket(zmq.DEALER)
-        bound_memory(socket, messages=1)
-        socket.immediate = True  # no queue for a reasoner that is not there: it would get outdated requests
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
-        if curve_keys:
-            use_client_keys(socket, curve_keys)
-        events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _REFUSED)
-        try:
-            socket.connect(self._endpoint)
-        except zmq.ZMQError as error:
-            raise EndpointError(f"{self._endpoint} is no address: {error}; set reasoner.endpoint") from error
-        return socket, events
 
     def submit(self, request: ReasonerRequest) -> None:
         """Leave a request; it replaces an unsent one of the same goal. The clip's arrays must not change any more.
@@ -141,6 +142,8 @@ class ZmqReasonerClient:
             silent_s = 0.0 if self._unheard_since_s is None else self._clock() - self._unheard_since_s
             if self._heartbeat is None:
                 return f"the reasoner at {self._endpoint} is there but has not answered for {silent_s:.1f} s (loading?)"
+            if self._heartbeat.reasoners == 0 and self._heartbeat.model == "":
+                return f"no reasoner has joined the pool at {self._endpoint}; start virst-reasoner --join for it"
             if self._model and self._heartbeat.model != self._model:
                 return (
                     f"the reasoner at {self._endpoint} runs other weights ({self._heartbeat.model or 'not named'}) "
@@ -148,12 +151,21 @@ class ZmqReasonerClient:
                 )
             if silent_s > self._silent_after_s:
                 return f"the reasoner at {self._endpoint} hangs, silent for {silent_s:.1f} s; restart virst-reasoner"
+            if self._heartbeat.reasoners == 0:
+                return f"all reasoners of the pool at {self._endpoint} hang or are overdue; restart them, see its log"
             if self._heartbeat.busy_s > self._busy_after_s:
                 return (
                     f"the reasoner at {self._endpoint} has worked on one request for {self._heartbeat.busy_s:.0f} s; "
                     "restart virst-reasoner, or give it a faster device"
                 )
             return ""
+
+    def heartbeat(self) -> wire.Heartbeat | None:
+        """The newest of the reasoner or pool; None before the first one since it connected."""
+        with self._lock:
+            if not self._is_closed:
+                self._exchange()
+            return self._heartbeat
 
     def close(self) -> None:
         with self._lock:
@@ -162,8 +174,7 @@ class ZmqReasonerClient:
             self._send(wire.encode(wire.Cancel("")))
             self._is_closed = True
             self._unsent.clear()
-            self._socket.disable_monitor()
-            self._events.close()
+            self._connection.close()
             self._socket.close(linger=50)  # ms, so that the farewell can leave
             self._context.term()
 
@@ -174,7 +185,7 @@ class ZmqReasonerClient:
             self._next_hello_s = self._clock() + self._heartbeat_s
             if self._unheard_since_s is None:
                 self._unheard_since_s = self._clock()
-            self._send(wire.encode(wire.Hello()))
+            self._has_said_hello = self._send(wire.encode(wire.Hello(self._model))) or self._has_said_hello
         self._send_all()
 
     def _send_all(self) -> None:
@@ -182,21 +193,21 @@ class ZmqReasonerClient:
             if not self._send(wire.encode(wire.Cancel(goal_id))):
                 return
             del self._cancelled[goal_id]
-        for goal_id in list(self._unsent):
+        for goal_id in list(self._unsent) if self._has_said_hello else ():
             if not self._send(self._unsent[goal_id]):
                 return
             del self._unsent[goal_id]
 
     def _watch_connection(self) -> None:
-        while self._events.poll(0):
-            event = parse_monitor_message(self._events.recv_multipart())["event"]
+        for event in self._connection.events():
             was_connected, self._is_connected = self._is_connected, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._heartbeat = self._unheard_since_s = None
+            self._has_said_hello = False
             self._cancelled.clear()
             self._next_hello_s = self._clock()
             if self._is_connected or was_connected:
                 self._problem = ""
-            if event & _REFUSED:
+            if event & REFUSED:
                 self._problem = (
                     f"the reasoner at {self._endpoint} does not accept our keys; set reasoner.curve_keys to the folder "
                     "that it was started with"
@@ -212,7 +223,8 @@ class ZmqReasonerClient:
             try:
                 self._accept(wire.decode(parts))
             except WireError as error:
-                logger.warning("dropped a message of the reasoner: %s", error)
+                self.dropped += 1
+                self._complaints.warning("dropped a message of the reasoner: %s", error)
                 self._problem = f"the reasoner at {self._endpoint} sends what we do not understand: {error}"
 
     def _accept(self, message: wire.Message) -> None:
@@ -224,7 +236,7 @@ class ZmqReasonerClient:
                 self._check_answer(message)
                 self._answers.append(message)
             case wire.Refusal():
-                logger.warning("the reasoner refused a message: %s", message.error)
+                self._complaints.warning("the reasoner refused a message: %s", message.error)
                 self._problem = f"the reasoner at {self._endpoint} refuses our messages: {message.error}"
             case _:
                 raise WireError(f"kind: a reasoner does not send {type(message).__name__}")

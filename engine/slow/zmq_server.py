@@ -1,63 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reasoner process: answers the requests of any number of sessions, one at a time. Console script `virst-reasoner`.
+"""The reasoner process: answers requests, one at a time. Console script `virst-reasoner`.
 
-Two threads: the one that calls `ReasonerServer.run` owns the socket and replies to hellos even while the other one
-computes. Per client and goal only the newest waiting request is kept.
+`ReasonerServer` binds an address for any number of sessions; `PoolMember` joins a pool that serves them (zmq_pool.py).
+Two threads: the one that calls `run` owns the socket and says that it is alive even while the other one computes.
 """
 
 import logging
 import os
-import signal
-import socket as unix
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Annotated
 
 import typer
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from virst_engine.config import ModelParameters, ReasonerParameters
 from virst_engine.errors import VirstError, WireError
 from virst_engine.slow import wire
+from virst_engine.slow.pool import BEAT_S
+from virst_engine.slow.process import RareWarnings, Waker, process_name, stopped_by_signals
 from virst_engine.slow.reasoner import Reasoner, refusal
+from virst_engine.slow.request_queue import RequestQueue, Waiting
 from virst_engine.slow.zmq_endpoint import (
+    REFUSED,
+    Connection,
+    Role,
+    add_robot_keys,
+    authenticate,
     bind,
     bound_memory,
     check_endpoint,
     make_curve_keys,
     receive,
     sole_owner,
+    use_own_keys,
     use_server_keys,
 )
+from virst_engine.slow.zmq_pool import serve_pool
 from virst_engine.types import ReasonerRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 64  # requests
-MAX_WAITING_BYTES = 1 << 30
 QUEUED_PER_PEER = 4  # messages that ZeroMQ buffers for or from one client
-COMPLAIN_EVERY_S = 1.0  # garbage may come fast, the log stays readable
 LAST_REQUEST_S = 3.0  # how long a stopping server waits for the request that is being computed
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    client: bytes  # ZeroMQ's name of the connection
-    request: ReasonerRequest
-    since_s: float
-
-    @property
-    def size(self) -> int:
-        clip = self.request.clip
-        return clip.frames_rgb_u8.nbytes + clip.fusion.nbytes
+POOL_SILENT_S = 5.0  # then a member says in its log that nobody hears it
 
 
 class ReasonerServer:
@@ -71,37 +64,37 @@ class ReasonerServer:
 
         Raises EndpointError when the address is malformed, taken or not permitted, or keys are missing.
         """
-        check_endpoint(endpoint, curve_keys)
+        curve_keys = check_endpoint(endpoint, curve_keys)
         self.model = model
-        self._changed = threading.Condition()  # guards the five below
-        self._waiting: dict[tuple[bytes, str], _Waiting] = {}
-        self._waiting_bytes = 0
+        self._endpoint = endpoint
+        self._name = process_name()
+        self._changed = threading.Condition()  # guards the three below
+        self._waiting = RequestQueue()
         self._done: deque[tuple[bytes, list[wire.Buffer]]] = deque()
         self._busy_since_s: float | None = None
         self._is_stopping = False
         self._dropped = 0
-        self._next_complaint_s = 0.0
+        self._complaints = RareWarnings(logger)
         self._worker: threading.Thread | None = None
+        self._waker = Waker()
         with ExitStack() as stack:
-            self._woken, self._waker = unix.socketpair()
-            for end in (self._woken, self._waker):
-                end.setblocking(False)
-                stack.callback(end.close)
-            stack.enter_context(sole_owner(endpoint))
+            stack.callback(self._waker.close)
             context = zmq.Context()
             stack.callback(context.destroy, linger=0)
-            self._socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-            stack.callback(self._socket.close, linger=0)
-            bound_memory(self._socket, QUEUED_PER_PEER)
-            self._socket.router_mandatory = True  # an unreachable client is an error here, not a silent loss
-            if curve_keys:
-                use_server_keys(self._socket, curve_keys)
-                authenticator = ThreadAuthenticator(context, log=logger)
-                authenticator.start()
-                stack.callback(authenticator.stop)
-                authenticator.configure_curve(domain="*", location=curve_keys)  # only public keys of the folder
-            bind(self._socket, endpoint)
+            self._socket = self._open(context, stack, curve_keys)
             self._resources = stack.pop_all()
+
+    def _open(self, context: zmq.Context[zmq.Socket[bytes]], stack: ExitStack, curve_keys: str) -> zmq.Socket[bytes]:
+        stack.enter_context(sole_owner(self._endpoint))
+        if curve_keys:
+            stack.enter_context(authenticate(context, curve_keys))
+        socket = stack.enter_context(context.socket(zmq.ROUTER))
+        bound_memory(socket, QUEUED_PER_PEER)
+        socket.router_mandatory = True  # an unreachable client is an error here, not a silent loss
+        if curve_keys:
+            use_server_keys(socket, curve_keys, Role.ROBOT)
+        bind(socket, self._endpoint)
+        return socket
 
     def __enter__(self) -> "ReasonerServer":
         return self
@@ -117,19 +110,19 @@ class ReasonerServer:
         self._worker.start()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
+        poller.register(self._waker, zmq.POLLIN)
         while not self._is_stopping:
-            ready = dict(poller.poll())
-            if self._woken.fileno() in ready:
-                self._woken.recv(4096)
-                self._send_done()
+            ready = dict(poller.poll(self._beat()))
+            if self._waker.fileno() in ready:
+                self._waker.clear()
             if self._socket in ready:
                 self._receive()
+            self._send_done()
 
     def stop(self) -> None:
         """Let `run` return soon. The request that is being computed is not answered any more."""
         self._is_stopping = True  # no lock: a signal handler may interrupt the thread that holds it
-        self._wake()
+        self._waker.wake()
 
     def close(self) -> bool:
         """Give the address back; False when the computation of the last request did not end within LAST_REQUEST_S."""
@@ -144,132 +137,193 @@ class ReasonerServer:
     @property
     def wakeup_fd(self) -> int:
         """A byte written here makes `run` look up; for signal.set_wakeup_fd."""
-        return self._waker.fileno()
+        return self._waker.wakeup_fd
 
-    def _wake(self) -> None:
-        try:
-            self._waker.send(b"\0")
-        except BlockingIOError:  # full of wake-ups already
-            return
+    def _beat(self) -> int | None:
+        """Milliseconds until it must be called again, None for ever."""
+        return None
 
     def _receive(self) -> None:
         try:
-            client, *parts = receive(self._socket, envelope=1)
+            client, parts = self._receive_parts()
         except zmq.Again:
             return
         try:
-            self._accept(bytes(client), wire.decode(parts))
+            self._accept(client, wire.decode(parts))
         except WireError as error:
             self._dropped += 1
-            if time.monotonic() >= self._next_complaint_s:
-                self._next_complaint_s = time.monotonic() + COMPLAIN_EVERY_S
-                logger.warning("dropped a message (%d since the start): %s", self._dropped, error)
-            self._send(bytes(client), wire.encode(wire.Refusal(str(error))))
+            self._complaints.warning("dropped a message (%d since the start): %s", self._dropped, error)
+            self._send(client, wire.encode(wire.Refusal(str(error))))
+
+    def _receive_parts(self) -> tuple[bytes, list[memoryview]]:
+        client, *parts = receive(self._socket, envelope=1)
+        return bytes(client), parts
 
     def _accept(self, client: bytes, message: wire.Message) -> None:
         match message:
             case wire.Hello():
-                busy_since_s = self._busy_since_s
-                busy_s = 0.0 if busy_since_s is None else time.monotonic() - busy_since_s
-                self._send(client, wire.encode(wire.Heartbeat(self.model, busy_s, self._dropped)))
+                self._send(client, wire.encode(self._heartbeat()))
             case ReasonerRequest():
-                self._enqueue(_Waiting(client, message, time.monotonic()))
+                self._enqueue(Waiting(client, message, time.monotonic()))
             case wire.Cancel():
-                self._cancel(client, message.goal_id)
+                with self._changed:
+                    self._waiting.cancel(client, message.goal_id)
             case _:
                 raise WireError(f"kind: a client does not send {type(message).__name__}")
 
-    def _enqueue(self, new: _Waiting) -> None:
-        key = (new.client, new.request.goal_id)
-        with self._changed:
-            old = self._waiting.get(key)
-            waiting_bytes = self._waiting_bytes + new.size - (old.size if old else 0)
-            is_full = (old is None and len(self._waiting) >= MAX_WAITING) or waiting_bytes > MAX_WAITING_BYTES
-            if not is_full:
-                self._waiting[key] = new  # in the old one's place: asking often must not mean waiting for ever
-                self._waiting_bytes = waiting_bytes
-                self._changed.notify_all()
-        if is_full:
-            logger.warning("refused a request: %d are waiting", len(self._waiting))
-            error = (
-                f"the reasoner is overloaded, {len(self._waiting)} requests wait; set fewer goals or start another one"
-            )
-            self._send(new.client, wire.encode(refusal(new.request, error)))
+    def _heartbeat(self) -> wire.Heartbeat:
+        busy_since_s = self._busy_since_s
+        busy_s = 0.0 if busy_since_s is None else time.monotonic() - busy_since_s
+        return wire.Heartbeat(self.model, busy_s, self._dropped, self._name)
 
-    def _cancel(self, client: bytes, goal_id: str) -> None:
+    def _enqueue(self, new: Waiting) -> None:
         with self._changed:
-            for key in [key for key in self._waiting if key[0] == client and goal_id in ("", key[1])]:
-                self._waiting_bytes -= self._waiting.pop(key).size
+            given_way = self._waiting.put(new)
+            length = len(self._waiting)
+            self._changed.notify_all()
+        for waiting in given_way:
+            self._complaints.warning("refused a request: %d are waiting", length)
+            error = f"the reasoner is overloaded, {length} requests wait; set fewer goals or start a pool of reasoners"
+            self._send(waiting.client, wire.encode(refusal(waiting.request, error)))
 
     def _send_done(self) -> None:
-        with self._changed:
-            done = list(self._done)
-            self._done.clear()
-        for client, parts in done:
-            self._send(client, parts)
+        while self._done:
+            self._send(*self._done.popleft())
 
     def _send(self, client: bytes, parts: list[wire.Buffer]) -> None:
         try:
             self._socket.send_multipart([client, *parts], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:  # gone (EHOSTUNREACH), or it does not read what it asked for (EAGAIN)
-            logger.info("a message to a client was dropped: %s", error)
+            self._complaints.warning("a message to a client was dropped: %s", error)
 
     def _work(self, reasoner: Reasoner) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._is_stopping:
+                while not len(self._waiting) and not self._is_stopping:
                     self._changed.wait()
                 if self._is_stopping:
                     return
-                waiting = self._waiting.pop(next(iter(self._waiting)))
-                self._waiting_bytes -= waiting.size
+                waiting = self._waiting.take()
+                assert waiting is not None, "nobody else takes"
                 self._busy_since_s = time.monotonic()
             parts = _answer(reasoner, waiting)
             with self._changed:
                 self._busy_since_s = None
                 self._done.append((waiting.client, parts))
-            self._wake()
+            self._waker.wake()
 
 
-def _answer(reasoner: Reasoner, waiting: _Waiting) -> list[wire.Buffer]:
+class PoolMember(ReasonerServer):
+    """A reasoner that joins the pool at `endpoint`, which need not be there yet; `run` then answers its requests."""
+
+    def _open(self, context: zmq.Context[zmq.Socket[bytes]], stack: ExitStack, curve_keys: str) -> zmq.Socket[bytes]:
+        self._next_beat_s = 0.0
+        self._heard_s = 0.0
+        self._is_heard, self._is_refused = True, False
+        socket = context.socket(zmq.DEALER)
+        stack.callback(socket.close, linger=100)  # ms, so that the farewell can leave
+        bound_memory(socket, QUEUED_PER_PEER)
+        if curve_keys:
+            use_own_keys(socket, curve_keys, Role.REASONER)
+        self._connection = Connection(socket, self._endpoint)
+        stack.callback(self._connection.close)
+        return socket
+
+    def run(self, reasoner: Reasoner) -> None:
+        """Join, and answer until `stop`. Whatever `reasoner.answer` raises becomes an answer that says so."""
+        self._heard_s = time.monotonic()
+        super().run(reasoner)
+
+    def close(self) -> bool:
+        if self._worker is not None and not self._socket.closed:  # else it never joined
+            self._try_to_send(wire.encode(wire.Leave()))
+        return super().close()
+
+    def _beat(self) -> int:
+        now_s = time.monotonic()
+        for event in self._connection.events():
+            if event & REFUSED and not self._is_refused:  # it is asked again every other second
+                logger.warning(
+                    "the pool at %s does not accept our keys; give --curve-keys the folder that it was started with, "
+                    "or copy our reasoner.key into that one",
+                    self._endpoint,
+                )
+            self._is_refused = self._is_refused if event == zmq.EVENT_DISCONNECTED else bool(event & REFUSED)
+        if now_s >= self._next_beat_s:
+            self._next_beat_s = now_s + BEAT_S
+            if not self._done:  # an answer that does not find its way must not lose its place to heartbeats
+                self._try_to_send(wire.encode(self._heartbeat()))
+        is_heard = now_s - self._heard_s < POOL_SILENT_S
+        if is_heard != self._is_heard:
+            self._is_heard = is_heard
+            if is_heard:
+                logger.info("the pool at %s is there", self._endpoint)
+            else:
+                logger.warning(
+                    "no pool answers at %s; start it with virst-reasoner --pool, with the same keys", self._endpoint
+                )
+        return max(1, round((self._next_beat_s - now_s) * 1e3))
+
+    def _receive_parts(self) -> tuple[bytes, list[memoryview]]:
+        parts = receive(self._socket)
+        self._heard_s = time.monotonic()
+        return b"", parts
+
+    def _accept(self, client: bytes, message: wire.Message) -> None:
+        if not isinstance(message, wire.Hello):  # which says that the pool is there; heartbeats come without asking
+            super()._accept(client, message)
+
+    def _send_done(self) -> None:
+        if self._done and (self._try_to_send(self._done[0][1]) or not self._is_heard):
+            self._done.popleft()
+
+    def _send(self, client: bytes, parts: list[wire.Buffer]) -> None:
+        self._try_to_send(parts)
+
+    def _try_to_send(self, parts: list[wire.Buffer]) -> bool:
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+        except zmq.Again:  # not connected, or the pool does not read
+            return False
+        return True
+
+
+def _answer(reasoner: Reasoner, waiting: Waiting) -> list[wire.Buffer]:
     request = waiting.request
     queued_ms = (time.monotonic() - waiting.since_s) * 1e3
     try:
         answer = reasoner.answer(request)
         return wire.encode(replace(answer, timings_ms={"queue": queued_ms, **answer.timings_ms}))
     except VirstError as error:
-        logger.debug("goal %s was not answered: %s", request.goal_id, error)  # asked again and again, and it is told
+        logger.debug("goal %a was not answered: %s", request.goal_id, error)  # asked again and again, and it is told
         return wire.encode(refusal(request, str(error)))
     except Exception as error:  # the process outlives any single request
-        logger.exception("the reasoner failed on goal %s", request.goal_id)
+        logger.exception("the reasoner failed on goal %a", request.goal_id)
         return wire.encode(refusal(request, f"the reasoner failed ({type(error).__name__}: {error}); see its log"))
 
 
 def serve(
-    load: Callable[[], Reasoner], endpoint: str, *, identify: Callable[[], str] = str, curve_keys: str = ""
+    load: Callable[[], Reasoner],
+    endpoint: str,
+    *,
+    identify: Callable[[], str] = str,
+    curve_keys: str = "",
+    joins_pool: bool = False,
 ) -> bool:
     """Bind, load, answer until SIGTERM or SIGINT; for the main thread. False when a last computation did not end.
 
-    `identify` names the weights that `load` has loaded, for the clients; the default names none.
+    `identify` names the weights that `load` has loaded, for the clients; the default names none. With `joins_pool`,
+    `endpoint` is the address at which a pool expects its reasoners.
     """
-    server = ReasonerServer(endpoint, curve_keys=curve_keys)
-
-    def stop(signal_number: int, _: FrameType | None) -> None:
-        logger.info("stopping on %s", signal.Signals(signal_number).name)
-        server.stop()
-
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    # A signal that arrives just before `run` waits, or in another thread, does not interrupt the waiting; this does.
-    earlier_fd = signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)
-    try:
-        reasoner, server.model = load(), identify()
-        logger.info("answering at %s%s", endpoint, f" with {server.model}" if server.model else "")
-        server.run(reasoner)
-    finally:
-        signal.set_wakeup_fd(earlier_fd)
-        has_ended = server.close()
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+    server = (PoolMember if joins_pool else ReasonerServer)(endpoint, curve_keys=curve_keys)
+    with stopped_by_signals(server):
+        try:
+            reasoner, server.model = load(), identify()
+            with_model = f" with {server.model}" if server.model else ""
+            logger.info("%s %s%s", "joining the pool at" if joins_pool else "answering at", endpoint, with_model)
+            server.run(reasoner)
+        finally:
+            has_ended = server.close()
     return has_ended
 
 
@@ -293,33 +347,66 @@ app = typer.Typer(
 
 @app.command()
 def _command(
-    endpoint: Annotated[str, typer.Option(help="address to serve: ipc:///path or tcp://host:port")] = (
-        ReasonerParameters().endpoint
-    ),
+    endpoint: Annotated[
+        str, typer.Option(help="address for segmenters: ipc:///path or tcp://host:port; not used with --join")
+    ] = ReasonerParameters().endpoint,
+    pool: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="run no model; hand requests to the reasoners that join at this address (ipc:// or tcp://)",
+        ),
+    ] = "",
+    join: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="work for the pool that expects its reasoners there")
+    ] = "",
     model: Annotated[str, typer.Option(help="model to run")] = ModelParameters().name,
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one")] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = half of the cores")] = 0,
-    nice: Annotated[int, typer.Option(min=0, max=19, help="how far to step back behind other processes")] = 10,
+    nice: Annotated[
+        int | None,
+        typer.Option(min=0, max=19, help="how far to step back behind other processes; 10, or 0 with --pool"),
+    ] = None,
     curve_keys: Annotated[str, typer.Option(help="folder of CURVE keys, needed for tcp://")] = "",
     make_keys: Annotated[
         str, typer.Option("--make-curve-keys", metavar="FOLDER", help="write a new set of CURVE keys there and exit")
+    ] = "",
+    add_robot: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="make a key for one more robot in the folder of --curve-keys and exit"),
     ] = "",
     log_level: Annotated[LogLevel, typer.Option(help="least important messages to show")] = LogLevel.INFO,
 ) -> None:
     """Answer the requests of segmenters: a sentence and a clip become prompts."""
     logging.basicConfig(level=log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if nice is None:
+        nice = 0 if pool else 10
     os.nice(nice)  # first: the threads of torch and ZeroMQ inherit it
+    has_ended = True
     try:
+        if pool and join:
+            raise ValueError("--pool and --join are two processes: the pool, and each reasoner that joins it")
         if make_keys:
             make_curve_keys(Path(make_keys))
-            return
-        parameters = ModelParameters(
-            name=model, weights=weights, device=device, threads=threads or _half_of_the_cores()
-        )
-        has_ended = serve(
-            lambda: _load(parameters), endpoint, identify=lambda: _identify(parameters), curve_keys=curve_keys
-        )
+        elif add_robot:
+            if not curve_keys:
+                raise ValueError("--add-robot needs --curve-keys, the folder that --make-curve-keys has made")
+            of_robot = add_robot_keys(Path(curve_keys), add_robot)
+            typer.echo(f"copy {of_robot} to the robot and name it in its reasoner.curve_keys")
+        elif pool:
+            serve_pool(endpoint, pool, curve_keys=curve_keys)
+        else:
+            parameters = ModelParameters(
+                name=model, weights=weights, device=device, threads=threads or _half_of_the_cores()
+            )
+            has_ended = serve(
+                lambda: _load(parameters),
+                join or endpoint,
+                identify=lambda: _identify(parameters),
+                curve_keys=curve_keys,
+                joins_pool=bool(join),
+            )
     except (VirstError, ValueError) as error:
         typer.echo(f"virst-reasoner: {error}", err=True)
         raise typer.Exit(1) from error

@@ -175,6 +175,8 @@ class FakeEngine:
         self.reasoner = FakeReasonerClient()
         self.configurations: list[Any] = []
         self.failure: Exception | None = None
+        self.add_object: Any = None  # what the engine does with boxes, points and masks
+        self.ask: Any = None
 
     def __call__(self, config: Any) -> Any:
         from virst_ros.diagnostics import LoadedModel
@@ -186,7 +188,7 @@ class FakeEngine:
         if self.session.closed:
             self.session = FakeSession()
         model = LoadedModel("fake", "fake.safetensors", "Fake", "cpu")
-        return LoadedEngine(self.session, self.reasoner, model, self.check_goal)
+        return LoadedEngine(self.session, self.reasoner, model, self.check_goal, self.add_object, self.ask)
 
     def check_goal(self, sentence: str) -> None:
         from virst_engine.errors import BadGoal

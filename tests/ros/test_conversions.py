@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from array import array
 
+import cv2
 import numpy as np
 import pytest
 
 pytest.importorskip("virst_msgs.msg")
 
-from sensor_msgs.msg import CameraInfo, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 from virst_engine.errors import BadFrame
@@ -235,3 +236,44 @@ def test_a_goal_becomes_its_message():
     assert (message.goal_id, message.goal, list(message.object_ids)) == ("g1", "the cup", ["cup"])
     assert (list(message.instance_ids), list(message.states)) == ([4], [2])
     assert conversions.stamp_ns(message.set_at) == STAMP_NS
+
+
+def compressed(pixels, form=".png"):
+    message = CompressedImage(header=header(), format=f"rgb8; {form[1:]} compressed bgr8")
+    message.data = cv2.imencode(form, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
+    return message
+
+
+def test_a_png_becomes_its_pixels():
+    frame = conversions.compressed_frame(compressed(RGB), "front")
+    np.testing.assert_array_equal(frame.image_rgb_u8, RGB)
+    assert (frame.stamp_ns, frame.camera) == (STAMP_NS, "front")
+
+
+def test_a_picture_that_claims_to_be_huge_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(conversions.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(conversions, "MOST_PIXELS", 5)
+    with pytest.raises(BadFrame, match="claim to be 3x2: more than 5 pixels"):
+        conversions.compressed_frame(compressed(RGB), "front")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda data: b"", "no picture"),
+        (lambda data: b"not a picture" * 10, "no picture"),
+        (lambda data: data[:40], "cut short or damaged|no picture"),
+    ],
+)
+def test_compressed_data_that_is_no_picture_is_named(spoil, says):
+    message = compressed(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
+    message.data = spoil(bytes(message.data))
+    with pytest.raises(BadFrame, match=says):
+        conversions.compressed_frame(message, "front")
+
+
+def test_a_compressed_image_needs_a_time_too():
+    message = compressed(RGB)
+    message.header = Header()
+    with pytest.raises(BadFrame, match="no time stamp"):
+        conversions.compressed_frame(message, "front")

@@ -66,9 +66,34 @@ def test_a_rate_is_events_per_second_of_the_last_five_seconds():
 
 def test_ages_are_given_as_percentiles_in_milliseconds(diagnostics):
     for age_ms in range(1, 101):
-        diagnostics.result_published(FrameResult(0, 0, "camera", (), {}), age_ms / 1e3)
+        diagnostics.result_published(FrameResult(0, 0, "camera", (), {}), age_ms / 1e3, overhead_ms=2.5)
     told = values(subject(diagnostics, "output"))
     assert (told["age p50 (ms)"], told["age p95 (ms)"], told["age p99 (ms)"]) == ("50.5", "95.0", "99.0")
+    assert told["ROS overhead p50 (ms)"] == "2.5"
+
+
+def test_depth_that_never_fits_in_time_is_a_warning(diagnostics):
+    diagnostics.image_received()
+    for number in range(20):
+        diagnostics.depth_received()
+        diagnostics.depth_paired(found=number % 4 == 0, gap_ns=7_000_000, slop_ns=1_000_000)
+    status = subject(diagnostics, "input")
+    assert status.level == DiagnosticStatus.WARN
+    assert "15 of the last 20 frames found no depth" in status.message
+    assert "7.0 ms away, 1.0 ms are allowed" in status.message
+    assert values(status)["frames with depth"] == "5"
+    for _ in range(20):
+        diagnostics.depth_paired(found=True, gap_ns=0, slop_ns=0)
+    assert subject(diagnostics, "input").level == DiagnosticStatus.OK
+
+
+def test_what_keeps_depth_from_giving_points_is_a_warning(diagnostics):
+    diagnostics.image_received()
+    diagnostics.geometry_checked("no focal length")
+    status = subject(diagnostics, "input")
+    assert (status.level, status.message) == (DiagnosticStatus.WARN, "no focal length")
+    diagnostics.geometry_checked("")
+    assert subject(diagnostics, "input").level == DiagnosticStatus.OK
 
 
 def test_a_bad_frame_is_a_warning_for_a_while(diagnostics, clock):
@@ -150,7 +175,7 @@ def test_stopped_inference_is_an_error_with_its_last_line(diagnostics):
 )
 def test_an_answer_of_no_use_is_a_warning(diagnostics, state, latency_s, message, level):
     found = ObjectResult("cup", "goal_1", 1, state, np.zeros((2, 2), bool), 0.5, 1.0, latency_s, message)
-    diagnostics.result_published(FrameResult(0, 0, "camera", (found,), {}), 0.1)
+    diagnostics.result_published(FrameResult(0, 0, "camera", (found,), {}), 0.1, overhead_ms=1.0)
     status = subject(diagnostics, "goals")
     assert status.level == level
     assert status.message == (f"goal_1: {message}" if level == DiagnosticStatus.WARN else "0 goal(s)")

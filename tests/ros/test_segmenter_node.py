@@ -22,7 +22,8 @@ from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
 from tests.ros.ros_graph import wait_until
 from virst_engine.errors import BadFrame, WeightsError
-from virst_ros.segmenter_node import SAME_STAMPS, SegmenterNode, missing_profile_warning
+from virst_ros.inputs import SAME_STAMPS
+from virst_ros.segmenter_node import SegmenterNode, missing_profile_warning
 
 pytestmark = pytest.mark.ros
 WIDTH, HEIGHT = 32, 24
@@ -71,8 +72,8 @@ class Setup:
         wait_until(lambda: self.node.state == "active")
         self.camera.wait_for_subscriber()
         wait_until(lambda: self.graph.node.count_publishers("/segmenter/mask"))
-        wait_until(lambda: self.node._mask_publisher.get_subscription_count() > 0)
-        wait_until(lambda: self.node._objects_publisher.get_subscription_count() > 0)
+        wait_until(lambda: self.node.outputs.mask.wanted)
+        wait_until(lambda: self.node.outputs.objects.wanted)
         return self
 
     def send_until_mask(self, message=None):
@@ -95,7 +96,8 @@ class Setup:
             status = self.status(subject)
             if status is None or status.level != level:
                 return None
-            shown = {pair.key: pair.value for pair in status.values}[key] if key else status.message
+            # The newest message may be from before the value was there.
+            shown = {pair.key: pair.value for pair in status.values}.get(key, "") if key else status.message
             return status if all(text in shown for text in texts) else None
 
         return wait_until(fits)
@@ -129,11 +131,11 @@ def pixels(message):
 class TestFrames:
     def test_every_output_carries_the_header_of_its_frame(self, setup):
         infos = setup.graph.collect(CameraInfo, "/segmenter/camera_info")
-        wait_until(lambda: setup.node._camera_info_publisher.get_subscription_count() > 0)
+        wait_until(lambda: setup.node.outputs.camera_info.wanted)
         info_publisher = setup.graph.publisher(CameraInfo, "camera_info", qos_profile_sensor_data)
         wait_until(info_publisher.get_subscription_count)
         info_publisher.publish(CameraInfo(width=WIDTH, height=HEIGHT, k=[9.0] * 9))
-        wait_until(lambda: setup.node._camera_info is not None)
+        wait_until(lambda: setup.node.inputs.camera_info is not None)
         assert setup.set_goal().success
         sent = []
         for _ in range(5):
@@ -210,7 +212,7 @@ class TestFrames:
     def test_the_overlay_is_drawn_only_for_somebody(self, setup):
         setup.send_until_mask()
         overlays = setup.graph.collect(Image, "/segmenter/overlay", qos_profile_sensor_data)
-        wait_until(lambda: setup.node._overlay_publisher.get_subscription_count() > 0)
+        wait_until(lambda: setup.node.outputs.overlay.wanted)
         header, _ = setup.send_until_mask()
         wait_until(lambda: overlays)
         assert [message.header for message in overlays] == [header]
@@ -424,10 +426,10 @@ class TestGoals:
     def test_only_goals_that_are_set_are_remembered(self, setup):
         for _ in range(3):
             answer = setup.set_goal("another", replace=True)
-        assert setup.node._set_at_ns.keys() == {answer.goal_id}
+        assert setup.node.goals._set_at_ns.keys() == {answer.goal_id}
         set_at = setup.list_goals()[0].set_at
         second = setup.set_goal("one more")
-        assert setup.node._set_at_ns.keys() == {answer.goal_id, second.goal_id}
+        assert setup.node.goals._set_at_ns.keys() == {answer.goal_id, second.goal_id}
         assert setup.list_goals()[0].set_at == set_at, "it stays when other goals are set"
 
     def test_a_goal_for_another_camera_is_refused(self, setup):
@@ -576,12 +578,18 @@ class TestBadInput:
         depth = graph.publisher(Image, "depth", qos_profile_sensor_data)
         wait_until(depth.get_subscription_count)
         depth.publish(Image(width=2, height=1, encoding="16UC1", step=4, data=array("B", bytes(4))))
-        setup.wait_for_status("input", DiagnosticStatus.WARN, "depth is 2x1, the image 32x24")
-        assert setup.values("input")["depth problem"] == "depth is 2x1, the image 32x24"
+        setup.wait_for_status(
+            "input", DiagnosticStatus.WARN, "depth is 2x1, the image 32x24: not two sizes of one view"
+        )
+        assert "registered with the image" in setup.values("input")["depth problem"]
         depth.publish(Image(width=2, height=1, encoding="8UC1", step=2, data=array("B", bytes(2))))
         setup.wait_for_status("input", DiagnosticStatus.WARN, "'8UC1' is not supported")
         fitting = array("B", bytes(WIDTH * HEIGHT * 2))
-        depth.publish(Image(width=WIDTH, height=HEIGHT, encoding="16UC1", step=WIDTH * 2, data=fitting))
+        other_frame = Image(width=WIDTH, height=HEIGHT, encoding="16UC1", step=WIDTH * 2, data=fitting)
+        depth.publish(other_frame)
+        setup.wait_for_status("input", DiagnosticStatus.WARN, f"depth has the frame '', the image {FRAME_ID!r}")
+        other_frame.header.frame_id = FRAME_ID
+        depth.publish(other_frame)
         setup.wait_for_status("input", DiagnosticStatus.OK, "arrives")
 
     def test_depth_that_does_not_come_is_told(self, graph, engine):
@@ -597,16 +605,16 @@ class TestBadInput:
     def test_camera_info_that_does_not_fit_is_told_and_not_passed_on(self, graph, engine):
         setup = Setup(graph, engine, no_image_after_s=60.0).active()
         infos = graph.collect(CameraInfo, "/segmenter/camera_info")
-        wait_until(lambda: setup.node._camera_info_publisher.get_subscription_count() > 0)
+        wait_until(lambda: setup.node.outputs.camera_info.wanted)
         info_publisher = graph.publisher(CameraInfo, "camera_info", qos_profile_sensor_data)
         wait_until(info_publisher.get_subscription_count)
         info_publisher.publish(CameraInfo(width=64, height=48))
-        wait_until(lambda: setup.node._camera_info is not None)
+        wait_until(lambda: setup.node.inputs.camera_info is not None)
         setup.send_until_mask()
         setup.wait_for_status("input", DiagnosticStatus.WARN, "camera_info is 64x48, the image 32x24", "remap")
         assert "camera_info is 64x48" in setup.values("input")["camera_info problem"]
         info_publisher.publish(CameraInfo(width=WIDTH, height=HEIGHT))
-        wait_until(lambda: setup.node._camera_info.width == WIDTH)
+        wait_until(lambda: setup.node.inputs.camera_info.width == WIDTH)
         header, _ = setup.send_until_mask()
         wait_until(lambda: infos)
         assert [info.header for info in infos] == [header]

@@ -122,7 +122,7 @@ class TestNode:
         assert rows(image, np.uint8, 3).std() > 10.0, "something is to be seen"
         assert 0.1 < np.nanmedian(rows(depth, np.float32)) < 3.0
         assert info.k[0] > 100.0
-        assert (info.k[2], info.k[5]) == (160.0, 120.0)
+        assert (info.k[2], info.k[5]) == (159.5, 119.5), "the middle, counted from the centre of the first pixel"
 
         things = json.loads(topics["scene"][-1].data)["objects"]
         ids = set(np.unique(rows(mask, np.uint8)).tolist())

@@ -26,7 +26,7 @@ COUNT = 40
 def test_large_best_effort_images_arrive_with_their_stamps(graph, engine, width, height):
     masks = graph.collect(Image, "/segmenter/mask", 100)
     node = graph.add(SegmenterNode, engine)
-    wait_until(lambda: node.state == "active" and node._mask_publisher.get_subscription_count())
+    wait_until(lambda: node.state == "active" and node.outputs.mask.wanted)
     command = [sys.executable, str(Path(__file__).with_name("camera_process.py")), str(width), str(height), str(COUNT)]
     environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain_id)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reasoner process without a model. Its sentences are commands. Run: python reasoner_process.py ENDPOINT"""
+"""A reasoner process without a model. Its sentences are commands. Run: python reasoner_process.py ENDPOINT [--join]"""
 
+import argparse
 import logging
-import sys
+import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -14,13 +16,21 @@ from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest
 
 
 class ObedientReasoner:
-    """Prompts hold the step of their frame. `sleep` and `spin` take the seconds that follow; others fail as told."""
+    """Prompts hold the step of their frame. `sleep` and `spin` take the seconds that follow; others fail as told.
 
-    def __init__(self) -> None:
+    With a `journal`, each request leaves a line there as it begins: seconds, process, sentence.
+    """
+
+    def __init__(self, journal: Path | None = None, delay_s: float = 0.0) -> None:
         self.sentences: list[str] = []
+        self._journal, self._delay_s = journal, delay_s
 
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
         self.sentences.append(request.sentence)
+        if self._journal is not None:
+            with self._journal.open("a", encoding="utf-8") as journal:
+                journal.write(f"{time.monotonic()}\t{os.getpid()}\t{request.sentence}\n")
+        time.sleep(self._delay_s)
         order, _, argument = request.sentence.partition(" ")
         clip, fill = request.clip, 1.0
         match order:
@@ -53,5 +63,19 @@ class ObedientReasoner:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level="INFO")
-    serve(ObedientReasoner, sys.argv[1], identify=lambda: "obedient")
+    logging.basicConfig(level="INFO", format="%(process)d %(name)s: %(message)s")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("endpoint")
+    parser.add_argument("--join", action="store_true")
+    parser.add_argument("--model", default="obedient")
+    parser.add_argument("--curve-keys", default="")
+    parser.add_argument("--journal", type=Path)
+    parser.add_argument("--delay-s", type=float, default=0.0)
+    options = parser.parse_args()
+    serve(
+        lambda: ObedientReasoner(options.journal, options.delay_s),
+        options.endpoint,
+        identify=lambda: options.model,
+        curve_keys=options.curve_keys,
+        joins_pool=options.join,
+    )

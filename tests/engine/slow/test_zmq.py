@@ -20,10 +20,11 @@ import zmq
 
 from virst_engine.errors import EndpointError, WireError
 from virst_engine.slow import wire
+from virst_engine.slow.process import process_name
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.slow.zmq_endpoint import make_curve_keys
 from virst_engine.slow.zmq_server import ReasonerServer, main, serve
-from virst_engine.types import Clip, ReasonerRequest
+from virst_engine.types import Clip, ReasonerAnswer, ReasonerRequest
 
 PROGRAM = Path(__file__).with_name("reasoner_process.py")
 SPEC = importlib.util.spec_from_file_location("reasoner_process", PROGRAM)
@@ -132,6 +133,7 @@ def test_an_answer_to_something_that_was_not_asked_is_dropped(endpoint, what, ca
     with server_thread(endpoint), connected(endpoint) as client:
         client.submit(request_of(f"forge {what}"))
         wait_until(lambda: client.poll() or "dropped a message" in caplog.text)
+        assert client.dropped == 1
         client.submit(request_of("the red ball", request_id=2))
         assert [answer.request_id for answer in wait_until(client.poll)] == [2]
 
@@ -205,10 +207,43 @@ def test_garbage_is_refused_counted_and_harms_nobody(endpoint, caplog):
             peer.send_multipart(parts)
             assert isinstance(wire.decode(peer.recv_multipart()), wire.Refusal)
             peer.send_multipart(wire.encode(wire.Hello()))
-            assert wire.decode(peer.recv_multipart()) == wire.Heartbeat("obedient", 0.0, number)
+            assert wire.decode(peer.recv_multipart()) == wire.Heartbeat("obedient", 0.0, number, process_name())
         client.submit(request_of("the red ball"))
         wait_until(client.poll)
     assert "dropped a message" in caplog.text
+
+
+class GatedReasoner(ObedientReasoner):
+    def __init__(self):
+        super().__init__()
+        self.gate = threading.Event()
+
+    def answer(self, request):
+        answer = super().answer(request)
+        self.gate.wait(60)
+        return answer
+
+
+def test_who_asks_too_much_is_refused_and_others_are_not(endpoint):
+    reasoner = GatedReasoner()
+    with server_thread(endpoint, reasoner), raw_peer(endpoint) as peer, connected(endpoint) as client:
+        peer.send_multipart(wire.encode(request_of("first", goal_id="first")))
+        wait_until(lambda: reasoner.sentences)
+        for number in range(260):
+            peer.send_multipart(wire.encode(request_of("much", request_id=number, goal_id=str(number))))
+        refused = [wire.decode(peer.recv_multipart()) for _ in range(4)]
+        assert {answer.error for answer in refused} == {
+            "the reasoner is overloaded, 256 requests wait; set fewer goals or start a pool of reasoners"
+        }
+        assert [answer.request_id for answer in refused] == [256, 257, 258, 259]
+        client.submit(request_of("little"))
+        wait_until(lambda: client.status() == "" and client.heartbeat().busy_s > 0)
+        client.submit(request_of("little, again"))
+        assert isinstance(wire.decode(peer.recv_multipart()), ReasonerAnswer)  # a fifth had to give way
+        reasoner.gate.set()
+        wait_until(client.poll)
+        assert reasoner.sentences[:2] == ["first", "much"]
+        assert reasoner.sentences[2].startswith("little")  # in turns
 
 
 def test_garbage_from_a_reasoner_is_dropped_and_reported(endpoint, caplog):
@@ -450,5 +485,5 @@ def test_the_program_makes_keys(tmp_path, monkeypatch):
         main()
     assert ended.value.code == 0
     assert {path.name for path in (tmp_path / "keys").iterdir()} == {
-        "server.key", "server.key_secret", "client.key", "client.key_secret"
-    }  # fmt: skip
+        f"{name}.{kind}" for name in ("server", "client", "reasoner") for kind in ("key", "key_secret")
+    }

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Setting, clearing and listing the goals of a node's session, whoever wants it: services, the action, parameters."""
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rclpy.node import Node
+from virst_msgs.msg import Goal as GoalMessage
+
+from virst_engine import Goal, ObjectState
+from virst_engine.errors import BadGoal, UnknownGoal, VirstError
+from virst_ros import conversions
+from virst_ros.diagnostics import Diagnostics
+from virst_ros.loading import LoadedEngine
+
+NAME_LENGTH = 40  # of a foreign name in a message: a caller may send a megabyte
+
+
+class Goals:
+    """The goals of the engine that is loaded.
+
+    Args:
+        engine: what is loaded now; None before configure.
+        camera_name: the node's only camera.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        diagnostics: Diagnostics,
+        engine: Callable[[], LoadedEngine | None],
+        camera_name: Callable[[], str],
+    ) -> None:
+        self._node, self._diagnostics = node, diagnostics
+        self._engine, self._camera_name = engine, camera_name
+        self._set_at_ns: dict[str, int] = {}
+        self.longest = 0  # characters of a sentence
+
+    def all(self) -> tuple[Goal, ...]:
+        engine = self._engine()
+        return engine.session.goals() if engine is not None else ()
+
+    def set(self, sentence: str, object_id: str = "", camera: str = "", *, replace: bool = False) -> Goal:
+        """Raises BadGoal."""
+        engine = self._loaded()
+        self.check_camera(camera)
+        if 0 < len(sentence.strip()) <= self.longest:  # the session has a better word for others
+            engine.check_goal(sentence)
+        goal = engine.session.set_goal(sentence, object_id=object_id, camera=camera, replace=replace)
+        self.changed()
+        return goal
+
+    def check_camera(self, camera: str) -> None:
+        """Raises BadGoal for a camera that is not this node's; empty means any."""
+        own = self._camera_name()
+        if camera not in ("", own):
+            raise BadGoal(
+                f"this segmenter sees camera {own!r}, the goal is for {camera[:NAME_LENGTH]!r}: leave camera empty, or "
+                "ask the segmenter of that camera"
+            )
+
+    def clear(self, goal_id: str = "") -> int:
+        """How many were cleared; an empty id means all. Raises UnknownGoal."""
+        session = self._loaded().session
+        goal_ids = [goal_id] if goal_id else [goal.goal_id for goal in session.goals()]
+        for each in goal_ids:
+            session.clear_goal(each)
+        self.changed()
+        return len(goal_ids)
+
+    def remove_object(self, object_id: str) -> None:
+        """End one object. Raises UnknownGoal."""
+        for goal in self.all():
+            if goal.object_id == object_id:
+                self.clear(goal.goal_id)
+                return
+        raise UnknownGoal(f"no object {object_id[:NAME_LENGTH]!r} is tracked; `~/list_goals` tells those that are")
+
+    def messages(self) -> list[GoalMessage]:
+        engine = self._engine()
+        if engine is None:
+            return []
+        states = engine.session.goal_states()
+        return [
+            conversions.goal_message(
+                goal, states.get(goal.goal_id, ObjectState.SEARCHING), self._set_at_ns.get(goal.goal_id, 0)
+            )
+            for goal in engine.session.goals()
+        ]
+
+    def changed(self) -> None:
+        """The session's goals are others than before."""
+        goals, now_ns = self.all(), self._node.get_clock().now().nanoseconds
+        self._set_at_ns = {goal.goal_id: self._set_at_ns.get(goal.goal_id, now_ns) for goal in goals}
+        self._diagnostics.goals_changed(goals)
+
+    def forget(self) -> None:
+        """The engine is gone, and its goals with it."""
+        self._set_at_ns = {}
+
+    def refusal(self, error: Exception) -> str:
+        """What to answer a caller whose request failed; an exception out of a service callback would kill the node."""
+        if not isinstance(error, VirstError):
+            self._node.get_logger().error("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        self.reject(str(error))
+        return str(error)
+
+    def reject(self, reason: str) -> None:
+        self._diagnostics.goal_rejected(reason)
+        self._node.get_logger().warning(f"goal rejected: {reason}")
+
+    def _loaded(self) -> Any:
+        engine = self._engine()
+        assert engine is not None
+        return engine

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's services. Each returns at once; what takes time goes on in the session, or is an action."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rclpy.callback_groups import CallbackGroup
+from rclpy.node import Node
+from std_srvs.srv import SetBool, Trigger
+from virst_msgs.srv import AddObjects, Ask, ClearGoal, ListGoals, RemoveObject, SetGoal
+
+from virst_engine.errors import VirstError
+from virst_ros.goals import Goals
+from virst_ros.loading import LoadedEngine
+from virst_ros.prompts import prompted_objects
+
+
+class Services:
+    """Offers the services of a node.
+
+    Args:
+        goals: carries out what concerns goals.
+        engine: what is loaded now; None before configure.
+        why_closed: why nothing can be asked of the session now; empty when it can.
+        enable: take images or not; returns what is the case now, in words.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        goals: Goals,
+        engine: Callable[[], LoadedEngine | None],
+        why_closed: Callable[[], str],
+        enable: Callable[[bool], str],
+        group: CallbackGroup,
+    ) -> None:
+        self._goals, self._engine, self._why_closed, self._enable = goals, engine, why_closed, enable
+        for kind, name, callback in (
+            (SetGoal, "set_goal", self._set_goal),
+            (ClearGoal, "clear_goal", self._clear_goal),
+            (AddObjects, "add_objects", self._add_objects),
+            (RemoveObject, "remove_object", self._remove_object),
+            (Ask, "ask", self._ask),
+            (SetBool, "enable", self._set_enabled),
+            (Trigger, "reset", self._reset),
+        ):
+            node.create_service(kind, f"~/{name}", self._guarded(callback), callback_group=group)
+        node.create_service(ListGoals, "~/list_goals", self._list_goals, callback_group=group)
+
+    def _guarded(self, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], Any]:
+        """The callback, asked only while the session can answer; what it raises becomes the answer."""
+
+        def answer(request: Any, response: Any) -> Any:
+            response.success, response.message = False, self._why_closed()
+            if response.message:
+                self._goals.reject(response.message)
+                return response
+            try:
+                callback(request, response)
+            except Exception as error:
+                response.message = self._goals.refusal(error)
+                return response
+            response.success = True
+            return response
+
+        return answer
+
+    def _set_goal(self, request: SetGoal.Request, response: SetGoal.Response) -> None:
+        goal = self._goals.set(request.goal, request.object_id, request.camera, replace=request.replace)
+        response.goal_id, response.object_ids = goal.goal_id, [goal.object_id]
+
+    def _clear_goal(self, request: ClearGoal.Request, response: ClearGoal.Response) -> None:
+        response.message = f"{self._goals.clear(request.goal_id)} goal(s) cleared"
+
+    def _list_goals(self, _: ListGoals.Request, response: ListGoals.Response) -> ListGoals.Response:
+        response.goals = self._goals.messages()
+        return response
+
+    def _add_objects(self, request: AddObjects.Request, response: AddObjects.Response) -> None:
+        self._goals.check_camera(request.camera)
+        stamp_ns, objects = prompted_objects(request)
+        engine = self._engine()
+        assert engine is not None
+        if engine.add_object is None:
+            raise VirstError(
+                "this engine takes sentences only, no boxes, points or masks: say with set_goal what to segment"
+            )
+        known = {goal.goal_id for goal in self._goals.all()}
+        added = []
+        try:
+            for prompted in objects:
+                added.append(engine.add_object(prompted, stamp_ns))
+        except Exception:
+            for goal in added:  # all of them or none
+                if goal.goal_id not in known:
+                    self._goals.clear(goal.goal_id)
+            raise
+        self._goals.changed()
+        response.object_ids = [goal.object_id for goal in added]
+        response.object_indices = [goal.instance_id for goal in added]
+
+    def _remove_object(self, request: RemoveObject.Request, response: RemoveObject.Response) -> None:
+        self._goals.remove_object(request.object_id)
+        left = self._goals.all()
+        response.object_ids = [goal.object_id for goal in left]
+        response.object_indices = [goal.instance_id for goal in left]
+
+    def _ask(self, request: Ask.Request, response: Ask.Response) -> None:
+        self._goals.check_camera(request.camera)
+        engine = self._engine()
+        assert engine is not None
+        if engine.ask is None:
+            raise VirstError(
+                f"the model {engine.model.name} answers with masks, not with words: it can be told what to segment "
+                "(set_goal), but it cannot be asked"
+            )
+        response.answer = engine.ask(request.question)
+
+    def _set_enabled(self, request: SetBool.Request, response: SetBool.Response) -> None:
+        response.message = self._enable(request.data)
+
+    def _reset(self, _: Trigger.Request, response: Trigger.Response) -> None:
+        engine = self._engine()
+        assert engine is not None
+        engine.session.reset()
+        response.message = "what was seen is forgotten; goals stay and are looked for anew"
