@@ -97,6 +97,23 @@ ARGUMENTS = [
         "model", default_value="", description="model of segmenter and reasoner; empty = as in params_file"
     ),
     DeclareLaunchArgument(
+        "backend",
+        default_value="",
+        choices=["", "auto", "torch", "onnxruntime", "tensorrt"],
+        description="what runs the segmenter's stages; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "engine_path",
+        default_value="",
+        description="folder of the exported stages (virst export); empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "precision",
+        default_value="",
+        choices=["", "fp32", "bf16", "fp16"],
+        description="number format of the torch backend; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
         "device",
         default_value="",
         description="torch device of segmenter and reasoner, for example cuda:0; empty = as in params_file",
@@ -169,6 +186,9 @@ TEXT_PARAMETERS = {
     "detections": "detections",
     "image_transport": "image_transport",
     "model": "model.name",
+    "backend": "engine.backend",
+    "engine_path": "engine.path",
+    "precision": "engine.precision",
     "device": "model.device",
     "weights": "model.weights",
     "reasoner_endpoint": "reasoner.endpoint",

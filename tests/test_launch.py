@@ -118,7 +118,7 @@ def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None
         *("image_topic", "camera_info_topic", "depth_topic", "namespace", "camera_name", "params_file", "goal"),
         *("log_level", "use_sim_time", "autostart", "sim", "reasoner", "weights", "curve_keys", "rviz"),
         *("camera_names", "depth_camera_info_topic", "image_transport", "target", "overlay", "detections", "model"),
-        *("fixed_frame", "foxglove", "foxglove_port"),
+        *("fixed_frame", "foxglove", "foxglove_port", "backend", "engine_path", "precision"),
     } <= set(names)
     assert len(names) == len(set(names))
     for argument in launch_module.ARGUMENTS:
@@ -264,6 +264,9 @@ def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) ->
             "detections": "off",
             "image_transport": "compressed",
             "overlay": "false",
+            "backend": "onnxruntime",
+            "engine_path": "/exported",
+            "precision": "bf16",
         },
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from array import array
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ import zmq
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import Image
-from virst_msgs.msg import SegmentedObject, SegmentedObjectArray
-from virst_msgs.srv import ClearGoal, SetGoal
+from virst_msgs.msg import Point2D, SegmentedObject, SegmentedObjectArray
+from virst_msgs.srv import AddObjects, ClearGoal, RemoveObject, SetGoal
 
 from tests.fakes import FakeStages, Video, moving_square
 from tests.ros.ros_graph import wait_until
 from virst_engine.session import Session
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_ros.diagnostics import LoadedModel
-from virst_ros.loading import LoadedEngine
+from virst_ros.loading import LoadedEngine, add_prompted
 from virst_ros.segmenter_node import SegmenterNode
 
 pytestmark = pytest.mark.ros
@@ -39,7 +40,8 @@ def load_with_fake_stages(config):
     client = ZmqReasonerClient(config.reasoner.endpoint, heartbeat_s=0.1, silent_after_s=0.5)
     session = Session(config, FakeStages(), client)
     # No goal is refused beforehand: here the reasoner itself has to say what it cannot read.
-    return LoadedEngine(session, client, LoadedModel("fake", "", "FakeStages", "cpu"), lambda sentence: None)
+    model = LoadedModel("fake", "", "FakeStages", "cpu")
+    return LoadedEngine(session, client, model, lambda sentence: None, partial(add_prompted, session))
 
 
 class Live:
@@ -53,6 +55,7 @@ class Live:
         self.masks = graph.collect(Image, "/segmenter/mask")
         self._video = Video([moving_square()], period_s=0.05)
         self._numbers = itertools.count()
+        self.numbers = {}  # by stamp: which frame of the video it was
         self._publisher = graph.publisher(Image, "image", qos_profile_sensor_data)
         self._timer = graph.node.create_timer(0.05, self._film)
         self.node = graph.add(
@@ -75,6 +78,7 @@ class Live:
         message = Image(height=height, width=width, encoding="rgb8", step=width * 3)
         message.data = array("B", frame.image_rgb_u8.tobytes())
         message.header.stamp = self.graph.node.get_clock().now().to_msg()
+        self.numbers[message.header.stamp.sec, message.header.stamp.nanosec] = number
         self._publisher.publish(message)
 
     def stop(self):
@@ -330,3 +334,50 @@ class TestWeights:
                 wait_until(lambda says=says: diagnostics and says in reasoner_status().message, timeout_s=60.0)
                 process.terminate()
             del diagnostics[:]
+
+
+class TestPointing:
+    """add_objects and remove_object with the real session; nobody answers sentences here."""
+
+    def point(self, live, object_id="it", row=8, **changes):
+        """Point at the moving square of the frame of the newest mask; `row` is a row of pixels that it covers."""
+        stamp = live.masks[-1].header.stamp
+        x = 2 * (1 + live.numbers[stamp.sec, stamp.nanosec] % 10) + 4
+        request = AddObjects.Request(
+            point_object_ids=[object_id], point_coords=[Point2D(x=float(x), y=float(row))], **changes
+        )
+        request.request_header.stamp = stamp
+        return live.graph.call(AddObjects, "/segmenter/add_objects", request)
+
+    def test_what_was_pointed_at_in_an_earlier_frame_is_tracked(self, live):
+        answer = self.point(live, "mine")
+        assert answer.success, answer.message
+        assert list(answer.object_ids) == ["mine"]
+        found = live.wait_for_state(SegmentedObject.TRACKING)
+        assert (found.object_id, found.goal, found.instance_id) == ("mine", "", answer.object_indices[0])
+        live.assert_masks_go_on()
+
+    def test_pointing_again_keeps_the_identity(self, live):
+        first = self.point(live)
+        live.wait_for_state(SegmentedObject.TRACKING)
+        again = self.point(live)
+        assert again.success, again.message
+        assert list(again.object_indices) == list(first.object_indices)
+        live.wait_for_state(SegmentedObject.TRACKING)
+
+    def test_a_frame_that_is_gone_and_a_point_outside_are_told(self, live):
+        request = AddObjects.Request(point_object_ids=["a"], point_coords=[Point2D(x=5.0, y=5.0)])
+        request.request_header.stamp.sec = 1
+        answer = live.graph.call(AddObjects, "/segmenter/add_objects", request)
+        assert not answer.success
+        assert answer.message
+        assert "outside the image" in self.point(live, row=500).message
+        assert live.newest() is None
+
+    def test_removing_ends_it(self, live):
+        assert self.point(live).success
+        live.wait_for_state(SegmentedObject.TRACKING)
+        removed = live.graph.call(RemoveObject, "/segmenter/remove_object", RemoveObject.Request(object_id="it"))
+        assert removed.success
+        assert not removed.object_ids
+        wait_until(lambda: live.newest() is None)
