@@ -184,7 +184,8 @@ def flatness(ms: Sequence[float] | Float[np.ndarray, " frames"]) -> dict[str, An
     if times.size >= SETTLED_FRAMES + 2 * FLATNESS_FRAMES:
         begin, count = SETTLED_FRAMES, FLATNESS_FRAMES
     else:
-        begin = count = max(1, times.size // 10)
+        count = max(1, times.size // 10)
+        begin = min(count, times.size - 1)
     early, late = times[begin : begin + count], times[-count:]
     return {
         "early_ms": round(float(early.mean()), 3),

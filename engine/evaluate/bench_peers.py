@@ -44,6 +44,7 @@ from virst_engine.types import ClickPrompt
 
 PEERS = ("sam2", "transformers")
 BACKENDS = ("torch", "torch-compiled", "onnxruntime", "tensorrt")
+EXPORTED = ("onnxruntime", "tensorrt")  # run what `virst export` writes
 POOLED = " pooled"  # ends the name of one of ours with pooled memory keys
 WARM_UP_FRAMES = 17  # from here on all memories and object pointers are there, in every system
 SETTLED_FRAME = 500  # from here on memory is compared; sooner in a video that is too short
@@ -166,7 +167,7 @@ def export_ours(settings: PeerSettings, model: Sam2, exports: Path, on_step: Cal
     memory = OurTracker.memory_parameters()
     for name in settings.our_systems:
         backend, folder = name.removesuffix(POOLED), export_folder(exports, name)
-        if backend not in ("onnxruntime", "tensorrt"):
+        if backend not in EXPORTED:
             continue
         if not folder.exists():
             from virst_engine.export.onnx import export_stages
@@ -223,11 +224,13 @@ def run_peers(
         flop, speeds = {}, {}
         for objects in settings.objects:
             on_step(f"{objects} objects, {settings.frames} frames, {len(systems)} systems in turn")
-            for pooled, name in ((False, "torch"), (True, "torch" + POOLED)):
-                if not pooled or settings.pooled:
-                    counted = with_pooled_memory(model) if pooled else model
-                    stages = TorchStages(counted, precision=settings.precision)
-                    flop[name, objects] = flop_per_frame(stages, footage, objects, settings.model.device)
+            for name in ours:
+                flop[name, objects] = flop_per_frame(
+                    TorchStages(_counted(model, name, settings.precision), precision=settings.precision),
+                    footage,
+                    objects,
+                    settings.model.device,
+                )
             speeds[objects] = measure_speed(
                 systems, footage.prompts[:objects], settings.frames, device=settings.model.device
             )
@@ -263,6 +266,15 @@ def run_peers(
         "command": command_line(),
         "seconds": round(time.perf_counter() - started_s, 1),
     }
+
+
+def _counted(model: Sam2, name: str, precision: str) -> Sam2:
+    """The model whose operations are those that this system of ours does."""
+    counted = with_pooled_memory(model) if name.endswith(POOLED) else with_pooled_memory(model, 1)
+    if name.removesuffix(POOLED) in EXPORTED and precision == "fp32":
+        for layer in counted.memory_attention.layers:  # as `export_stages` does in float32
+            layer.cross_attn_image.projects_values_first = False
+    return counted
 
 
 @dataclass
@@ -516,7 +528,7 @@ def _row(
     }
     if name in PEERS or name.startswith("sam2"):
         return row
-    counted = flop["torch" + (POOLED if name.endswith(POOLED) else ""), objects]
+    counted = flop[name, objects]
     row["gflop"] = {stage: round(count / 1e9, 3) for stage, count in counted.items()}
     row["share_of_peak"] = {
         stage: round(count / 1e6 / float(np.median(by_stage[stage])) / peak, 3) for stage, count in counted.items()
