@@ -46,6 +46,7 @@ setup(
         "sim": ["mujoco"],
         "demo": ["imageio-ffmpeg"],
         "train": ["tensorboard"],
+        "plot": ["matplotlib"],
         "export": ["onnx", "onnxscript", "onnxruntime"],
         # TensorRT itself comes with the machine (a Jetson) or from NVIDIA's index; RTX compiles without a GPU, too.
         "tensorrt-rtx": ["tensorrt-rtx-cu13; sys_platform == 'linux' and platform_machine == 'x86_64'"],

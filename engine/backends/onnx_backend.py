@@ -51,16 +51,20 @@ class OnnxRuntimeStages(ExportedStages):
             ExportError: the folder is no export, or a file in it was changed.
             BackendError: no onnxruntime, none for this device, or it cannot run these stages.
         """
-        manifest = read_manifest(folder)
-        super().__init__(folder, manifest, torch.device(device), video_size=video_size)
-        runtime = load_onnxruntime()
-        wanted = tuple(providers) or ((CPU,) if self.device.type == "cpu" else (CUDA,))
+        manifest, runtime, where = read_manifest(folder), load_onnxruntime(), torch.device(device)
+        wanted = tuple(providers) or ((CPU,) if where.type == "cpu" else (CUDA,))
+        _check_providers(runtime, wanted)
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                "torch cannot use a GPU here, which onnxruntime-gpu shares with it; set model.device to cpu"
+            )
+        super().__init__(folder, manifest, where, video_size=video_size)
         if wanted == (CPU,) and manifest.precision == "bf16":
             raise BackendError(
                 "ONNX Runtime has no bfloat16 on CPUs; export the model with --precision fp32, or run it on a GPU"
             )
         if wanted == (CPU,) and manifest.precision == "fp16":
-            log.warning("%s computes in fp16, which CPUs emulate: fp32 is faster here", folder)
+            log.warning("%s computes in fp16, which ONNX Runtime does in float32 on CPUs; fp32 is faster here", folder)
         self._sessions = {
             stage: open_session(
                 runtime, stage_path(folder, manifest, stage), providers=wanted, device=self.device, threads=threads
@@ -167,14 +171,7 @@ def open_session(
     Raises:
         BackendError: a provider is missing or does not start, or no provider has kernels for an operator.
     """
-    available = runtime.get_available_providers()
-    missing = [name for name in providers if name not in available]
-    if missing:
-        package = "onnxruntime" if missing == [CPU] else "onnxruntime-gpu"
-        raise BackendError(
-            f"this onnxruntime has no {missing[0]}, only {', '.join(available)}; install {package}, "
-            "or choose another device"
-        )
+    _check_providers(runtime, providers)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; providers that do not start are found out below
@@ -201,6 +198,17 @@ def open_session(
             "its CUDA and cuDNN versions must be those of this onnxruntime"
         )
     return session
+
+
+def _check_providers(runtime: Any, providers: Sequence[str]) -> None:
+    available = runtime.get_available_providers()
+    missing = [name for name in providers if name not in available]
+    if missing:
+        package = "onnxruntime" if missing == [CPU] else "onnxruntime-gpu"
+        raise BackendError(
+            f"this onnxruntime has no {missing[0]}, only {', '.join(available)}; install {package}, "
+            "or choose another device"
+        )
 
 
 def _element_type(dtype: str) -> Any:

@@ -40,14 +40,14 @@ from virst_engine.backends.onnx_backend import load_onnxruntime
 from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BackendError, ExportError
 from virst_engine.export.onnx_graphs import (
-    ExportableFunctions,
     StageModule,
+    exportable,
     for_export,
     in_precision,
     stage_dtype,
     stage_module,
 )
-from virst_engine.export.onnx_parity import check_stage, random_inputs
+from virst_engine.export.onnx_parity import check_range, check_stage, random_inputs
 from virst_engine.model.sam2 import Sam2
 from virst_engine.weights import load_segmenter, weights_sha256
 
@@ -171,6 +171,8 @@ def export_stages(
             rounded = sam2 if dtype is torch.float32 else in_precision(sam2, dtype).float()
             reference = stage_module(rounded, stage, torch.float32, fusion_level)
             difference = check_stage(stage, file, specs[stage], reference, free_rows=is_free)
+            if dtype is torch.float16:
+                _check_range(stage, specs[stage], rounded, fusion_level)
             log.info("%s: %.1f MB, differs from torch by %.1e", stage, file.stat().st_size / 1e6, difference)
             specs[stage] = replace(specs[stage], sha256=file_sha256(file))
         save_file(
@@ -183,6 +185,11 @@ def export_stages(
         shutil.rmtree(partial, ignore_errors=True)
     on_step(steps, steps, "done")
     return replace(manifest, stages=specs)
+
+
+def _check_range(stage: str, spec: StageSpec, rounded: Sam2, fusion_level: int | None) -> None:
+    model = for_export(rounded, values="before", fusion_level=fusion_level)
+    check_range(stage, spec, exportable(stage_module(model, stage, torch.float32, fusion_level)))
 
 
 def _publish(partial: Path, folder: Path, manifest: Manifest) -> None:
@@ -259,10 +266,10 @@ def _write_graph(
 ) -> None:
     spec = manifest.stages[stage]
     baked = for_export(in_precision(sam2, dtype), values=manifest.values, fusion_level=fusion_level)
-    module = stage_module(baked, stage, dtype, fusion_level)
+    module = exportable(stage_module(baked, stage, dtype, fusion_level))
     axes = _free_axes(spec, free_rows=free_rows)
     try:
-        program = _exported(module, random_inputs(spec, 2, seed=0), axes, dtype)
+        program = _exported(module, random_inputs(spec, 2, seed=0), axes)
     except Exception as error:  # whatever the exporter of the version at hand raises
         reason = " ".join(str(error).split())[:300]
         raise ExportError(
@@ -288,15 +295,13 @@ def _write_graph(
     program.save(str(file), external_data=False)
 
 
-def _exported(
-    module: StageModule, inputs: dict[str, torch.Tensor], axes: dict[str, dict[int, str]], dtype: torch.dtype
-) -> Any:
+def _exported(module: StageModule, inputs: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Any:
     """torch's ONNX program of a stage, with constants folded."""
     from onnxscript import optimizer
 
     dims = {axis: torch.export.Dim(axis, min=1) for free in axes.values() for axis in free.values()}
     shapes = {name: {i: dims[axis] for i, axis in free.items()} for name, free in axes.items()}
-    with _quiet(), torch.no_grad(), ExportableFunctions(dtype):
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
             (),

@@ -8,6 +8,7 @@ all its versions, and opset 18 has no attention of its own.
 import copy
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -199,6 +200,19 @@ def _fold_high_res_convolutions(sam2: Sam2, fusion_level: int | None) -> None:
         folded.bias.data = (matrix @ first.bias.double() + second.bias.double()).to(first.bias.dtype)
         lateral.conv = folded.requires_grad_(False)
         setattr(decoder, name, nn.Identity())
+
+
+def exportable(module: StageModule) -> StageModule:
+    """Let a module run under ExportableFunctions whoever calls it; it is changed in place."""
+    forward = module.forward
+
+    @wraps(forward)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with ExportableFunctions(module.dtype):
+            return forward(*args, **kwargs)
+
+    module.forward = within
+    return module
 
 
 class ExportableFunctions(TorchFunctionMode):

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX Runtime answers as torch does, says why when it cannot, and keeps nothing."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from tests.engine.backends.test_exported import assert_same, features, memories
+from virst_engine.backends import onnx_backend
+from virst_engine.backends.manifest import file_sha256, read_manifest, write_manifest
+from virst_engine.backends.onnx_backend import CPU, CUDA, OnnxRuntimeStages, load_onnxruntime, open_session
+from virst_engine.backends.torch_backend import TorchStages
+from virst_engine.config import ModelParameters
+from virst_engine.errors import BackendError, ExportError
+from virst_engine.types import MemoryTensors, PromptTokens
+from virst_engine.weights import load_segmenter
+
+pytest.importorskip("onnxruntime")
+SLOTS, ROWS, TOKENS = 9, 18, 16
+
+
+@pytest.fixture
+def folder(exported: Callable[[str], Path]) -> Path:
+    return exported("fp32")
+
+
+@pytest.fixture
+def stages(folder: Path) -> OnnxRuntimeStages:
+    return OnnxRuntimeStages(folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def reference() -> TorchStages:
+    sam2, level = load_segmenter(ModelParameters())
+    return TorchStages(sam2, fusion_level=level)
+
+
+def assert_near(found: Any, wanted: Any) -> None:
+    """Both tensors, or both dataclasses of them."""
+    for name, tensor in vars(wanted).items() if hasattr(wanted, "__dataclass_fields__") else [("", wanted)]:
+        ours = getattr(found, name) if name else found
+        assert ours.shape == tensor.shape
+        assert torch.allclose(ours, tensor, atol=1e-4 * float(tensor.abs().max())), name
+
+
+def some_memories(reference: TorchStages, objects: int, slots: int = SLOTS, rows: int = ROWS) -> MemoryTensors:
+    """With at least one memory of each object, and slots that no object uses."""
+    memory = memories(reference, objects, slots, rows)
+    memory.spatial_valid[:, 0] = True
+    memory.spatial_valid[:, 2:4] = False
+    memory.pointer_valid[:, 5:6] = False
+    return memory
+
+
+@pytest.mark.parametrize("objects", [1, 3, 8])
+def test_all_stages_answer_as_torch(stages: OnnxRuntimeStages, reference: TorchStages, objects: int) -> None:
+    pixels = torch.randn(1, 3, 128, 128)
+    frame = reference.image_encoder(pixels)
+    assert_near(stages.image_encoder(pixels), frame)
+    memory = some_memories(reference, objects)
+    conditioned = reference.memory_attention(frame, memory)
+    assert_near(stages.memory_attention(frame, memory), conditioned)
+    tokens = PromptTokens(torch.randn(objects, 4, stages.sizes.channels))
+    for prompts in (None, tokens, replace(tokens, valid=torch.rand(objects, 4) > 0.3)):
+        prediction = reference.mask_decoder(frame, conditioned, prompts)
+        assert_near(stages.mask_decoder(frame, conditioned, prompts), prediction)
+    binarize = torch.rand(objects) > 0.5
+    blocks = replace(prediction, mask_logits=torch.where(prediction.mask_logits > 0, 7.0, -5.0))
+    assert_near(
+        stages.memory_encoder(frame, blocks, binarize).spatial,
+        reference.memory_encoder(frame, blocks, binarize).spatial,
+    )
+
+
+@pytest.mark.parametrize(("slots", "rows"), [(SLOTS, ROWS), (4, 6), (1, 1)])
+def test_empty_slots_change_nothing(stages: OnnxRuntimeStages, reference: TorchStages, slots: int, rows: int) -> None:
+    frame = features(reference)
+    memory = some_memories(reference, 2, slots, rows)
+    assert_near(stages.memory_attention(frame, memory), reference.memory_attention(frame, memory))
+
+
+def test_an_object_without_any_memory_spoils_no_other(stages: OnnxRuntimeStages, reference: TorchStages) -> None:
+    frame, memory = features(reference), some_memories(reference, 2)
+    for valid in (memory.spatial_valid, memory.pointer_valid):
+        valid[0] = False
+    found = stages.memory_attention(frame, memory)
+    assert torch.isfinite(found).all()
+    assert_near(found[1:], reference.memory_attention(frame, memory)[1:])
+    for valid in (memory.spatial_valid, memory.pointer_valid):
+        valid[:] = False
+    assert torch.isfinite(stages.memory_attention(frame, memory)).all()
+
+
+def test_what_no_object_has_is_left_out(stages: OnnxRuntimeStages, reference: TorchStages) -> None:
+    frame, memory = features(reference), some_memories(reference, 3)
+    memory.spatial_valid[:] = torch.tensor([True, False, False, True, False, False, False, False, False])
+    memory.pointer_valid[:] = False
+    session, seen = stages._sessions["memory_attention"], []
+    stages._sessions["memory_attention"] = SimpleNamespace(
+        run=lambda names, given: seen.append(given) or session.run(names, given)
+    )
+    stages.memory_attention(frame, memory)
+    (given,) = seen
+    assert given["spatial"].shape[1] == given["spatial_tpos"].shape[1] == 2
+    assert torch.equal(torch.from_numpy(given["spatial_tpos"]), memory.spatial_tpos[:, [0, 3]])
+    assert given["pointers"].shape[1] == 1
+    assert not given["pointer_valid"].any()
+
+
+def test_more_objects_than_fit_at_once_take_turns(
+    stages: OnnxRuntimeStages, reference: TorchStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame, memory = features(reference), some_memories(reference, 5)
+    together = stages.memory_attention(frame, memory)
+    per_object = stages._score_bytes({"spatial": memory.spatial, "pointers": memory.pointers})
+    assert per_object == 4 * 64 * (9 * 64 + 18 * 2)
+    session, counts = stages._sessions["memory_attention"], []
+    stages._sessions["memory_attention"] = SimpleNamespace(
+        run=lambda names, given: counts.append(len(given["spatial"])) or session.run(names, given)
+    )
+    monkeypatch.setattr(onnx_backend, "MOST_SCORE_BYTES", 2 * per_object)
+    assert_near(stages.memory_attention(frame, memory), together)
+    assert max(counts) < 5
+    assert sum(counts) == 5
+    counts.clear()
+    monkeypatch.setattr(onnx_backend, "MOST_SCORE_BYTES", 1)
+    assert_near(stages.memory_attention(frame, memory), together)
+    assert counts == [1] * 5
+
+
+def test_what_a_call_returns_outlives_the_next_one(stages: OnnxRuntimeStages, reference: TorchStages) -> None:
+    frame, memory = features(reference), some_memories(reference, 2)
+    conditioned = stages.memory_attention(frame, memory)
+    kept = conditioned.clone()
+    stages.memory_attention(features(reference), some_memories(reference, 2))
+    assert torch.equal(conditioned, kept)
+
+
+def test_each_object_may_have_a_frame_of_its_own(stages: OnnxRuntimeStages, reference: TorchStages) -> None:
+    frames, prompts = features(reference, 3), PromptTokens(torch.randn(3, 4, stages.sizes.channels))
+    wanted = reference.mask_decoder(frames, None, prompts)
+    assert_near(stages.mask_decoder(frames, None, prompts), wanted)
+    assert_near(stages.memory_encoder(frames, wanted).spatial, reference.memory_encoder(frames, wanted).spatial)
+
+
+def test_clicks_and_masks_answer_as_torch(stages: OnnxRuntimeStages, reference: TorchStages) -> None:
+    points, labels = torch.tensor([[[30.0, 40.0], [90.0, 20.0]]]), torch.tensor([[1, 0]])
+    tokens = stages.click_tokens(points, labels)
+    assert_same(tokens, reference.click_tokens(points, labels))
+    frame = features(reference)
+    assert_near(stages.mask_decoder(frame, None, tokens), reference.mask_decoder(frame, None, tokens))
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[:, :, 30:70, 50:90] = 1.0
+    assert_near(stages.mask_prediction(frame, mask), reference.mask_prediction(frame, mask))
+
+
+def test_what_was_not_exported_is_refused(stages: OnnxRuntimeStages, reference: TorchStages) -> None:
+    with pytest.raises(BackendError, match=r"exported for images of 128 x 128, got 96 x 96; set model\.image_size"):
+        stages.image_encoder(torch.zeros(1, 3, 96, 96))
+    frame = features(reference)
+    with pytest.raises(BackendError, match="exported for 9 memories, got 10"):
+        stages.memory_attention(frame, memories(reference, 1, SLOTS + 1, ROWS))
+    with pytest.raises(BackendError, match="exported for 18 object pointers, got 19"):
+        stages.memory_attention(frame, memories(reference, 1, SLOTS, ROWS + 1))
+    with pytest.raises(BackendError, match="exported for 16 prompt tokens, got 17"):
+        stages.mask_decoder(frame, None, PromptTokens(torch.zeros(1, TOKENS + 1, stages.sizes.channels)))
+    with pytest.raises(BackendError, match="called for 0 objects"):
+        stages.memory_attention(frame, memories(reference, 0, SLOTS, ROWS))
+
+
+def test_a_file_of_another_export_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "mask_decoder.onnx", folder / "memory_encoder.onnx")
+    with pytest.raises(ExportError, match=r"memory_encoder\.onnx is not the memory_encoder that was exported"):
+        OnnxRuntimeStages(folder)
+
+
+def test_a_file_that_is_no_onnx_is_refused(folder: Path) -> None:
+    manifest, file = read_manifest(folder), folder / "mask_decoder.onnx"
+    file.write_bytes(b"not a graph")
+    spec = replace(manifest.stages["mask_decoder"], sha256=file_sha256(file))
+    write_manifest(folder, replace(manifest, stages={**manifest.stages, "mask_decoder": spec}))
+    with pytest.raises(BackendError, match=r"cannot run .*mask_decoder\.onnx on CPUExecutionProvider"):
+        OnnxRuntimeStages(folder)
+
+
+def test_half_precision_on_a_cpu(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, precision="bf16"))
+    with pytest.raises(BackendError, match="no bfloat16 on CPUs; export the model with --precision fp32"):
+        OnnxRuntimeStages(folder)
+    write_manifest(folder, replace(manifest, precision="fp16"))
+    with caplog.at_level(logging.WARNING):
+        OnnxRuntimeStages(folder)
+    assert "fp32 is faster here" in caplog.text
+
+
+def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"package onnxruntime cannot be imported .* set engine\.backend to torch"):
+        OnnxRuntimeStages(folder)
+
+
+def test_a_provider_that_is_not_there_is_named(folder: Path) -> None:
+    if CUDA in load_onnxruntime().get_available_providers():
+        pytest.skip("this onnxruntime is for GPUs")
+    with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider, only .* install onnxruntime-gpu"):
+        OnnxRuntimeStages(folder, device="cuda:0")
+    with pytest.raises(BackendError, match="has no TensorrtExecutionProvider"):
+        OnnxRuntimeStages(folder, providers=("TensorrtExecutionProvider", CPU))
+
+
+class Pretender:
+    """An onnxruntime that offers CUDA and then quietly runs on the CPU, as the real one does with a wrong CUDA."""
+
+    def __init__(self) -> None:
+        self._real = load_onnxruntime()
+        self.SessionOptions = self._real.SessionOptions
+
+    def get_available_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+    def InferenceSession(self, model: object, options: object, providers: list[tuple[str, dict[str, Any]]]) -> Any:
+        assert providers[0][0] == CUDA
+        assert providers[-1][0] == CPU
+        return self._real.InferenceSession(model, options, providers=[CPU])
+
+
+def test_a_provider_that_does_not_start_is_not_passed_over(folder: Path) -> None:
+    with pytest.raises(BackendError, match=r"could not start CUDAExecutionProvider .* and would run on CPUExecution"):
+        open_session(Pretender(), folder / "mask_decoder.onnx", providers=(CUDA,), device=torch.device("cuda:1"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_answers_as_torch(folder: Path, reference: TorchStages) -> None:
+    if CUDA not in load_onnxruntime().get_available_providers():
+        pytest.skip("this onnxruntime is not for GPUs")
+    stages = OnnxRuntimeStages(folder, device="cuda:0")
+    pixels = torch.randn(1, 3, 128, 128)
+    frame, memory = reference.image_encoder(pixels), some_memories(reference, 3)
+    found = stages.image_encoder(pixels.cuda())
+    assert torch.allclose(found.top.cpu(), frame.top, atol=2e-2 * float(frame.top.abs().max()))  # TF32
+    conditioned = stages.memory_attention(found, MemoryTensors(**{k: v.cuda() for k, v in vars(memory).items()}))
+    wanted = reference.memory_attention(frame, memory)
+    assert torch.allclose(conditioned.cpu(), wanted, atol=2e-2 * float(wanted.abs().max()))
+
+
+@pytest.mark.slow
+def test_nothing_grows_over_a_thousand_frames(folder: Path) -> None:
+    """In a process of its own, where no shapes are checked: those checks keep some memory."""
+    command, root = [sys.executable, __file__, str(folder)], str(Path(__file__).parents[3])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    settled, last = json.loads(run.stdout)
+    assert last < 1.01 * settled + 1.0
+
+
+def frames(folder: Path) -> Iterator[float]:
+    """Resident MiB after each frame; objects come, go and lack memories."""
+    stages = OnnxRuntimeStages(folder, threads=1)
+    size, s = 128, stages.sizes
+    for number in range(1200):
+        objects = 1 + number % 5
+        frame = stages.image_encoder(torch.randn(1, 3, size, size))
+        memory = memories(stages, objects, SLOTS, ROWS)
+        prompts = None if number % 7 else PromptTokens(torch.randn(objects, 1 + number % TOKENS, s.channels))
+        prediction = stages.mask_decoder(frame, stages.memory_attention(frame, memory), prompts)
+        stages.memory_encoder(frame, prediction)
+        yield psutil.Process().memory_info().rss / 2**20
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    resident = list(frames(Path(sys.argv[1])))
+    print(json.dumps([max(resident[150:200]), max(resident[-50:])]))
