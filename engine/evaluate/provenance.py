@@ -8,7 +8,17 @@ import shlex
 import sys
 from pathlib import Path
 
-PACKAGES = ("virst_ros", "torch", "transformers", "sam2", "mujoco", "numpy", "opencv-python-headless")
+PACKAGES = (
+    "virst_ros",
+    "torch",
+    "onnxruntime",
+    "tensorrt",
+    "transformers",
+    "sam2",
+    "mujoco",
+    "numpy",
+    "opencv-python-headless",
+)
 
 
 def command_line() -> str:
