@@ -1,149 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public entry point: frames and sentences in, masks out. Joins the fast path (every frame) and the slow one."""
+"""The public entry point: frames and sentences in, masks out, for one camera or several that share the models."""
 
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-import numpy as np
 import torch
 
 from virst_engine.backends.base import Stages
+from virst_engine.camera_stream import CameraStream
 from virst_engine.config import EngineConfig
-from virst_engine.errors import BadFrame, BadPrompt, UnknownGoal, VirstError
+from virst_engine.errors import BadFrame, BadGoal, BadPrompt, UnknownGoal, VirstError
 from virst_engine.fast.object_registry import ObjectRegistry
-from virst_engine.fast.postprocess import empty_mask, mask_at_size
-from virst_engine.fast.preprocess import check_image, resize_image
-from virst_engine.fast.prompts import check_prompt
-from virst_engine.fast.tracker import DecodedAnchors, Sighting, TrackedFrame, Tracker
-from virst_engine.slow.anchors import (
-    Action,
-    AnchorEvidence,
-    Claim,
-    Decision,
-    Dispute,
-    Situation,
-    anchor_count,
-    anchor_steps,
-    decide,
-    nearest_prompt,
-    select_anchors,
-)
-from virst_engine.slow.frame_window import FrameWindow
-from virst_engine.slow.goals import GoalBook, OpenRequest
+from virst_engine.fast.preprocess import check_image
+from virst_engine.fast.tracker import step_together
+from virst_engine.slow.goals import GoalBook
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.timing import StageTimer
-from virst_engine.types import (
-    ClickPrompt,
-    Frame,
-    FrameResult,
-    Goal,
-    MaskPrompt,
-    ObjectResult,
-    ObjectState,
-    Prompt,
-)
+from virst_engine.types import ClickPrompt, Frame, FrameResult, Goal, MaskPrompt, ObjectState
 
 logger = logging.getLogger(__name__)
 
-TOO_LATE = (
-    "the reasoner answered too late: what came after its frames is gone, so the answer was not used; raise "
-    "memory.ring_steps"
-)
-WEAK_ANCHOR_SCORE = 0.5  # factor on the score of an object known only by an anchor that could not be replayed
-
-
-@dataclass
-class _Track:
-    """What the fast path knows of one goal's object."""
-
-    goal: Goal
-    slot: int
-    state: ObjectState = ObjectState.SEARCHING
-    absent_steps: int = 0
-    is_doubted: bool = False  # nothing is tracked, and the newest answer was not sure enough to begin with it
-    is_settled: bool = False  # by an answer that saw a full window
-    is_weak: bool = False  # known only by an anchor whose frame was evicted
-    dispute: Dispute = field(default_factory=Dispute)
-    claim: Claim | None = None  # what the newest answer of the dispute points at, unless that is absence
-    seen_dispute: Dispute = field(default_factory=Dispute)  # both as they were when it was lost
-    seen_claim: Claim | None = None
-    pinned_steps: list[int] = field(default_factory=list)  # of the newest request
-    newest_anchor_ns: int | None = None
-    replay_anchor_ns: int | None = None  # becomes the newest anchor when the replay is through
-    replay_is_settled: bool = False
-    latency_s: float = float("nan")
-    problem: str = ""  # what was wrong with the newest answer
-
-
-@dataclass(frozen=True)
-class _Prompted:
-    goal_id: str
-    step: int
-    prompt: ClickPrompt | MaskPrompt
-
-
-@dataclass(frozen=True)
-class _Command:
-    """Left by any thread, carried out at the start of the next frame by the thread that owns the models."""
-
-    add: _Track | None = None
-    remove: _Track | None = None
-    prompt: _Prompted | None = None
-    reset: bool = False
-    config: EngineConfig | None = None
+ANY_CAMERA = ""
+# Of several cameras, what is told of a goal: where it is seen; else the best that one of them knows.
+BEST_FIRST = (ObjectState.TRACKING, ObjectState.LOST, ObjectState.SEARCHING, ObjectState.NOT_FOUND)
 
 
 class Session:
-    """Segments what sentences mean in the stream of one camera.
+    """Segments what sentences mean in the streams of one or several cameras.
 
-    One thread owns the models and calls `step`; everything else may be called from any thread and takes effect with the
-    next frame. Answers of the reasoner are taken within `step`, which never waits for them.
+    One thread owns the models and calls `step` or `step_together`; everything else may be called from any thread and
+    takes effect with the next frame. Answers of the reasoner are taken within a step, which never waits for them.
+
+    Several cameras share the models, the goals and the ids: an object of all cameras has the same ids in each. What is
+    remembered and what is seen are each camera's own.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         stages: Stages,
-        reasoner: ReasonerClient,
+        reasoner: ReasonerClient | Mapping[str, ReasonerClient],
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        """The session closes the reasoner's client. `device` is where the stages are; default: config.model.device."""
-        self._config, self._reasoner = config, reasoner
-        self._device = torch.device(config.model.device if device is None else device)
-        self._sizes = stages.sizes
-        self._has_reasoner = not isinstance(reasoner, NoReasoner)
-        self._ring_steps = config.memory.ring_steps
-        self._tracker = Tracker(
-            stages,
-            config.memory,
-            config.tracking,
-            device=self._device,
-            pins=2 * anchor_count(config.reasoner.clip_frames) if self._has_reasoner else 1,
-        )
-        self._window = FrameWindow(config.reasoner.clip_frames, config.reasoner.clip_spacing_s)
-        self._tracks: dict[str, _Track] = {}  # by goal id; the step thread's own
-        self._camera: str | None = None
-        self._newest_ns: int | None = None
-        self._trouble = ""  # the reasoner's status
-        self._is_closed = False
+        """The session closes the reasoner's clients.
 
+        Args:
+            reasoner: a client; the session then sees one camera, that of its first frame. For several cameras: a client
+                of its own for each of them, by the camera's name.
+            device: where the stages are; default: config.model.device.
+        """
+        clients = reasoner if isinstance(reasoner, Mapping) else {ANY_CAMERA: reasoner}
+        if not clients:
+            raise ValueError("a session needs at least one camera")
+        self._device = torch.device(config.model.device if device is None else device)
+        self._is_closed = False
         self._lock = threading.Lock()  # guards what follows; never held while a model runs
-        self._newest_config = config
-        self._book = GoalBook(config.goal, config.reasoner, config.tracking.max_objects)
+        self._config = config
+        self._book = GoalBook(config.goal, config.tracking.max_objects)
         self._registry = ObjectRegistry(config.tracking.max_objects)
-        self._commands: list[_Command] = []
-        self._pending: dict[str, _Track] = {}  # every goal that is set, the newest included
-        self._states: dict[str, ObjectState] = {}
-        self._cached: dict[int, tuple[int, tuple[int, int]]] = {}  # stamp -> step, height and width; oldest first
+        self._streams = {
+            camera: CameraStream(config, stages, client, self._lock, device=self._device, camera=camera)
+            for camera, client in clients.items()
+        }
 
     @classmethod
-    def open(cls, config: EngineConfig | None = None, reasoner: ReasonerClient | None = None) -> "Session":
+    def open(
+        cls,
+        config: EngineConfig | None = None,
+        reasoner: ReasonerClient | None = None,
+        *,
+        cameras: Sequence[str] = (),
+    ) -> "Session":
         """A session with the weights and the reasoner that the configuration names.
+
+        Args:
+            reasoner: a client to use in place of the configuration's; for one camera only.
+            cameras: their names, when there are several; a session without names sees one.
 
         Raises:
             WeightsError: the weights are missing, damaged or made for another model.
@@ -154,40 +90,48 @@ class Session:
         from virst_engine.weights import is_sam2, load_stages, weights_identity
 
         config = EngineConfig() if config is None else config
+        if reasoner is not None and cameras:
+            raise ValueError("one client serves one camera: leave out `reasoner`, or give a Session one for each")
         stages = load_stages(config.model, config.engine, config.memory)
-        if reasoner is None and is_sam2(config.model):
-            reasoner = NoReasoner()
-        if reasoner is None:
+        if reasoner is not None:
+            return cls(config, stages, reasoner)
+
+        def client() -> ReasonerClient:
+            if is_sam2(config.model):
+                return NoReasoner()
             from virst_engine.slow.zmq_client import ZmqReasonerClient
 
-            reasoner = ZmqReasonerClient(
+            return ZmqReasonerClient(
                 config.reasoner.endpoint,
                 curve_keys=config.reasoner.curve_keys,
                 model=weights_identity(config.model),
             )
-        return cls(config, stages, reasoner)
+
+        return cls(config, stages, {camera: client() for camera in cameras or (ANY_CAMERA,)})
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Those that have names; none when the session sees a single one, whatever it is called."""
+        return tuple(camera for camera in self._streams if camera != ANY_CAMERA)
 
     def set_goal(
         self, sentence: str, *, goal_id: str = "", object_id: str = "", camera: str = "", replace: bool = False
     ) -> Goal:
         """Start looking for what the sentence means; returns at once. Empty ids are filled in.
 
-        With `replace`, every other goal is cleared first.
+        With `replace`, every other goal is cleared first. `camera`: the only one to look at; empty: all of them.
 
         Raises:
             BadGoal: it cannot be set; nothing has changed.
         """
         with self._lock:
+            if self.cameras and camera and camera not in self.cameras:
+                raise BadGoal(f"there is no camera {camera[:40]!r}; there are: {', '.join(self.cameras)}")
             goal = self._book.prepare(sentence, goal_id=goal_id, object_id=object_id, camera=camera, replace=replace)
             if replace:
                 for old in self._book.goals():
                     self._clear(old.goal_id)
-            assignment = self._registry.assign(goal.object_id)
-            goal = dataclasses.replace(goal, instance_id=assignment.instance_id)
-            self._book.put(goal)
-            track = _Track(goal, assignment.slot)
-            self._pending[goal.goal_id] = track
-            self._commands.append(_Command(add=track))
+            goal = self._follow(goal)
         logger.info("goal %s: %s", goal.goal_id, goal.sentence)
         return goal
 
@@ -196,6 +140,7 @@ class Session:
         prompt: ClickPrompt | MaskPrompt,
         *,
         stamp_ns: int | None = None,
+        camera: str = "",
         goal_id: str = "",
         object_id: str = "",
     ) -> Goal:
@@ -205,36 +150,40 @@ class Session:
 
         Args:
             stamp_ns: the frame that the prompt belongs to; None: the newest one. It has to be cached still.
+            camera: the camera of that frame; may be empty when there is only one. The object is tracked there only.
 
         Raises:
             BadPrompt: there is no such frame (any more), or the prompt does not fit its image; nothing has changed.
             BadGoal: an id is in use, or all objects are; nothing has changed.
         """
         with self._lock:
-            step = self._check_prompt(prompt, stamp_ns)
-            goal = self._book.prepare("", goal_id=goal_id, object_id=object_id, is_pointed_out=True)
-            assignment = self._registry.assign(goal.object_id)
-            goal = dataclasses.replace(goal, instance_id=assignment.instance_id)
-            self._book.put(goal)
-            track = _Track(goal, assignment.slot)
-            self._pending[goal.goal_id] = track
-            self._commands += [_Command(add=track), _Command(prompt=_Prompted(goal.goal_id, step, prompt))]
+            stream = self._prompted_stream(camera)
+            step = stream.check_prompt(prompt, stamp_ns)
+            goal = self._book.prepare(
+                "", goal_id=goal_id, object_id=object_id, camera=camera if self.cameras else "", is_pointed_out=True
+            )
+            goal = self._follow(goal)
+            stream.prompt(goal.goal_id, step, prompt)
         logger.info("goal %s: pointed out", goal.goal_id)
         return goal
 
-    def prompt_object(self, object_id: str, prompt: ClickPrompt | MaskPrompt, *, stamp_ns: int | None = None) -> Goal:
+    def prompt_object(
+        self, object_id: str, prompt: ClickPrompt | MaskPrompt, *, stamp_ns: int | None = None, camera: str = ""
+    ) -> Goal:
         """Show an object that is set already (by a sentence or a prompt) once more; its identity stays.
 
-        The prompt becomes an anchor, and settles the object: the reasoner overrules it only as it would its own answer
-        to a full window. Arguments and errors as of `add_object`; UnknownGoal when no goal has this object.
+        The prompt becomes an anchor, and settles the object in that camera: the reasoner overrules it only as it would
+        its own answer to a full window. Arguments and errors as of `add_object`; UnknownGoal when no goal has this
+        object there.
         """
         with self._lock:
-            goal = next((goal for goal in self._book.goals() if goal.object_id == object_id), None)
+            stream = self._prompted_stream(camera)
+            there = [goal for goal in self._book.goals() if stream.follows(goal.goal_id)]
+            goal = next((goal for goal in there if goal.object_id == object_id), None)
             if goal is None:
-                known = ", ".join(repr(goal.object_id) for goal in self._book.goals()) or "none"
+                known = ", ".join(repr(goal.object_id) for goal in there) or "none"
                 raise UnknownGoal(f"there is no object {object_id[:128]!r} to prompt; objects that are set: {known}")
-            step = self._check_prompt(prompt, stamp_ns)
-            self._commands.append(_Command(prompt=_Prompted(goal.goal_id, step, prompt)))
+            stream.prompt(goal.goal_id, stream.check_prompt(prompt, stamp_ns), prompt)
         return goal
 
     def clear_goal(self, goal_id: str) -> Goal:
@@ -247,20 +196,33 @@ class Session:
         with self._lock:
             return self._book.goals()
 
-    def goal_states(self) -> dict[str, ObjectState]:
-        """Goal id -> its object's state in the newest frame; SEARCHING for a goal that no frame has met yet."""
-        with self._lock:
-            return {goal.goal_id: self._states.get(goal.goal_id, ObjectState.SEARCHING) for goal in self._book.goals()}
+    def goal_states(self, camera: str = "") -> dict[str, ObjectState]:
+        """Goal id -> its object's state in the newest frame; SEARCHING for a goal that no frame has met yet.
 
-    def reset(self) -> None:
-        """Forget all that was seen; goals stay and are asked about anew. Answers on their way are dropped.
-
-        What was pointed out stays as a goal, too, but has to be pointed out again: `prompt_object`.
+        With several cameras, the best that one of them knows, or what that `camera` does.
         """
         with self._lock:
-            self._book.new_epoch()
-            self._cached.clear()
-            self._commands.append(_Command(reset=True))
+            states = {}
+            for goal in self._book.goals():
+                known = {
+                    stream.state(goal.goal_id)
+                    for name, stream in self._streams.items()
+                    if stream.follows(goal.goal_id) and camera in ("", name)
+                }
+                if known:
+                    states[goal.goal_id] = min(known, key=BEST_FIRST.index)
+            return states
+
+    def reset(self, camera: str = "") -> None:
+        """Forget all that was seen, by that camera or by all; goals stay and are asked about anew.
+
+        Answers on their way are dropped. What was pointed out stays as a goal, too, but has to be pointed out again:
+        `prompt_object`.
+        """
+        with self._lock:
+            for name, stream in self._streams.items():
+                if camera in ("", name):
+                    stream.reset()
 
     def reconfigure(self, config: EngineConfig) -> None:
         """Use other parameters from the next frame on.
@@ -270,18 +232,20 @@ class Session:
         """
         with self._lock:
             for group in dataclasses.fields(config):
-                old, new = getattr(self._newest_config, group.name), getattr(config, group.name)
+                old, new = getattr(self._config, group.name), getattr(config, group.name)
                 for f in dataclasses.fields(new):
                     if getattr(old, f.name) != getattr(new, f.name) and not f.metadata.get("live"):
                         raise ValueError(f"{group.name}.{f.name} cannot change while the session runs; open a new one")
-            self._newest_config = config
-            self._commands.append(_Command(config=config))
+            self._config = config
+            for stream in self._streams.values():
+                stream.reconfigure(config)
 
     def close(self) -> None:
-        """Give back the reasoner's connection. May be called twice."""
+        """Give back the reasoner's connections. May be called twice."""
         if not self._is_closed:
             self._is_closed = True
-            self._reasoner.close()
+            for stream in self._streams.values():
+                stream.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -291,389 +255,79 @@ class Session:
     ) -> None:
         self.close()
 
-    @torch.inference_mode()
     def step(self, frame: Frame) -> FrameResult:
-        """Segment one new frame. A stamp older than the last one's (a bag that starts again) resets the session first.
+        """Segment one new frame. A stamp older than the camera's last one (a bag that starts again) resets it first.
 
         Raises:
             BadFrame: the image cannot be used, or comes from another camera; nothing has changed.
         """
-        self._check(frame)
-        if self._newest_ns is not None and frame.stamp_ns < self._newest_ns:
-            logger.warning("the clock went back by %.3f s: starting over", (self._newest_ns - frame.stamp_ns) / 1e9)
-            self.reset()
-        self._carry_out_commands()
-        self._camera, self._newest_ns = frame.camera, frame.stamp_ns
+        return self.step_together([frame])[0]
 
+    @torch.inference_mode()
+    def step_together(self, frames: Sequence[Frame]) -> list[FrameResult]:
+        """`step` for the new frames of several cameras, at most one of each, with one call of each stage.
+
+        The times per stage in each result are those of all frames together. Raises BadFrame as `step` does, for the
+        first one that cannot be used: `check_frame` tells before.
+        """
+        for frame in frames:
+            self.check_frame(frame)
+        streams = [self._stream(frame.camera) for frame in frames]
+        if len(set(map(id, streams))) < len(streams):
+            raise BadFrame("two frames of one camera in one step; hand them over one after the other")
+        for stream, frame in zip(streams, frames, strict=True):
+            stream.begin(frame)
         timer = StageTimer(self._device)
-        tracked = self._tracker.step(frame, timer)
-        with timer.stage("window"):
-            if self._has_reasoner:
-                self._remember_for_reasoner(frame, tracked)
-        for track in self._tracks.values():
-            self._note_sighting(track)
-        with timer.stage("anchors"):
-            self._listen(frame)
-            if self._has_reasoner:
-                self._ask(frame)
-                self._listen(frame)  # a reasoner in this process has answered already
-        with timer.stage("replay"):
-            for slot in self._tracker.catch_up():
-                self._note_takeover(slot)
-        with timer.stage("postprocess"):
-            height, width = frame.image_rgb_u8.shape[:2]
-            objects = tuple(
-                self._result(track, frame.stamp_ns, height, width)
-                for track in self._tracks.values()
-                if track.goal.camera in ("", frame.camera)
-            )
-        with self._lock:
-            self._states = {goal_id: track.state for goal_id, track in self._tracks.items()}
-            if not any(command.reset for command in self._commands):
-                self._cached.pop(frame.stamp_ns, None)
-                self._cached[frame.stamp_ns] = (tracked.step, (height, width))
-            gone = tracked.step - self._ring_steps
-            for stamp_ns in [stamp_ns for stamp_ns, (step, _) in self._cached.items() if step <= gone]:
-                del self._cached[stamp_ns]
-        return FrameResult(frame.stamp_ns, tracked.step, frame.camera, objects, timer.ms())
+        tracked = step_together([stream.tracker for stream in streams], frames, timer)
+        objects = [
+            stream.finish(frame, seen, timer) for stream, frame, seen in zip(streams, frames, tracked, strict=True)
+        ]
+        timings_ms = timer.ms()
+        return [
+            FrameResult(frame.stamp_ns, seen.step, frame.camera, found, timings_ms)
+            for frame, seen, found in zip(frames, tracked, objects, strict=True)
+        ]
 
-    def _check(self, frame: Frame) -> None:
+    def check_frame(self, frame: Frame) -> None:
+        """Whether a step takes this frame. Raises BadFrame."""
         if self._is_closed:
             raise VirstError("the session is closed; open a new one")
         check_image(frame.image_rgb_u8)
-        if self._camera is not None and frame.camera != self._camera:
+        seen = self._stream(frame.camera).camera
+        if seen not in ("", frame.camera):
             raise BadFrame(
-                f"this session sees camera {self._camera!r}, got a frame of {frame.camera!r}; open a session per camera"
+                f"this session sees camera {seen!r}, got a frame of {frame.camera!r}; name all cameras when you open it"
             )
 
-    def _clear(self, goal_id: str) -> Goal:
-        goal = self._book.clear(goal_id)
-        self._registry.release(goal.object_id)
-        self._commands.append(_Command(remove=self._pending.pop(goal_id)))
+    def _stream(self, camera: str) -> CameraStream:
+        stream = self._streams.get(camera) or self._streams.get(ANY_CAMERA)
+        if stream is None:
+            raise BadFrame(f"this session sees cameras {', '.join(self.cameras)}, got a frame of {camera[:40]!r}")
+        return stream
+
+    def _prompted_stream(self, camera: str) -> CameraStream:
+        """Under the lock. Raises BadPrompt."""
+        if camera and self.cameras and camera not in self.cameras:
+            raise BadPrompt(f"there is no camera {camera[:40]!r}; there are: {', '.join(self.cameras)}")
+        if not camera and len(self._streams) > 1:
+            raise BadPrompt(f"say in which camera's image it is; there are: {', '.join(self.cameras)}")
+        return self._stream(camera) if self.cameras and camera else next(iter(self._streams.values()))
+
+    def _follow(self, goal: Goal) -> Goal:
+        """Give the goal ids of an object, and set it in its cameras. Under the lock."""
+        assignment = self._registry.assign(goal.object_id)
+        goal = dataclasses.replace(goal, instance_id=assignment.instance_id)
+        self._book.put(goal)
+        for camera, stream in self._streams.items():
+            if not self.cameras or goal.camera in ("", camera):
+                stream.follow(goal, assignment.slot)
         return goal
 
-    def _check_prompt(self, prompt: ClickPrompt | MaskPrompt, stamp_ns: int | None) -> int:
-        """The step of the prompt's frame. Raises BadPrompt."""
-        if not self._cached:
-            raise BadPrompt("no frame has been seen yet; prompt again when one has")
-        newest_ns, oldest_ns = next(reversed(self._cached)), next(iter(self._cached))
-        found = self._cached.get(newest_ns if stamp_ns is None else stamp_ns)
-        if found is None:
-            raise BadPrompt(
-                f"the frame with stamp {stamp_ns} ns is not cached; those from {oldest_ns} to {newest_ns} ns are: "
-                "prompt one of them, or raise memory.ring_steps"
-            )
-        step, image_size = found
-        check_prompt(prompt, image_size, self._sizes.prompt_tokens)
-        return step
-
-    def _apply_prompt(self, track: _Track, prompted: _Prompted) -> None:
-        stamp_ns = self._tracker.ring.stamp_ns(prompted.step)
-        try:
-            sighting = self._tracker.prompt(track.slot, prompted.step, prompted.prompt)
-        except VirstError as error:  # its frame was evicted, or the session was reset, since it was accepted
-            track.problem = str(error)
-            return
-        if not sighting.is_present and isinstance(prompted.prompt, ClickPrompt):
-            track.problem = "nothing was found where it was pointed out; point at its middle, or give a box"
-            return
-        with self._lock:
-            self._book.drop_requests(track.goal.goal_id, self._newest_ns or 0)
-        self._reasoner.cancel(track.goal.goal_id)
-        track.problem, track.dispute, track.claim = "", Dispute(), None
-        if self._tracker.is_replaying(track.slot):
-            track.replay_anchor_ns, track.replay_is_settled = stamp_ns, True
-        else:
-            track.newest_anchor_ns, track.is_settled, track.is_weak = stamp_ns, True, False
-            track.state = ObjectState.TRACKING if sighting.is_present else ObjectState.LOST
-            track.absent_steps = 0
-
-    def _carry_out_commands(self) -> None:
-        with self._lock:
-            commands, self._commands = self._commands, []
-        for command in commands:
-            if command.remove is not None:
-                goal_id = command.remove.goal.goal_id
-                self._tracks.pop(goal_id, None)
-                self._tracker.forget(command.remove.slot)
-                self._reasoner.cancel(goal_id)
-            if command.add is not None:
-                self._tracks[command.add.goal.goal_id] = command.add
-            if command.prompt is not None and command.prompt.goal_id in self._tracks:
-                self._apply_prompt(self._tracks[command.prompt.goal_id], command.prompt)
-            if command.config is not None:
-                self._config = command.config
-                self._tracker.reconfigure(self._config.memory, self._config.tracking)
-                with self._lock:
-                    self._book.reconfigure(self._config.reasoner)
-            if command.reset:
-                self._tracker.restart()
-                self._window.clear()
-                with self._lock:
-                    self._cached.clear()
-                self._tracks = {goal_id: _Track(track.goal, track.slot) for goal_id, track in self._tracks.items()}
-                with self._lock:
-                    self._book.new_epoch()  # once more: since `reset` this thread may have asked about an old clip
-                for goal_id in self._tracks:
-                    self._reasoner.cancel(goal_id)
-
-    def _remember_for_reasoner(self, frame: Frame, tracked: TrackedFrame) -> None:
-        if len(self._window) == 0:
-            self._window.clear(frame.camera)
-        small_rgb_u8 = tracked.square_rgb_u8
-        if self._sizes.video_size != self._sizes.image_size:
-            small_rgb_u8 = resize_image(frame.image_rgb_u8, self._sizes.video_size)
-        fusion = tracked.features.fusion[0].to(torch.float16).cpu().numpy()
-        self._window.push(tracked.step, frame.stamp_ns, small_rgb_u8, fusion)
-
-    def _note_sighting(self, track: _Track) -> None:
-        """TRACKING while the object is seen, LOST once it has not been for a few frames; memory finds it again."""
-        sighting = self._tracker.sighting(track.slot)
-        if sighting is None:
-            return
-        if sighting.is_present:
-            if track.state is ObjectState.LOST:  # its memory found it: what was said against it meanwhile is void
-                track.dispute, track.claim = track.seen_dispute, track.seen_claim
-            track.state, track.absent_steps = ObjectState.TRACKING, 0
-            return
-        track.absent_steps += 1
-        if track.state is not ObjectState.LOST and track.absent_steps >= self._config.tracking.lost_after_steps:
-            track.state = ObjectState.LOST
-            track.seen_dispute, track.seen_claim = track.dispute, track.claim
-
-    def _note_takeover(self, slot: int) -> None:
-        track = next(track for track in self._tracks.values() if track.slot == slot)
-        sighting = self._tracker.sighting(slot)
-        is_present = sighting is not None and sighting.is_present
-        track.state = ObjectState.TRACKING if is_present else ObjectState.LOST
-        track.absent_steps = 0 if is_present else self._config.tracking.lost_after_steps
-        track.newest_anchor_ns, track.is_settled = track.replay_anchor_ns, track.replay_is_settled
-        track.is_weak, track.dispute, track.claim = False, Dispute(), None
-        track.seen_dispute, track.seen_claim = Dispute(), None
-
-    def _ask(self, frame: Frame) -> None:
-        """Hand the reasoner the newest clip for every goal that is due."""
-        was_in_trouble = bool(self._trouble)
-        self._trouble = self._reasoner.status()
-        recovered = was_in_trouble and not self._trouble
-        requests = []
-        with self._lock:
-            for goal in self._book.give_up(frame.stamp_ns, everything=recovered):
-                if not recovered and goal.goal_id in self._tracks:
-                    self._tracks[
-                        goal.goal_id
-                    ].problem = f"no answer of the reasoner for {self._config.reasoner.ttl_s:g} s, asked again"
-            if self._trouble:  # nobody listens: goals stay due and get the newest clip when somebody does
-                return
-            due = [track for track in self._tracks.values() if self._is_due(track, frame)]
-            if due:
-                clip = self._window.clip()
-                is_full = self._window.is_full(clip)
-                requests = [
-                    (track, self._book.open_request(track.goal.goal_id, clip, is_full_window=is_full)) for track in due
-                ]
-        for track, request in requests:
-            # With those of the request before: one that was given up may still be answered.
-            before, track.pinned_steps = track.pinned_steps, anchor_steps(request.clip.steps.tolist())
-            self._tracker.pin(track.slot, sorted({*before, *track.pinned_steps}))
-            try:
-                self._reasoner.submit(request)
-            except VirstError as error:  # the stream goes on; the request is given up when its time is over
-                track.problem = str(error)
-
-    def _is_due(self, track: _Track, frame: Frame) -> bool:
-        # A goal that was cleared or set anew by another thread has a new track from the next frame on.
-        if not self._is_same_goal(track):
-            return False
-        if not track.goal.sentence:  # the user pointed it out: the reasoner knows nothing of it
-            return False
-        if track.goal.camera not in ("", frame.camera) or self._tracker.is_replaying(track.slot):
-            return False
-        # Hidden, but settled: memory finds it again, and clips that share most frames are not several witnesses.
-        is_safe = (track.state is ObjectState.TRACKING and self._is_confident(track)) or (
-            track.state is ObjectState.LOST and track.is_settled
-        )
-        return self._book.is_due(track.goal.goal_id, frame.stamp_ns, is_tracked=is_safe)
-
-    def _is_same_goal(self, track: _Track) -> bool:
-        pending = self._pending.get(track.goal.goal_id)
-        return pending is not None and pending.goal == track.goal
-
-    def _is_confident(self, track: _Track) -> bool:
-        sighting = self._tracker.sighting(track.slot)
-        return sighting is not None and sighting.is_remembered and not track.is_weak
-
-    def _listen(self, frame: Frame) -> None:
-        for answer in self._reasoner.poll():
-            with self._lock:
-                request = self._book.take_answer(answer)
-                track = self._tracks.get(answer.goal_id)
-                is_current = track is not None and self._is_same_goal(track)
-            if request is None or track is None or not is_current:
-                logger.debug("goal %s: dropped an answer that nobody waits for", answer.goal_id)
-                continue
-            track.latency_s = (frame.stamp_ns - request.asked_ns) / 1e9
-            track.problem = answer.error or self._what_is_wrong(answer.prompts)
-            if not track.problem:
-                self._apply(track, answer.prompts, request)
-
-    def _what_is_wrong(self, prompts: tuple[Prompt, ...]) -> str:
-        if not prompts:
-            return "the reasoner's answer has no prompts; restart it with this version"
-        shapes = {prompt.embeddings.shape for prompt in prompts}
-        if len(shapes) > 1 or next(iter(shapes))[1] != self._sizes.channels:
-            return (
-                f"the reasoner's prompts have shapes {sorted(shapes)}, this model needs n x {self._sizes.channels}; "
-                "start it with the same model"
-            )
-        if not all(np.isfinite(prompt.embeddings).all() for prompt in prompts):
-            return "the reasoner's prompts are not finite numbers; check its weights"
-        if not all(0.0 <= prompt.confidence <= 1.0 for prompt in prompts):  # False for NaN
-            return "the reasoner's confidences are not within 0 and 1; check its weights"
-        return ""
-
-    def _apply(self, track: _Track, prompts: tuple[Prompt, ...], request: OpenRequest) -> None:
-        """Decode the answer's anchors on their own frames, decide what they mean, act."""
-        selected = select_anchors(prompts)
-        anchors = self._decode(track, selected)
-        confidences = {prompt.step: prompt.confidence for prompt in selected}
-        decision = self._decide(track, anchors, confidences, repeats=self._repeats_claim(track, prompts))
-        track.dispute = decision.dispute
-        track.is_doubted = decision.action is Action.HOLD and track.newest_anchor_ns is None
-        self._note_claim(track, decision, anchors, prompts)
-        logger.debug("goal %s: %s", track.goal.goal_id, decision.action.name)
-
-        if decision.action is Action.ASK_AGAIN or anchors is None:
-            track.problem = TOO_LATE
-            self._ask_again(track)
-            return
-        stamps_ns = {prompt.step: prompt.stamp_ns for prompt in selected}
-        newest_ns = stamps_ns[anchors.steps[decision.chosen[-1]]] if decision.chosen else None
-        if decision.action is Action.INSERT:
-            self._tracker.add_anchors(track.slot, anchors, decision.chosen)
-            if newest_ns is not None:  # an older anchor may join alone
-                track.newest_anchor_ns = max(newest_ns, track.newest_anchor_ns or newest_ns)
-            track.is_settled = track.is_settled or request.is_full_window
-            track.is_weak = False
-        elif decision.action is Action.START_OVER:
-            self._tracker.start_over(track.slot, anchors, decision.chosen)
-            track.replay_anchor_ns, track.replay_is_settled = newest_ns, request.is_full_window
-        elif decision.action is Action.DECLARE_ABSENT:
-            self._tracker.forget(track.slot)
-            track.state, track.newest_anchor_ns, track.is_settled = ObjectState.NOT_FOUND, None, False
-        elif decision.action is Action.JUMP:
-            self._tracker.jump(track.slot, anchors, decision.chosen[-1])
-            track.newest_anchor_ns, track.is_settled, track.is_weak = newest_ns, False, True
-            self._ask_again(track)
-
-    def _decode(self, track: _Track, prompts: Sequence[Prompt]) -> DecodedAnchors | None:
-        embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in prompts]).astype(np.float32))
-        return self._tracker.decode_anchors(track.slot, [prompt.step for prompt in prompts], embeddings)
-
-    def _repeats_claim(self, track: _Track, prompts: tuple[Prompt, ...]) -> bool:
-        """Whether the answer points at what the dispute is about, judged in the frame nearest in time."""
-        if track.claim is None:
-            return False
-        prompt = nearest_prompt(prompts, track.claim.stamp_ns)
-        decoded = self._decode(track, [prompt])
-        if decoded is None or not decoded.is_present[0]:
-            return False
-        mask = (decoded.prediction.mask_logits[0] > 0).cpu().numpy()
-        return track.claim.is_repeated_by(mask, prompt.stamp_ns, self._config.tracking.agree_iou)
-
-    @staticmethod
-    def _note_claim(
-        track: _Track, decision: Decision, anchors: DecodedAnchors | None, prompts: tuple[Prompt, ...]
-    ) -> None:
-        if decision.dispute.answers == 0 or decision.dispute.says_absent:
-            track.claim = None
-        elif decision.claimed is not None and anchors is not None:
-            step = anchors.steps[decision.claimed]
-            stamp_ns = next(prompt.stamp_ns for prompt in prompts if prompt.step == step)
-            track.claim = Claim(stamp_ns, (anchors.prediction.mask_logits[decision.claimed] > 0).cpu().numpy())
-
-    def _decide(
-        self, track: _Track, anchors: DecodedAnchors | None, confidences: dict[int, float], *, repeats: bool
-    ) -> Decision:
-        """`confidences`: the reasoner's own, by step."""
-        tracking = self._config.tracking
-        evidence = []
-        if anchors is not None:
-            believed = [confidences[step] for step in anchors.steps]
-            rows = zip(
-                anchors.is_cached, anchors.is_present, anchors.agreement, anchors.sightings, believed, strict=True
-            )
-            evidence = [
-                AnchorEvidence(
-                    is_cached,
-                    is_present,
-                    agreement,
-                    is_sure=min(sighting.presence, confidence) >= tracking.start_presence,
-                    is_believed=confidence > 0.5,
-                )
-                for is_cached, is_present, agreement, sighting, confidence in rows
-            ]
-        sighting = self._tracker.sighting(track.slot)
-        situation = Situation(
-            state=track.state,
-            is_visible=sighting is not None and sighting.is_present,
-            is_confident=self._is_confident(track),
-            is_settled=track.is_settled,
-            dispute=track.dispute,
-        )
-        return decide(
-            evidence,
-            situation,
-            agree_iou=tracking.agree_iou,
-            overrule_answers=tracking.overrule_answers,
-            confirm_answers=tracking.confirm_answers,
-            repeats=repeats,
-        )
-
-    def _ask_again(self, track: _Track) -> None:
-        with self._lock:
-            self._book.ask_again(track.goal.goal_id)
-
-    def _result(self, track: _Track, stamp_ns: int, height: int, width: int) -> ObjectResult:
-        sighting = self._tracker.sighting(track.slot)
-        is_visible = track.state is ObjectState.TRACKING and sighting is not None and sighting.is_present
-        mask = empty_mask(height, width)
-        score = 0.0
-        if is_visible and sighting is not None:
-            mask = mask_at_size(sighting.mask_logits.float().cpu().numpy(), height, width)
-            score = self._score(track, sighting)
-        anchor_ns = track.newest_anchor_ns
-        return ObjectResult(
-            object_id=track.goal.object_id,
-            goal_id=track.goal.goal_id,
-            instance_id=track.goal.instance_id,
-            state=track.state,
-            mask=mask,
-            score=score,
-            prompt_age_s=float("inf") if anchor_ns is None else (stamp_ns - anchor_ns) / 1e9,
-            reasoner_latency_s=track.latency_s,
-            message=self._message(track),
-        )
-
-    def _score(self, track: _Track, sighting: Sighting) -> float:
-        score = min(max(sighting.iou, 0.0), 1.0) * sighting.presence
-        return score * WEAK_ANCHOR_SCORE if track.is_weak else score
-
-    def _message(self, track: _Track) -> str:
-        if track.problem or track.state is ObjectState.TRACKING:
-            return track.problem
-        if self._trouble and track.goal.sentence:
-            return self._trouble
-        if not self._has_reasoner and track.goal.sentence:
-            return "this model understands no sentences; point the object out with a box, points or a mask"
-        if self._tracker.is_replaying(track.slot):
-            return "found in an earlier frame, catching up"
-        if track.is_doubted and track.state is not ObjectState.LOST:
-            return "something may fit the sentence, but not surely (tracking.start_presence); asked again"
-        if not track.goal.sentence and track.state is ObjectState.SEARCHING:
-            return "it was pointed out in a frame that is gone; point it out again"
-        return {
-            ObjectState.SEARCHING: "waiting for the reasoner's first answer",
-            ObjectState.LOST: "not visible at the moment; it is found again when it comes back",
-            ObjectState.NOT_FOUND: "the reasoner sees nothing that fits the sentence",
-        }[track.state]
+    def _clear(self, goal_id: str) -> Goal:
+        """Under the lock."""
+        goal = self._book.clear(goal_id)
+        self._registry.release(goal.object_id)
+        for stream in self._streams.values():
+            if stream.follows(goal_id):
+                stream.unfollow(goal_id)
+        return goal

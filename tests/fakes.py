@@ -43,6 +43,7 @@ class FakeStages:
     """`Stages` in closed form. Channels 0..2 are RGB 0..1; channel 3 of a prompt is the code of the frame it is for."""
 
     sizes = SIZES
+    takes_several_frames = True
 
     def __init__(self) -> None:
         self.calls = {"image_encoder": 0, "memory_attention": 0, "mask_decoder": 0, "memory_encoder": 0}
@@ -58,7 +59,9 @@ class FakeStages:
         top[:, :3] = F.avg_pool2d(rgb, 8)
         return ImageFeatures(top, F.avg_pool2d(rgb, 2), F.avg_pool2d(rgb, 4), F.avg_pool2d(rgb, 4))
 
-    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> torch.Tensor:
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Channels 0..2 of every cell: the remembered colour."""
         self.calls["memory_attention"] += 1
         self.object_batches.append(memory.spatial.shape[0])
@@ -131,6 +134,8 @@ class FakeStages:
 class ReusedBuffers(FakeStages):
     """Spoils what a stage has returned when the stage is called again, as CUDA graphs and engines do."""
 
+    takes_several_frames = False
+
     def __init__(self) -> None:
         super().__init__()
         self._returned: dict[str, list[torch.Tensor]] = {}
@@ -138,7 +143,9 @@ class ReusedBuffers(FakeStages):
     def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
         return self._lend("image_encoder", super().image_encoder(pixels))
 
-    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> torch.Tensor:
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return self._lend("memory_attention", super().memory_attention(features, memory))
 
     def mask_decoder(

@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "slow": STAGES | {"weights"},
     # What puts a model together from its file: the stages of the fast path and the reasoner of the slow one.
     "weights": STAGES | {"backends", "slow"},
-    "session": WORDS | {"fast", "slow", "backends.base", "weights"},
+    # The two files that join the fast path and the slow one.
+    "camera_stream": WORDS | {"fast", "slow", "backends.base"},
+    "session": WORDS | {"camera_stream", "fast", "slow", "backends.base", "weights"},
     "export": STAGES | {"fast", "backends", "weights"},
     "sim": {"types", "errors", "config"},
     "data": WORDS | {"sim", "model"},

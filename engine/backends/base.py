@@ -24,13 +24,20 @@ class Stages(Protocol):
     """
 
     sizes: StageSizes
+    takes_several_frames: bool  # one call of each stage may serve the frames of several cameras
 
-    def image_encoder(self, pixels: Float[Tensor, "1 3 size size"]) -> ImageFeatures:
-        """`pixels`: normalised (ImageNet mean and deviation), squashed to the model's square input."""
+    def image_encoder(self, pixels: Float[Tensor, "b 3 size size"]) -> ImageFeatures:
+        """`pixels`: normalised (ImageNet mean and deviation), squashed to the model's square input. b = 1 unless
+        `takes_several_frames`."""
         ...
 
-    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
-        """Condition one frame (b = 1) on the memories of o objects; rows without a valid one are undefined."""
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: Int[Tensor, " o"] | None = None
+    ) -> Float[Tensor, "o c h w"]:
+        """Condition one frame (b = 1) on the memories of o objects; rows without a valid one are undefined.
+
+        `frame_of`, for stages that take several frames: which of b frames each object is looked for in.
+        """
         ...
 
     def mask_decoder(

@@ -42,6 +42,7 @@ class ExportedStages(ABC):
     """A backend gives `run`; everything else about a stage is the same for all of them."""
 
     name = "exported"
+    takes_several_frames = False  # exported for one
     sizes: StageSizes
 
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device, *, video_size: int = 128) -> None:
@@ -75,8 +76,12 @@ class ExportedStages(ABC):
         return ImageFeatures(top, outputs["high_res_s0"], outputs["high_res_s1"], outputs.get("fusion", top))
 
     @torch.inference_mode()
-    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: Int[Tensor, " o"] | None = None
+    ) -> Float[Tensor, "o c h w"]:
         """Raises BackendError for more memories than were exported; for fewer, slots stay empty."""
+        if frame_of is not None:
+            raise BackendError("exported stages see one frame at a time: call memory_attention once for each")
         slots = self._missing("memories", memory.spatial.shape[1], self.manifest.memory_slots)
         rows = self._missing("object pointers", memory.pointers.shape[1], self.manifest.pointer_rows)
         inputs = {

@@ -63,6 +63,7 @@ class TorchStages:
                 mode = "max-autotune" if self.device.type == "cuda" else "default"
                 setattr(self, stage, torch.compile(getattr(self, stage), mode=mode, dynamic=False))
         self._is_compiled = compiled
+        self.takes_several_frames = not compiled  # compiled code is made for one
 
     @property
     def device(self) -> torch.device:
@@ -75,13 +76,18 @@ class TorchStages:
         return ImageFeatures(**self._out(features))
 
     @torch.inference_mode()
-    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: Int[Tensor, " o"] | None = None
+    ) -> Float[Tensor, "o c h w"]:
         if self.device.type == "cpu" and not self._is_compiled:
             memory = without_empty_slots(memory)
         objects = memory.spatial.shape[0]
         memory = MemoryTensors(**{name: self._filled(x) for name, x in vars(memory).items()})
         with self._computing("memory_attention"):
-            conditioned: Tensor = self._attend_memory(features, memory)
+            if frame_of is None:
+                conditioned: Tensor = self._attend_memory(features, memory)
+            else:
+                conditioned = self._sam2.attend_memory(features, memory, frame_of)
         return self._own(conditioned)[:objects]
 
     @torch.inference_mode()

@@ -247,13 +247,17 @@ class CountingStages:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self.sizes: StageSizes = stages.sizes
+        self.takes_several_frames = False
         self.flop: dict[str, float] = {}
 
     def image_encoder(self, pixels: Float[Tensor, "1 3 size size"]) -> ImageFeatures:
         with self._counting("image_encoder"):
             return self._stages.image_encoder(pixels)
 
-    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: Int[Tensor, " o"] | None = None
+    ) -> Float[Tensor, "o c h w"]:
+        assert frame_of is None
         with self._counting("memory_attention"):
             return self._stages.memory_attention(features, memory)
 

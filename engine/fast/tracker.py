@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One camera frame in, the masks of all objects out: a causal Temporal Dynamic Anchor Updater.
+"""One frame in, the masks of all objects out: a causal Temporal Dynamic Anchor Updater.
 
 The method is VIRST's section 3.4 (equation 12, Algorithm 2). Published VIRST has the whole video and attends to future
 anchors. Here an anchor arrives late, for a past frame. It is decoded on the cached features of that frame and no other.
@@ -8,10 +8,12 @@ bank, a few per new frame, so that the stream goes on; when the shadow has caugh
 once.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +28,20 @@ from virst_engine.fast.memory_bank import MemoryBank
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
 from virst_engine.fast.prompts import check_prompt, decode_prompt
 from virst_engine.timing import StageTimer
-from virst_engine.types import ClickPrompt, Frame, ImageFeatures, MaskPrediction, MaskPrompt, MemoryEntry, PromptTokens
+from virst_engine.types import (
+    ClickPrompt,
+    Frame,
+    ImageFeatures,
+    MaskPrediction,
+    MaskPrompt,
+    MemoryEntry,
+    MemoryTensors,
+    PromptTokens,
+)
 
 logger = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch", ImageFeatures, MemoryTensors)
 
 BELIEVED_LOGIT = 10.0  # of a cached mask, which is kept as bits
 
@@ -116,27 +129,12 @@ class Tracker:
     def ring(self) -> FeatureRing:
         return self._ring
 
-    @torch.inference_mode()
     def step(self, frame: Frame, timer: StageTimer | None = None) -> TrackedFrame:
         """Segment every remembered object in a new frame and update its memory. `sighting` tells what was found.
 
         Raises BadFrame, before anything has changed.
         """
-        timer = timer or StageTimer(self._device)
-        check_image(frame.image_rgb_u8)
-        with timer.stage("preprocess"):
-            square_rgb_u8 = resize_image(frame.image_rgb_u8, self._stages.sizes.image_size)
-            pixels = self._preprocess.normalise(square_rgb_u8)
-        with timer.stage("image_encoder"):
-            encoded = self._stages.image_encoder(pixels)
-
-        self._step += 1
-        # From here on the cached copy, as in a replay: its layout in memory decides on the last bits of what follows.
-        features = self._ring.push(self._step, frame.stamp_ns, encoded, frame.image_rgb_u8.shape[:2])
-        slots = [slot for slot in range(self._slots) if not self._memory.is_empty(slot)]
-        if slots:
-            self._propagate(self._step, features, slots, timer)
-        return TrackedFrame(self._step, frame.stamp_ns, square_rgb_u8, replace(features, fusion=encoded.fusion))
+        return step_together([self], [frame], timer)[0]
 
     def sighting(self, slot: int) -> Sighting | None:
         """The object in the newest frame; None while nothing is remembered of it."""
@@ -327,24 +325,10 @@ class Tracker:
 
     def _propagate(self, step: int, features: ImageFeatures, rows: list[int], timer: StageTimer) -> None:
         """Memory -> mask -> memory, for the objects of these rows in one frame, live or replayed."""
-        with timer.stage("memory_attention"):
-            conditioned = self._stages.memory_attention(features, self._memory.read(step, rows))
-        with timer.stage("mask_decoder"):
-            prediction = self._stages.mask_decoder(features, conditioned, None)
-        entry = None
-        if self._device.type == "cuda":  # queued before `_look` waits for the GPU: the one wait of a frame
-            with timer.stage("memory_encoder"):
-                entry = self._stages.memory_encoder(features, prediction)
-        with timer.stage("mask_decoder"):
-            sightings = self._look(prediction, [step] * len(rows))
+        _propagate([_Work(self, step, features, rows)], timer)
 
-        if any(s.is_remembered for s in sightings):
-            with timer.stage("memory_encoder"):
-                if entry is None:
-                    entry = self._stages.memory_encoder(features, prediction)
-                for i, (row, sighting) in enumerate(zip(rows, sightings, strict=True)):
-                    if sighting.is_remembered:  # a hidden object must not overwrite what we remember of it
-                        self._memory.remember_recent(row, step, entry, i)
+    def _remember(self, step: int, rows: Sequence[int], sightings: Sequence[Sighting]) -> None:
+        """Note what was seen; what of it goes into the memory bank is there already."""
         if logger.isEnabledFor(logging.DEBUG):
             for row, sighting in zip(rows, sightings, strict=True):
                 if sighting.is_present and not sighting.is_remembered:
@@ -395,6 +379,115 @@ class Tracker:
         self._ring.copy_slot(shadow, slot)
         self._sightings[slot] = self._sightings.pop(shadow)
         self._drop_replay(slot)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Objects of one tracker, and the frame in which they are to be found."""
+
+    tracker: Tracker
+    step: int
+    features: ImageFeatures
+    rows: Sequence[int]
+
+
+@torch.inference_mode()
+def step_together(
+    trackers: Sequence[Tracker], frames: Sequence[Frame], timer: StageTimer | None = None
+) -> list[TrackedFrame]:
+    """`Tracker.step` for one new frame of each of several trackers that share their stages.
+
+    Stages that take several frames at once get those of all trackers in one call, and all their objects in another.
+    Masks are those of separate steps, up to rounding: sums of another batch size are added in another order.
+
+    Raises BadFrame, before anything has changed.
+    """
+    stages, device = trackers[0]._stages, trackers[0]._device
+    timer = timer or StageTimer(device)
+    for frame in frames:
+        check_image(frame.image_rgb_u8)
+    with timer.stage("preprocess"):
+        squares_rgb_u8 = [resize_image(frame.image_rgb_u8, stages.sizes.image_size) for frame in frames]
+        pixels = [tracker._preprocess.normalise(x) for tracker, x in zip(trackers, squares_rgb_u8, strict=True)]
+    tracked, works = [], []
+    encoded = _encode(stages, pixels, timer)
+    for tracker, frame, square_rgb_u8 in zip(trackers, frames, squares_rgb_u8, strict=True):
+        found = next(encoded)
+        tracker._step += 1
+        # From here on the cached copy, as in a replay: its layout in memory decides on the last bits of what follows.
+        features = tracker._ring.push(tracker._step, frame.stamp_ns, found, frame.image_rgb_u8.shape[:2])
+        fusion = found.fusion if len(trackers) == 1 else found.fusion.clone()  # the next frame may overwrite it
+        tracked.append(TrackedFrame(tracker._step, frame.stamp_ns, square_rgb_u8, replace(features, fusion=fusion)))
+        rows = [slot for slot in range(tracker._slots) if not tracker._memory.is_empty(slot)]
+        if rows:
+            works.append(_Work(tracker, tracker._step, features, rows))
+    if works and stages.takes_several_frames:
+        _propagate(works, timer)
+    else:
+        for work in works:
+            _propagate([work], timer)
+    return tracked
+
+
+def _encode(stages: Stages, pixels: Sequence[Tensor], timer: StageTimer) -> Iterator[ImageFeatures]:
+    """The features of each image (b = 1), to be used up before the next are asked for."""
+    if len(pixels) > 1 and stages.takes_several_frames:
+        with timer.stage("image_encoder"):
+            encoded = stages.image_encoder(torch.cat(list(pixels)))
+        for i in range(len(pixels)):
+            yield ImageFeatures(**{name: value[i : i + 1] for name, value in vars(encoded).items()})
+        return
+    for image in pixels:
+        with timer.stage("image_encoder"):
+            encoded = stages.image_encoder(image)
+        yield encoded
+
+
+def _propagate(works: Sequence[_Work], timer: StageTimer) -> None:
+    """Memory -> mask -> memory, for all objects of all works in one call of each stage."""
+    first = works[0].tracker
+    stages = first._stages
+    counts = [len(work.rows) for work in works]
+    with timer.stage("memory_attention"):
+        memory = _joined([work.tracker._memory.read(work.step, work.rows) for work in works])
+        features, frame_of = works[0].features, None
+        if len(works) > 1:
+            features = _joined([work.features for work in works])
+            frame_of = torch.repeat_interleave(torch.tensor(counts)).to(first._device)
+        if frame_of is None:
+            conditioned = stages.memory_attention(features, memory)
+        else:
+            conditioned = stages.memory_attention(features, memory, frame_of)
+    if frame_of is not None:  # from here on a frame per object
+        features = ImageFeatures(**{name: value[frame_of] for name, value in vars(features).items()})
+    with timer.stage("mask_decoder"):
+        prediction = stages.mask_decoder(features, conditioned, None)
+    entry = None
+    if first._device.type == "cuda":  # queued before `_look` waits for the GPU: the one wait of a frame
+        with timer.stage("memory_encoder"):
+            entry = stages.memory_encoder(features, prediction)
+    with timer.stage("mask_decoder"):
+        steps = [work.step for work in works for _ in work.rows]
+        sightings = first._look(prediction, steps)
+
+    if any(s.is_remembered for s in sightings):
+        with timer.stage("memory_encoder"):
+            if entry is None:
+                entry = stages.memory_encoder(features, prediction)
+            rows = [(work, row) for work in works for row in work.rows]
+            for i, ((work, row), sighting) in enumerate(zip(rows, sightings, strict=True)):
+                if sighting.is_remembered:  # a hidden object must not overwrite what we remember of it
+                    work.tracker._memory.remember_recent(row, work.step, entry, i)
+    for work, end in zip(works, itertools.accumulate(counts), strict=True):
+        work.tracker._remember(work.step, work.rows, sightings[end - len(work.rows) : end])
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    """Dataclasses of tensors, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    names = vars(parts[0])
+    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def _own(prediction: MaskPrediction) -> MaskPrediction:

@@ -239,40 +239,68 @@ class Sam2(nn.Module):
             fusion=levels[fusion_level],
         )
 
-    def attend_memory(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+    def attend_memory(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: Int[Tensor, " o"] | None = None
+    ) -> Float[Tensor, "o c h w"]:
         """Memory attention (SAM2Base._prepare_memory_conditioned_features), fixed slots and a key mask.
 
         A row without any valid memory gives finite numbers without meaning. Up to the first cross attention the objects
         of a frame do not differ: that much is computed once for all of them.
+
+        `frame_of`: which of several frames each object is looked for in; None: there is one.
         """
-        objects, slots = memory.spatial.shape[:2]
-        keys, position, bias = self._memory_keys(memory)
-        grid_rope, memory_rope = (self.grid_cos, self.grid_sin), (self.memory_cos, self.memory_sin)
-        cells = self.memory_cos.shape[0]
+        tokens, queries = self.memory_queries(features)
+        if frame_of is not None:
+            tokens, queries = tokens[frame_of], queries[frame_of]
+        return self.read_memory(tokens, queries, memory)
 
-        net = self.memory_attention
+    def memory_queries(self, features: ImageFeatures) -> tuple[Float[Tensor, "b hw c"], Float[Tensor, "b hw c"]]:
+        """What the objects of a frame share: its tokens, and the first question that they ask their memories."""
         x = (features.top + 0.1 * self.grid_position).flatten(2).transpose(1, 2)
-        for layer in net.layers:
-            attention, y = layer.self_attn, layer.norm1(x)
-            q = rotate_halves(attention.project(attention.q_proj, y), grid_rope)
-            k = rotate_halves(attention.project(attention.k_proj, y), grid_rope)
-            x = x + layer.dropout1(attention.attend(q, k, y))
+        return self._look_around(self.memory_attention.layers[0], x)
 
-            attention, y = layer.cross_attn_image, layer.norm2(x)
-            q = rotate_halves(attention.project(attention.q_proj, y), grid_rope).expand(objects, -1, -1)
+    def read_memory(
+        self,
+        tokens: Float[Tensor, "b hw c"],
+        queries: Float[Tensor, "b hw c"],
+        memory: MemoryTensors,
+        *,
+        is_complete: bool = False,
+    ) -> Float[Tensor, "o c h w"]:
+        """The rest of `attend_memory`; `is_complete`: every slot and pointer is valid, and none is looked at for it."""
+        objects, slots = memory.spatial.shape[:2]
+        keys, position = self._memory_keys(memory)
+        bias = self._key_bias(memory, is_complete=is_complete)
+        bias = None if bias is None else bias.to(queries.dtype)
+        memory_rope, cells = (self.memory_cos, self.memory_sin), self.memory_cos.shape[0]
+        net, grid = self.memory_attention, self.config.grid
+        x, q = tokens, queries
+        for i, layer in enumerate(net.layers):
+            if i:
+                x, q = self._look_around(layer, x)
+            attention = layer.cross_attn_image
             k = attention.project(attention.k_proj, keys + position)
             spatial = rotate_halves(k[:, : slots * cells].unflatten(1, (slots, cells)), memory_rope)
             k = torch.cat((spatial.flatten(1, 2), k[:, slots * cells :]), dim=1)  # pointers have no place
-            x = x + layer.dropout2(attention.attend(q, k, keys, bias.to(q.dtype)))
-
+            x = x + layer.dropout2(attention.attend(q.expand(objects, -1, -1), k, keys, bias))
             y = layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm3(x)))))
             x = x + layer.dropout3(y)
-        return net.norm(x).transpose(1, 2).reshape(objects, *features.top.shape[1:])
+        return net.norm(x).transpose(1, 2).unflatten(2, (grid, grid))
 
-    def _memory_keys(
-        self, memory: MemoryTensors
-    ) -> tuple[Float[Tensor, "o keys m"], Float[Tensor, "o keys m"], Float[Tensor, "o keys"]]:
-        """Memories as tokens (slot by slot, then pointers), where and when they are, and the bias of their scores."""
+    def _look_around(
+        self, layer: MemoryAttentionLayer, x: Float[Tensor, "b hw c"]
+    ) -> tuple[Float[Tensor, "b hw c"], Float[Tensor, "b hw c"]]:
+        """A layer's self attention, and the queries of its cross attention."""
+        rope = (self.grid_cos, self.grid_sin)
+        attention, y = layer.self_attn, layer.norm1(x)
+        q = rotate_halves(attention.project(attention.q_proj, y), rope)
+        k = rotate_halves(attention.project(attention.k_proj, y), rope)
+        x = x + layer.dropout1(attention.attend(q, k, y))
+        attention = layer.cross_attn_image
+        return x, rotate_halves(attention.project(attention.q_proj, layer.norm2(x)), rope)
+
+    def _memory_keys(self, memory: MemoryTensors) -> tuple[Float[Tensor, "o keys m"], Float[Tensor, "o keys m"]]:
+        """Memories as tokens (slot by slot, then pointers), and where and when they are."""
         c, m, pool = self.config.channels, self.config.memory_channels, self.config.memory_pool
         spatial = memory.spatial
         if pool > 1:
@@ -288,20 +316,26 @@ class Sam2(nn.Module):
             distance = distance.clamp(max=self.config.pointer_distance_limit)
         time = get_1d_sine_pe(distance / (self.config.max_pointers - 1), dim=c)
         age = self.obj_ptr_tpos_proj(time.to(pointers.dtype)).repeat_interleave(splits, dim=1)
-
-        valid = torch.cat(
-            (
-                memory.spatial_valid.repeat_interleave(spatial.shape[2], dim=1),
-                memory.pointer_valid.repeat_interleave(splits, dim=1),
-            ),
-            dim=1,
-        )
-        # A pooled key speaks for pool * pool cells: the logarithm of their number keeps its share of the softmax.
-        share = torch.full_like(valid, 2 * math.log(pool), dtype=torch.float32)
-        share[:, -pointers.shape[1] :] = 0.0
-        bias = torch.where(valid, share, NO_KEY)
         keys = torch.cat((spatial.flatten(1, 2), pointers), dim=1)
-        return keys, torch.cat((place.flatten(1, 2), age), dim=1), bias
+        return keys, torch.cat((place.flatten(1, 2), age), dim=1)
+
+    def _key_bias(self, memory: MemoryTensors, *, is_complete: bool) -> Float[Tensor, "o keys"] | None:
+        """What is added to the scores of keys; None: nothing.
+
+        A pooled key speaks for pool * pool cells: the logarithm of their number keeps its share of the softmax.
+        """
+        pool, cells = self.config.memory_pool, self.memory_cos.shape[0]
+        splits = self.config.channels // self.config.memory_channels
+        if is_complete and pool == 1:
+            return None
+        of_spatial = torch.full_like(memory.spatial_valid, 2 * math.log(pool), dtype=torch.float32)
+        of_pointers = torch.zeros_like(memory.pointer_distance, dtype=torch.float32)
+        if not is_complete:
+            of_spatial = torch.where(memory.spatial_valid, of_spatial, NO_KEY)
+            of_pointers = torch.where(memory.pointer_valid, of_pointers, NO_KEY)
+        return torch.cat(
+            (of_spatial.repeat_interleave(cells, dim=1), of_pointers.repeat_interleave(splits, dim=1)), dim=1
+        )
 
     def without_memory(self, features: ImageFeatures) -> Float[Tensor, "b c h w"]:
         """Features of a frame that is decoded from its prompt alone (directly_add_no_mem_embed)."""
@@ -403,8 +437,9 @@ class Sam2(nn.Module):
         if binarize is not None:
             masks = torch.where(binarize[:, None, None, None], (logits > 0).to(masks.dtype), masks)
         masks = masks * MEMORY_MASK_SCALE + MEMORY_MASK_BIAS
-        top = features.top.expand(masks.shape[0], -1, -1, -1)
-        spatial = self.memory_encoder(top, masks, skip_mask_sigmoid=True)["vision_features"]
+        # MemoryEncoder.forward, which projects the frame once for each object.
+        net = self.memory_encoder
+        spatial = net.out_proj(net.fuser(net.pix_feat_proj(features.top) + net.mask_downsampler(masks)))
         spatial = spatial + (~present).to(spatial.dtype) * self.no_obj_embed_spatial[..., None, None]
         return MemoryEntry(spatial, prediction.pointer)
 

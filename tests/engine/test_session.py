@@ -243,7 +243,7 @@ def test_a_late_answer_gives_the_masks_of_an_instant_one(delay_steps: int) -> No
         assert np.array_equal(one.objects[0].mask, other.objects[0].mask)
         assert one.objects[0].score == other.objects[0].score
         assert one.objects[0].prompt_age_s == other.objects[0].prompt_age_s
-    logits = [session._tracker.sighting(0).mask_logits for session in (instant, late)]  # type: ignore[union-attr]
+    logits = [session._streams[""].tracker.sighting(0).mask_logits for session in (instant, late)]  # type: ignore[union-attr]
     assert torch.equal(*logits)
 
 
@@ -256,7 +256,7 @@ def test_a_late_overruling_answer_gives_the_masks_of_an_instant_one() -> None:
         session = session_of(client, period_s=1.5, overrule_answers=1)
         session.set_goal("it")
         results.append(run(session, video, range(28), client))
-        logits.append(session._tracker.sighting(0).mask_logits)  # type: ignore[union-attr]
+        logits.append(session._streams[""].tracker.sighting(0).mask_logits)  # type: ignore[union-attr]
     assert torch.equal(*logits)
     assert np.array_equal(results[0][-1].objects[0].mask, video.truth(27, 1))
     # In the late run each frame shows one of the two, whole, and the change happens once.
@@ -311,7 +311,7 @@ def test_all_anchors_of_a_late_answer_are_used_though_the_ring_has_lost_the_olde
     session.set_goal("the red square")
     results = run(session, video, range(30, 50), client)
     assert client.reasoner.requests[0].clip.steps[[0, -1]].tolist() == [9, 30]
-    assert session._tracker.memory.anchor_steps(0) == [9, 30]
+    assert session._streams[""].tracker.memory.anchor_steps(0) == [9, 30]
     assert np.array_equal(results[-1].objects[0].mask, video.truth(49))
 
 
@@ -324,7 +324,7 @@ def test_a_late_answer_that_agrees_joins_a_track_though_its_frames_left_the_ring
     results = run(session, video, range(5, 30), client)
     asked = [int(request.clip.steps[-1]) for request in client.reasoner.requests]
     assert asked[1] == 10
-    assert 10 in session._tracker.memory.anchor_steps(0)
+    assert 10 in session._streams[""].tracker.memory.anchor_steps(0)
     assert results[-1].objects[0].message == ""
 
 
@@ -338,7 +338,7 @@ def test_an_anchor_from_before_a_takeover_does_not_join_unchecked() -> None:
     assert [int(request.clip.steps[-1]) for request in reasoner.requests[:7]] == [25, 30, 35, 40, 45, 50, 55]
     assert np.array_equal(results[-1].objects[0].mask, video.truth(59, 1))
     # 35 overruled, with both of its anchors. Nothing is believed of this object in 19, 24, 29 and 34.
-    assert session._tracker.memory.anchor_steps(0) == [14, 35, 40, 45, 50, 55]
+    assert session._streams[""].tracker.memory.anchor_steps(0) == [14, 35, 40, 45, 50, 55]
 
 
 def shown_squares(
@@ -711,7 +711,7 @@ def test_live_parameters_change_with_the_next_frame_and_others_not_at_all() -> N
     session.reconfigure(small_config(period_s=0.2, min_write_iou=0.95))
     run(session, video, range(20, 30))
     assert [int(request.clip.steps[-1]) for request in client.reasoner.requests[1:3]] == [20, 23]  # in doubt: retry_s
-    assert session._tracker.memory.recent_steps(0) == [14, 15, 16, 17, 18, 19]
+    assert session._streams[""].tracker.memory.recent_steps(0) == [14, 15, 16, 17, 18, 19]
     with pytest.raises(ValueError, match=r"memory\.ring_steps cannot change"):
         session.reconfigure(small_config(ring_steps=10, period_s=0.2, min_write_iou=0.95))
 
@@ -892,7 +892,7 @@ class TestPointedOut:
             session.prompt_object(goal.object_id, pointed(second), stamp_ns=video.frame(second).stamp_ns)
             for t in range(10, 18):
                 (found,) = session.step(video.frame(t)).objects
-            assert session._tracker.memory.anchor_steps(0) == sorted((first, second)), (first, second)
+            assert session._streams[""].tracker.memory.anchor_steps(0) == sorted((first, second)), (first, second)
             assert iou(found.mask, video.truth(17)) > 0.9
 
     def test_an_answer_on_its_way_does_not_overrule_the_user(self) -> None:
@@ -924,7 +924,7 @@ class TestPointedOut:
         truth = torch.from_numpy(cv2.resize(video.truth(1).astype(np.uint8), (16, 16)) > 0)
         assert torch.equal(newest[0] > 0, truth)
         assert torch.equal(older[0] > 0, truth)
-        assert session._tracker.memory.anchor_steps(0) == [0, 1]
+        assert session._streams[""].tracker.memory.anchor_steps(0) == [0, 1]
 
     def test_a_point_off_the_object_needs_a_mask_to_take_it_from(self) -> None:
         video, session, _ = self.tracker_session()
@@ -944,7 +944,7 @@ class TestPointedOut:
         (found,) = session.step(video.frame(1)).objects
         assert found.state is ObjectState.SEARCHING
         assert "nothing was found" in found.message
-        assert session._tracker.memory.is_empty(0)
+        assert session._streams[""].tracker.memory.is_empty(0)
 
     def test_after_a_reset_there_is_no_frame_to_prompt(self) -> None:
         video, session, _ = self.tracker_session()
@@ -964,7 +964,7 @@ class TestPointedOut:
 
     def test_more_points_than_the_stages_take_are_refused(self) -> None:
         video, session, stages = self.tracker_session()
-        session._sizes = dataclasses.replace(stages.sizes, prompt_tokens=4)
+        session._streams[""]._sizes = dataclasses.replace(stages.sizes, prompt_tokens=4)
         session.step(video.frame(0))
         with pytest.raises(BadPrompt, match="at most 3 points, of which a box counts as two; got 4"):
             session.add_object(ClickPrompt(np.ones((2, 2)), box_px=(1.0, 1.0, 5.0, 5.0)))
@@ -976,7 +976,7 @@ class TestPointedOut:
             session.step(video.frame(t))
             if t == 5:
                 session.prompt_object(goal.object_id, pointed(5))
-        assert 5 in session._tracker.memory.anchor_steps(0)
+        assert 5 in session._streams[""].tracker.memory.anchor_steps(0)
 
     def test_a_sentence_for_a_model_without_a_reasoner_is_explained(self) -> None:
         video, session = Video([moving_square()]), Session(small_config(), FakeStages(), NoReasoner())

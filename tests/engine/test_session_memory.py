@@ -53,7 +53,7 @@ def main() -> None:
     session = Session(small_config(period_s=0.5, max_objects=2, overrule_answers=1), FakeStages(), client)
     session.set_goal("one")
     session.set_goal("another")
-    tracker, takeovers = session._tracker, 0
+    tracker, takeovers = session._streams[""].tracker, 0
 
     def figures() -> dict[str, int | bool | list[int]]:
         gc.collect()

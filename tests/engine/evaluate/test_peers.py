@@ -261,12 +261,13 @@ class TwoProducts:
     """Stages whose cost is known: a matrix product, and an attention."""
 
     sizes: Any = None
+    takes_several_frames = False
 
     def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
         x = torch.ones(16, 32) @ torch.ones(32, 8)
         return ImageFeatures(*[x.reshape(1, 1, 16, 8)] * 4)
 
-    def memory_attention(self, features: Any, memory: Any) -> torch.Tensor:
+    def memory_attention(self, features: Any, memory: Any, frame_of: Any = None) -> torch.Tensor:
         q, k = torch.ones(2, 1, 10, 16), torch.ones(2, 1, 30, 16)
         return F.scaled_dot_product_attention(q, k, k)
 

@@ -29,12 +29,15 @@ class AlwaysVisible:
     def __init__(self, stages: TorchStages) -> None:
         self._stages = stages
         self.sizes: StageSizes = stages.sizes
+        self.takes_several_frames = stages.takes_several_frames
 
     def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
         return self._stages.image_encoder(pixels)
 
-    def memory_attention(self, features: ImageFeatures, memory: MemoryTensors) -> torch.Tensor:
-        return self._stages.memory_attention(features, memory)
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._stages.memory_attention(features, memory, frame_of)
 
     def mask_decoder(
         self, features: ImageFeatures, conditioned: torch.Tensor | None, prompts: PromptTokens | None
