@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from virst_engine.backends.exported import ExportedStages, Tensors, concatenate
+from virst_engine.backends.exported import ExportedStages, Tensors
 from virst_engine.backends.manifest import OBJECTS, STAGES, read_manifest, stage_path
 from virst_engine.errors import BackendError
 
 log = logging.getLogger(__name__)
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# Attention scores of one run on the CPU. More objects than fit take turns, which costs no time and bounds memory.
-MOST_SCORE_BYTES = 32 << 20
+# Memory attention in two parts: what objects share, and the rest for one object of which every memory is there. Where
+# its scores are large, this is faster than all objects at once: they stay in the cache, and need no mask.
+ONE_BY_ONE = ("memory_queries", "memory_read")
+# Its fused operator takes ten times as long as a sum and a layer norm (onnxruntime 1.32, CPU).
+SLOW_FUSIONS = ("SkipLayerNormFusion",)
 # Inputs that say which rows along axis 1 are there, and the inputs that have those rows.
 ROWS = {
     "spatial_valid": ("spatial", "spatial_tpos", "spatial_valid"),
@@ -69,7 +73,8 @@ class OnnxRuntimeStages(ExportedStages):
             stage: open_session(
                 runtime, stage_path(folder, manifest, stage), providers=wanted, device=self.device, threads=threads
             )
-            for stage in STAGES
+            for stage in (*STAGES, *ONE_BY_ONE)
+            if stage in manifest.stages and (stage not in ONE_BY_ONE or where.type == "cpu")
         }
         self._inputs = {stage: [i.name for i in session.get_inputs()] for stage, session in self._sessions.items()}
         # Axes that have a name in the file are free.
@@ -78,44 +83,40 @@ class OnnxRuntimeStages(ExportedStages):
 
     def run(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
         """Outputs are new tensors."""
-        if stage == "memory_attention" and self.device.type == "cpu":
-            if self._has_free_rows:
-                inputs = _without_empty_rows(inputs)
-            at_once = max(1, MOST_SCORE_BYTES // self._score_bytes(inputs))
-            if at_once < objects:
-                return concatenate(
-                    self._run_session(
-                        stage, self._objects(stage, inputs, first, first + at_once), min(at_once, objects - first)
-                    )
-                    for first in range(0, objects, at_once)
-                )
-        return self._run_session(stage, inputs, objects)
+        if self.device.type != "cpu":
+            return self._run_on_device(stage, inputs, objects)
+        if stage == "memory_attention" and ONE_BY_ONE[0] in self._sessions:
+            return {"conditioned": self._read_one_by_one(inputs)}
+        if stage == "memory_attention" and self._has_free_rows:
+            inputs = _without_empty_rows(inputs)
+        return self._run_on_cpu(stage, inputs)
+
+    def _read_one_by_one(self, inputs: Tensors) -> Tensor:
+        shared, read = ONE_BY_ONE
+        frame = self._run_on_cpu(shared, {"top": inputs["top"]})
+        parts = []
+        for i in range(inputs["spatial"].shape[0]):
+            own = {name: value if name == "top" else value[i : i + 1] for name, value in inputs.items()}
+            if all(bool(own[valid].any()) for valid in ROWS):
+                outputs = self._run_on_cpu(read, frame | _without_empty_rows(own))
+            else:
+                outputs = self._run_on_cpu("memory_attention", _without_empty_rows(own))
+            parts.append(outputs["conditioned"])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _missing(self, what: str, found: int, exported: int) -> int:
         missing = super()._missing(what, found, exported)
         return 0 if self._has_free_rows else missing
 
-    def _score_bytes(self, inputs: Tensors) -> int:
-        """Of one object: one number per query and key."""
-        cells, pool = self.sizes.grid**2, self.manifest.memory_pool
-        splits = self.sizes.channels // self.sizes.memory_channels
-        keys = inputs["spatial"].shape[1] * cells // pool**2 + inputs["pointers"].shape[1] * splits
-        return 4 * cells * keys
+    def _run_on_cpu(self, stage: str, inputs: Tensors) -> Tensors:
+        names = list(self.manifest.stages[stage].outputs)
+        given = {name: inputs[name].detach().contiguous().numpy() for name in self._inputs[stage]}
+        found = self._sessions[stage].run(names, given)
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
-    def _objects(self, stage: str, inputs: Tensors, first: int, last: int) -> Tensors:
-        specs = self.manifest.stages[stage].inputs
-        return {name: x[first:last] if OBJECTS in specs[name].shape else x for name, x in inputs.items()}
-
-    def _run_session(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
-        session, outputs = self._sessions[stage], self.manifest.stages[stage].outputs
-        if self.device.type == "cpu":
-            given = {name: inputs[name].detach().contiguous().numpy() for name in self._inputs[stage]}
-            found = session.run(list(outputs), given)
-            return {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
-        return self._run_on_device(session, stage, inputs, objects)
-
-    def _run_on_device(self, session: Any, stage: str, inputs: Tensors, objects: int) -> Tensors:
-        spec, binding = self.manifest.stages[stage], session.io_binding()
+    def _run_on_device(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
+        spec, session = self.manifest.stages[stage], self._sessions[stage]
+        binding = session.io_binding()
         given = {name: inputs[name].to(self.device).contiguous() for name in self._inputs[stage]}
         made = {
             name: torch.empty(tensor.for_objects(objects), dtype=getattr(torch, tensor.dtype), device=self.device)
@@ -185,7 +186,10 @@ def open_session(
     what = str(model) if isinstance(model, Path) else "the graph"
     try:
         session = runtime.InferenceSession(
-            str(model) if isinstance(model, Path) else model, options, providers=settings
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=settings,
+            disabled_optimizers=SLOW_FUSIONS if tuple(providers) == (CPU,) else (),
         )
     except Exception as error:  # whatever type the version at hand raises
         reason = " ".join(str(error).split())[:300]

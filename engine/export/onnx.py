@@ -3,8 +3,10 @@
 
 Opset 18, attention written out, one file per stage. Shapes are fixed but for the number of objects. In float32 the
 numbers of memories, pointers and prompt tokens are free too: ONNX Runtime leaves out those that no object has, and
-values are projected after the average, which is less work. In bf16 and fp16 they are fixed, and values come first: so
-GPUs fuse memory attention. fp16 stays out of the mask decoder and the memory encoder, whose errors would grow.
+values are projected after the average, which is less work. Where scores are large, memory attention is there a second
+time, in two files: what objects share, and the rest for one object. In bf16 and fp16 those numbers are fixed, and
+values come first: so GPUs fuse memory attention. fp16 stays out of the mask decoder and memory encoder, whose errors
+would grow.
 """
 
 import importlib.metadata
@@ -29,23 +31,23 @@ from virst_engine.backends.manifest import (
     OBJECTS,
     PRECISIONS,
     PROMPT_ENCODER,
-    STAGES,
     Manifest,
     StageSpec,
     TensorSpec,
     file_sha256,
     write_manifest,
 )
-from virst_engine.backends.onnx_backend import load_onnxruntime
+from virst_engine.backends.onnx_backend import ONE_BY_ONE, load_onnxruntime
 from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BackendError, ExportError
 from virst_engine.export.onnx_graphs import (
     StageModule,
     exportable,
     for_export,
-    in_precision,
+    rounded,
     stage_dtype,
     stage_module,
+    with_tables,
 )
 from virst_engine.export.onnx_parity import check_range, check_stage, random_inputs
 from virst_engine.model.sam2 import Sam2
@@ -57,6 +59,8 @@ OPSET = 18
 PROMPT_TOKENS = 16  # a box takes 3, VIRST's embeddings 10, n clicks n + 1
 PACKAGES = ("virst_ros", "torch", "onnx", "onnxscript", "onnxruntime", "sam2")
 MOST_BYTES = 2**31 - 2**20  # a protobuf file ends there
+# Attention scores of one object, from which on objects that take turns are faster than all of them at once.
+LARGE_SCORE_BYTES = 4 << 20
 # Axes that are free in float32, by the beginning of an input's name.
 FREE_ROWS = {"spatial": "slots", "pointer": "rows", "sparse": "tokens"}
 ON_CONSTANTS = ("Sin", "Cos", "Erf", "Range")  # what must not be computed from constants at run time
@@ -107,6 +111,7 @@ def export_stages(
     precision: str = "fp32",
     fusion_level: int | None = None,
     values: str = "",
+    one_by_one: bool | None = None,
     on_step: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Manifest:
     """Write the stages of a model and check each with ONNX Runtime against torch; the manifest comes last.
@@ -119,6 +124,7 @@ def export_stages(
         prompt_tokens: most tokens of one prompt.
         fusion_level: the FPN level that the reasoner reads; None: none.
         values: "before" or "after": where memory attention projects its values; empty: what suits the precision.
+        one_by_one: write memory attention for objects that take turns, too; None: in float32, where that is faster.
         on_step: called as (steps done, steps in all, what is next).
 
     Raises:
@@ -134,13 +140,18 @@ def export_stages(
     device = sam2.grid_cos.device
     if device.type != "cpu":
         raise ExportError(f"export from the CPU: the model is on {device}; load it with model.device cpu")
-    specs = _specs(sam2, anchors_attended + recent_frames, anchors_attended + pointers - 1, prompt_tokens, fusion_level)
+    slots, rows = anchors_attended + recent_frames, anchors_attended + pointers - 1
+    specs = _specs(sam2, slots, rows, prompt_tokens, fusion_level)
+    if one_by_one is None:
+        one_by_one = precision == "fp32" and _score_bytes(sam2, slots, rows) >= LARGE_SCORE_BYTES
+    if not one_by_one:
+        specs = {stage: spec for stage, spec in specs.items() if stage not in ONE_BY_ONE}
     manifest = Manifest(
         model=name,
         weights_sha256=weights_sha256,
         image_size=sam2.config.image_size,
-        memory_slots=anchors_attended + recent_frames,
-        pointer_rows=anchors_attended + pointers - 1,
+        memory_slots=slots,
+        pointer_rows=rows,
         prompt_tokens=prompt_tokens,
         memory_frames=sam2.config.memory_frames,
         multimask_prompted=sam2.config.multimask_prompted,
@@ -153,14 +164,14 @@ def export_stages(
         values=values,
         memory_pool=sam2.config.memory_pool,
     )
-    steps = 2 * len(STAGES)
+    steps = 2 * len(specs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     except OSError as error:
         raise ExportError(f"{folder} cannot be written ({error}); choose another --out") from error
     try:
-        for number, stage in enumerate(STAGES):
+        for number, stage in enumerate(list(specs)):
             on_step(2 * number, steps, f"export {stage}")
             file = partial / f"{stage}.onnx"
             is_free = precision == "fp32"
@@ -168,11 +179,11 @@ def export_stages(
             _write_graph(sam2, stage, file, manifest, dtype, fusion_level, free_rows=is_free)
             _check_graph(file, stage, specs[stage])
             on_step(2 * number + 1, steps, f"check {stage}")
-            rounded = sam2 if dtype is torch.float32 else in_precision(sam2, dtype).float()
-            reference = stage_module(rounded, stage, torch.float32, fusion_level)
+            model = sam2 if dtype is torch.float32 else rounded(with_tables(sam2), dtype).float()
+            reference = stage_module(model, stage, torch.float32, fusion_level)
             difference = check_stage(stage, file, specs[stage], reference, free_rows=is_free)
             if dtype is torch.float16:
-                _check_range(stage, specs[stage], rounded, fusion_level)
+                _check_range(stage, specs[stage], model, fusion_level)
             log.info("%s: %.1f MB, differs from torch by %.1e", stage, file.stat().st_size / 1e6, difference)
             specs[stage] = replace(specs[stage], sha256=file_sha256(file))
         save_file(
@@ -187,8 +198,8 @@ def export_stages(
     return replace(manifest, stages=specs)
 
 
-def _check_range(stage: str, spec: StageSpec, rounded: Sam2, fusion_level: int | None) -> None:
-    model = for_export(rounded, values="before", fusion_level=fusion_level)
+def _check_range(stage: str, spec: StageSpec, model: Sam2, fusion_level: int | None) -> None:
+    model = for_export(model, values="before", fusion_level=fusion_level)
     check_range(stage, spec, exportable(stage_module(model, stage, torch.float32, fusion_level)))
 
 
@@ -231,6 +242,18 @@ def _specs(sam2: Sam2, slots: int, rows: int, tokens: int, fusion_level: int | N
             },
             {"conditioned": floats(OBJECTS, c, g, g)},
         ),
+        "memory_queries": ({"top": top}, {"tokens": floats(1, g * g, c), "queries": floats(1, g * g, c)}),
+        "memory_read": (
+            {
+                "tokens": floats(1, g * g, c),
+                "queries": floats(1, g * g, c),
+                "spatial": floats(1, slots, m, g, g),
+                "spatial_tpos": TensorSpec("int64", (1, slots)),
+                "pointers": floats(1, rows, c),
+                "pointer_distance": floats(1, rows),
+            },
+            {"conditioned": floats(1, c, g, g)},
+        ),
         "mask_decoder": (
             {
                 "conditioned": floats(OBJECTS, c, g, g),
@@ -254,6 +277,12 @@ def _specs(sam2: Sam2, slots: int, rows: int, tokens: int, fusion_level: int | N
     return {stage: StageSpec(f"{stage}.onnx", "", inputs, outputs) for stage, (inputs, outputs) in tensors.items()}
 
 
+def _score_bytes(sam2: Sam2, slots: int, rows: int) -> int:
+    """Of one object: one number per cell of the image and key."""
+    cells, splits = sam2.config.grid**2, sam2.config.channels // sam2.config.memory_channels
+    return 4 * cells * (slots * cells // sam2.config.memory_pool**2 + rows * splits)
+
+
 def _write_graph(
     sam2: Sam2,
     stage: str,
@@ -265,7 +294,7 @@ def _write_graph(
     free_rows: bool,
 ) -> None:
     spec = manifest.stages[stage]
-    baked = for_export(in_precision(sam2, dtype), values=manifest.values, fusion_level=fusion_level)
+    baked = rounded(for_export(with_tables(sam2), values=manifest.values, fusion_level=fusion_level), dtype)
     module = exportable(stage_module(baked, stage, dtype, fusion_level))
     axes = _free_axes(spec, free_rows=free_rows)
     try:

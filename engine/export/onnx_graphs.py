@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from virst_engine.backends.manifest import STAGES
 from virst_engine.errors import ExportError
 from virst_engine.model.sam2 import RopeAttention, Sam2
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors, PromptTokens
@@ -87,6 +86,36 @@ class MemoryAttentionStage(StageModule):
         return self.sam2.attend_memory(self._features(top=top), memory).float()
 
 
+class MemoryQueriesStage(StageModule):
+    """The part of memory attention that objects share."""
+
+    outputs = ("tokens", "queries")
+
+    def forward(self, top: Tensor) -> tuple[Tensor, ...]:
+        tokens, queries = self.sam2.memory_queries(self._features(top=top))
+        return tokens.float(), queries.float()
+
+
+class MemoryReadStage(StageModule):
+    """The rest of it, for one object whose memories and pointers are all there."""
+
+    outputs = ("conditioned",)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        queries: Tensor,
+        spatial: Tensor,
+        spatial_tpos: Tensor,
+        pointers: Tensor,
+        pointer_distance: Tensor,
+    ) -> Tensor:
+        tokens, queries, spatial, pointers = self._here(tokens, queries, spatial, pointers)
+        valid = (spatial_tpos >= 0, pointer_distance >= 0.0)  # not read
+        memory = MemoryTensors(spatial, spatial_tpos, valid[0], pointers, pointer_distance, valid[1])
+        return self.sam2.read_memory(tokens, queries, memory, is_complete=True).float()
+
+
 class MaskDecoderStage(StageModule):
     outputs = ("mask_logits", "iou", "object_score_logits", "pointer")
 
@@ -115,28 +144,41 @@ class MemoryEncoderStage(StageModule):
         return self.sam2.encode_memory(self._features(top=top), prediction, binarize).spatial.float()
 
 
+KINDS: dict[str, type[StageModule]] = {
+    "memory_attention": MemoryAttentionStage,
+    "memory_queries": MemoryQueriesStage,
+    "memory_read": MemoryReadStage,
+    "mask_decoder": MaskDecoderStage,
+    "memory_encoder": MemoryEncoderStage,
+}
+
+
 def stage_module(sam2: Sam2, stage: str, dtype: torch.dtype, fusion_level: int | None = None) -> StageModule:
     if stage == "image_encoder":
         return ImageEncoderStage(sam2, dtype, fusion_level).eval()
-    kinds = dict(zip(STAGES[1:], (MemoryAttentionStage, MaskDecoderStage, MemoryEncoderStage), strict=True))
-    return kinds[stage](sam2, dtype).eval()
+    return KINDS[stage](sam2, dtype).eval()
 
 
-def in_precision(sam2: Sam2, dtype: torch.dtype) -> Sam2:
-    """A copy with its weights and tables rounded to `dtype`. Convolutions stay float32 where `dtype` is bfloat16.
-
-    Opset 18 knows no convolution in bfloat16. They are 2 to 5 % of the work.
-    """
+def with_tables(sam2: Sam2) -> Sam2:
+    """A copy that computes the positions of image cells once, now."""
     sam2 = copy.deepcopy(sam2).eval().requires_grad_(False)
     trunk, prompts = sam2.image_encoder.trunk, sam2.sam_prompt_encoder
     cells = sam2.config.image_size // 4
-    # The bicubic position embedding and the sines of the decoder's positions, computed once.
+    # The trunk's bicubic embedding, and the sines of the decoder.
     for module, method, table in (
         (trunk, "_get_pos_embed", trunk._get_pos_embed((cells, cells))),
         (prompts, "get_dense_pe", prompts.get_dense_pe()),
     ):
         module.register_buffer("position_table", table.detach(), persistent=False)
         setattr(module, method, _constant(module))
+    return sam2
+
+
+def rounded(sam2: Sam2, dtype: torch.dtype) -> Sam2:
+    """Round weights and tables to `dtype`, in place. Convolutions stay float32 where `dtype` is bfloat16.
+
+    Opset 18 knows no convolution in bfloat16. They are 2 to 5 % of the work.
+    """
     sam2.to(dtype)
     if dtype is torch.bfloat16:
         for module in sam2.modules():
@@ -157,7 +199,7 @@ class _BakedRopeAttention(RopeAttention):
 
 
 def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None) -> Sam2:
-    """Change a model of `in_precision` so that its graphs do no work that can be done once; it is changed in place.
+    """Change a model of `with_tables` so that its graphs do no work that can be done once; it is changed in place.
 
     Args:
         values: "before" or "after": where memory attention projects its values (RopeAttention).
@@ -169,11 +211,33 @@ def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None) -> S
                 layer.weight.data = layer.weight.data[module.halves]
                 layer.bias.data = layer.bias.data[module.halves]
             module.__class__ = _BakedRopeAttention
+            _fold_output_into_values(module)
             module.projects_values_first = values == "before" or module.kv_in_dim == module.internal_dim
         if type(module).__name__ == "LayerNorm2d":
             module.forward = _layer_norm_2d(module)
     _fold_high_res_convolutions(sam2, fusion_level)
+    for lateral in sam2.image_encoder.neck.convs:
+        _multiply_by_cells(lateral)
     return sam2
+
+
+def _multiply_by_cells(lateral: Any) -> None:
+    """Make a 1 x 1 convolution a product of two matrices: the trunk has channels last."""
+    convolution = lateral.conv
+    linear: Any = nn.Linear(convolution.in_channels, convolution.out_channels)
+    linear.weight.data, linear.bias.data = convolution.weight.data[:, :, 0, 0], convolution.bias.data
+    lateral.conv = linear.requires_grad_(False)
+    lateral.forward = lambda x: linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _fold_output_into_values(attention: Any) -> None:
+    """With one head, what is projected to values and averaged, and then projected again, is projected once."""
+    first, second = attention.v_proj, attention.out_proj
+    folded: Any = nn.Linear(first.in_features, second.out_features)
+    matrix = second.weight.double()
+    folded.weight.data = (matrix @ first.weight.double()).to(first.weight.dtype)
+    folded.bias.data = (matrix @ first.bias.double() + second.bias.double()).to(first.bias.dtype)
+    attention.v_proj, attention.out_proj = folded.requires_grad_(False), nn.Identity()
 
 
 def _layer_norm_2d(module: Any) -> Callable[[Tensor], Tensor]:
@@ -228,6 +292,9 @@ class ExportableFunctions(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if function is F.gelu:
             return _gelu(*args, **kwargs)
+        if function is F.linear and args[0].ndim == 3 and self._dtype is torch.float32:
+            # ONNX Runtime adds the bias within a product of two matrices, not within one of many.
+            return function(args[0].flatten(0, 1), *args[1:], **kwargs).unflatten(0, args[0].shape[:2])
         if function in (torch.conv2d, torch.conv_transpose2d):
             x, weight, *rest = args
             return function(x.to(weight.dtype), weight, *rest, **kwargs).to(x.dtype)

@@ -14,7 +14,9 @@ from tests.engine.model.small_models import SMALL_SAM2
 from virst_engine.backends.manifest import STAGES, Manifest, read_manifest, stage_path
 from virst_engine.config import MemoryParameters, ModelParameters
 from virst_engine.errors import BackendError, ExportError
+from virst_engine.export import onnx as export
 from virst_engine.export.onnx import NEVER, OPSET, PROMPT_TOKENS, export_stages
+from virst_engine.model.config import sam2_1
 from virst_engine.model.sam2 import Sam2
 from virst_engine.weights import load_segmenter, weights_sha256
 
@@ -152,6 +154,36 @@ def test_every_step_is_told_and_pooled_keys_are_exported(tmp_path: Path) -> None
     assert steps[0][2] == "export image_encoder"
     assert steps[-1][2] == "done"
     assert "fusion" not in manifest.stages["image_encoder"].outputs
+
+
+@pytest.mark.parametrize(
+    ("score_bytes", "precision", "stages"),
+    [(1, "fp32", 6), (1, "fp16", 4), (None, "fp32", 4)],
+    ids=["large scores", "half precision", "small scores"],
+)
+def test_memory_attention_for_one_object_is_written_where_it_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score_bytes: int | None, precision: str, stages: int
+) -> None:
+    if score_bytes is not None:
+        monkeypatch.setattr(export, "LARGE_SCORE_BYTES", score_bytes)
+    totals = []
+
+    def stop(done: int, total: int, what: str) -> None:
+        totals.append(total)
+        raise Stop
+
+    with pytest.raises(Stop):
+        export_small(small_sam2(), tmp_path, precision=precision, on_step=stop)
+    assert totals == [2 * stages]
+
+
+def test_scores_of_one_object_are_counted() -> None:
+    sam2 = Sam2(SMALL_SAM2)
+    cells, splits = SMALL_SAM2.grid**2, SMALL_SAM2.channels // SMALL_SAM2.memory_channels
+    assert export._score_bytes(sam2, 4, 5) == 4 * cells * (4 * cells + 5 * splits)
+    sam2.pool_memory(2)
+    assert export._score_bytes(sam2, 4, 5) == cells * (4 * cells + 4 * 5 * splits)
+    assert export._score_bytes(Sam2(sam2_1("tiny", 512)), 7, 16) > export.LARGE_SCORE_BYTES
 
 
 def test_values_that_mean_nothing_are_refused(tmp_path: Path) -> None:

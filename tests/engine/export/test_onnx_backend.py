@@ -17,10 +17,10 @@ import psutil
 import pytest
 import torch
 
+from tests.engine.backends.exports import small_sam2
 from tests.engine.backends.test_exported import assert_same, features, memories
-from virst_engine.backends import onnx_backend
-from virst_engine.backends.manifest import file_sha256, read_manifest, write_manifest
-from virst_engine.backends.onnx_backend import CPU, CUDA, OnnxRuntimeStages, load_onnxruntime, open_session
+from virst_engine.backends.manifest import STAGES, file_sha256, read_manifest, write_manifest
+from virst_engine.backends.onnx_backend import CPU, CUDA, ONE_BY_ONE, OnnxRuntimeStages, load_onnxruntime, open_session
 from virst_engine.backends.torch_backend import TorchStages
 from virst_engine.config import ModelParameters
 from virst_engine.errors import BackendError, ExportError
@@ -119,25 +119,70 @@ def test_what_no_object_has_is_left_out(stages: OnnxRuntimeStages, reference: To
     assert not given["pointer_valid"].any()
 
 
-def test_more_objects_than_fit_at_once_take_turns(
-    stages: OnnxRuntimeStages, reference: TorchStages, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frame, memory = features(reference), some_memories(reference, 5)
-    together = stages.memory_attention(frame, memory)
-    per_object = stages._score_bytes({"spatial": memory.spatial, "pointers": memory.pointers})
-    assert per_object == 4 * 64 * (9 * 64 + 18 * 2)
-    session, counts = stages._sessions["memory_attention"], []
-    stages._sessions["memory_attention"] = SimpleNamespace(
-        run=lambda names, given: counts.append(len(given["spatial"])) or session.run(names, given)
-    )
-    monkeypatch.setattr(onnx_backend, "MOST_SCORE_BYTES", 2 * per_object)
-    assert_near(stages.memory_attention(frame, memory), together)
-    assert max(counts) < 5
-    assert sum(counts) == 5
-    counts.clear()
-    monkeypatch.setattr(onnx_backend, "MOST_SCORE_BYTES", 1)
-    assert_near(stages.memory_attention(frame, memory), together)
-    assert counts == [1] * 5
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a small model that has memory attention for one object, too: 4 memories, 5 pointers."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    from virst_engine.export.onnx import export_stages
+
+    folder = tmp_path_factory.mktemp("one_by_one")
+    sizes = {"anchors_attended": 2, "recent_frames": 2, "pointers": 4, "prompt_tokens": 6}
+    export_stages(small_sam2(), folder, name="small", weights_sha256="ab" * 32, one_by_one=True, **sizes)
+    return folder
+
+
+def watched(stages: OnnxRuntimeStages) -> list[tuple[str, dict[str, Any]]]:
+    """What the sessions of memory attention are given from now on."""
+    seen: list[tuple[str, dict[str, Any]]] = []
+    for stage in {"memory_attention", *ONE_BY_ONE} & stages._sessions.keys():
+
+        def run(names: Any, given: Any, stage: str = stage, session: Any = stages._sessions[stage]) -> Any:
+            seen.append((stage, given))
+            return session.run(names, given)
+
+        stages._sessions[stage] = SimpleNamespace(run=run)
+    return seen
+
+
+def test_objects_one_by_one_read_what_they_read_together(one_by_one: Path) -> None:
+    stages, reference = OnnxRuntimeStages(one_by_one, threads=1), TorchStages(small_sam2())
+    frame, memory = features(reference), some_memories(reference, 4, slots=4, rows=5)
+    memory.spatial_valid[:] = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 0, 1], [1, 1, 0, 0]]).bool()
+    memory.pointer_valid[:] = torch.tensor([[1] * 5, [1, 0, 0, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    wanted, seen = reference.memory_attention(frame, memory), watched(stages)
+    assert_near(stages.memory_attention(frame, memory), wanted)
+    assert [stage for stage, _ in seen] == ["memory_queries"] + ["memory_read"] * 4
+    assert [given["spatial"].shape[1] for _, given in seen[1:]] == [4, 1, 2, 2]
+    assert [given["pointers"].shape[1] for _, given in seen[1:]] == [5, 1, 3, 3]
+    assert not {"spatial_valid", "pointer_valid"} & seen[1][1].keys(), "every row that is given is there"
+
+
+def test_an_object_without_pointers_or_memories_reads_by_the_stage_for_all(one_by_one: Path) -> None:
+    stages, reference = OnnxRuntimeStages(one_by_one, threads=1), TorchStages(small_sam2())
+    frame, memory = features(reference), some_memories(reference, 3, slots=4, rows=5)
+    memory.spatial_valid[:, 0] = memory.pointer_valid[:, 0] = True
+    memory.pointer_valid[1] = False
+    memory.spatial_valid[2] = False
+    wanted, seen = reference.memory_attention(frame, memory), watched(stages)
+    assert_near(stages.memory_attention(frame, memory), wanted)
+    assert [stage for stage, _ in seen] == ["memory_queries", "memory_read", "memory_attention", "memory_attention"]
+    memory.pointer_valid[2] = False
+    assert torch.isfinite(stages.memory_attention(frame, memory)).all()
+
+
+def test_an_export_without_the_stages_for_one_object_reads_all_at_once(one_by_one: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(one_by_one, tmp_path / "export"))
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, stages={stage: manifest.stages[stage] for stage in STAGES}))
+    for stage in ONE_BY_ONE:
+        (folder / f"{stage}.onnx").unlink()
+    apart, together = OnnxRuntimeStages(one_by_one, threads=1), OnnxRuntimeStages(folder, threads=1)
+    frame, memory = features(together), some_memories(together, 3, slots=4, rows=5)
+    memory.pointer_valid[:, 0] = True
+    seen = watched(together)
+    assert_near(together.memory_attention(frame, memory), apart.memory_attention(frame, memory))
+    assert [stage for stage, _ in seen] == ["memory_attention"]
 
 
 def test_what_a_call_returns_outlives_the_next_one(stages: OnnxRuntimeStages, reference: TorchStages) -> None:
@@ -231,7 +276,9 @@ class Pretender:
     def get_available_providers(self) -> list[str]:
         return [CUDA, CPU]
 
-    def InferenceSession(self, model: object, options: object, providers: list[tuple[str, dict[str, Any]]]) -> Any:
+    def InferenceSession(
+        self, model: object, options: object, providers: list[tuple[str, dict[str, Any]]], **others: object
+    ) -> Any:
         assert providers[0][0] == CUDA
         assert providers[-1][0] == CPU
         return self._real.InferenceSession(model, options, providers=[CPU])

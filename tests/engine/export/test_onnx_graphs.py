@@ -17,9 +17,10 @@ from virst_engine.export.onnx_graphs import (
     ExportableFunctions,
     StageModule,
     for_export,
-    in_precision,
+    rounded,
     stage_dtype,
     stage_module,
+    with_tables,
 )
 from virst_engine.export.onnx_parity import random_inputs
 from virst_engine.model.config import sam2_1
@@ -41,8 +42,8 @@ def outputs(module: StageModule, inputs: dict[str, Tensor]) -> dict[str, Tensor]
 def test_what_is_computed_once_gives_the_same_numbers(config: object, fusion_level: int | None, values: str) -> None:
     sam2 = small_sam2(config)
     specs = _specs(sam2, 4, 5, 6, fusion_level)
-    baked = for_export(in_precision(sam2, torch.float32), values=values, fusion_level=fusion_level)
-    for stage in STAGES:
+    baked = for_export(with_tables(sam2), values=values, fusion_level=fusion_level)
+    for stage in specs:
         inputs = random_inputs(specs[stage], 3, seed=1)
         wanted = outputs(stage_module(sam2, stage, torch.float32, fusion_level), inputs)
         with ExportableFunctions(torch.float32):
@@ -56,7 +57,7 @@ def test_what_is_computed_once_gives_the_same_numbers(config: object, fusion_lev
 def test_two_convolutions_in_a_row_become_one_where_nobody_looks_in_between() -> None:
     def folded(config: object, fusion_level: int | None) -> list[bool]:
         decoder = for_export(
-            in_precision(small_sam2(config), torch.float32), values="before", fusion_level=fusion_level
+            with_tables(small_sam2(config)), values="before", fusion_level=fusion_level
         ).sam_mask_decoder
         return [isinstance(layer, nn.Identity) for layer in (decoder.conv_s0, decoder.conv_s1)]
 
@@ -71,7 +72,7 @@ def test_two_convolutions_in_a_row_become_one_where_nobody_looks_in_between() ->
 def test_the_model_itself_stays_as_it_is() -> None:
     sam2 = small_sam2()
     before = {name: value.clone() for name, value in sam2.state_dict().items()}
-    for_export(in_precision(sam2, torch.bfloat16), values="after")
+    rounded(for_export(with_tables(sam2), values="after"), torch.bfloat16)
     assert all(torch.equal(value, before[name]) for name, value in sam2.state_dict().items())
     assert all(layer.self_attn.projects_values_first for layer in sam2.memory_attention.layers)
 
@@ -84,18 +85,19 @@ def test_only_the_stages_that_may_compute_in_half(precision: str) -> None:
     for stage in STAGES:
         dtype = stage_dtype(stage, precision)
         assert dtype is (torch.float32 if precision == "fp16" and stage.startswith("mask") else dtype)
-        baked = for_export(in_precision(sam2, dtype), values="before")
+        baked = rounded(for_export(with_tables(sam2), values="before"), dtype)
         inputs = random_inputs(specs[stage], 2, seed=2)
         with ExportableFunctions(dtype):
             found = outputs(stage_module(baked, stage, dtype), inputs)
-        wanted = outputs(stage_module(in_precision(sam2, dtype).float(), stage, torch.float32), inputs)
+        wanted = outputs(stage_module(rounded(with_tables(sam2), dtype).float(), stage, torch.float32), inputs)
         for name, tensor in found.items():
             assert tensor.dtype is torch.float32, "borders are float32"
             assert torch.isfinite(tensor).all()
             assert tensor.shape == wanted[name].shape
     assert [stage_dtype(stage, "fp16") for stage in STAGES] == [torch.float16, torch.float16] + [torch.float32] * 2
     assert {stage_dtype(stage, "bf16") for stage in STAGES} == {torch.bfloat16}
-    kinds = {p.dtype for m in in_precision(sam2, half).modules() if isinstance(m, CONVOLUTIONS) for p in m.parameters()}
+    modules = rounded(with_tables(sam2), half).modules()
+    kinds = {p.dtype for m in modules if isinstance(m, CONVOLUTIONS) for p in m.parameters()}
     assert kinds == {torch.float32 if precision == "bf16" else half}  # opset 18 has no convolution in bfloat16
 
 
@@ -103,7 +105,7 @@ def test_distances_of_pointers_are_exact_in_half_precision() -> None:
     """bfloat16 counts 256, 258, 260: a memory of 257 steps ago must not look like one of 256."""
     sam2 = Sam2(replace(sam2_1("tiny", 64), pointer_distance_limit=0)).eval()
     module = stage_module(
-        for_export(in_precision(sam2, torch.bfloat16), values="before"), "memory_attention", torch.bfloat16
+        rounded(for_export(with_tables(sam2), values="before"), torch.bfloat16), "memory_attention", torch.bfloat16
     )
     seen: list[Tensor] = []
     module.sam2.obj_ptr_tpos_proj.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
