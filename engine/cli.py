@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `virst`: train, evaluate, bench, export, build, scenes, weights. A command imports only what it runs."""
+"""The program `virst`: train, evaluate, bench, export, build, scenes, weights. A command imports only what it runs.
+
+Other packages add commands by entry points of the group `virst_engine.commands`: name = module:function, a function as
+typer takes it. So `virst soak` and `virst faults` can live in virst_ros, and this package without ROS.
+"""
 
 import enum
+import functools
+import importlib.metadata
 import json
 import logging
 import sys
@@ -15,13 +21,75 @@ import typer
 from virst_engine.config import MemoryParameters, ModelParameters, TrackingParameters
 from virst_engine.errors import VirstError
 
+COMMANDS_GROUP = "virst_engine.commands"
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
+
+class CommandGroup(typer.core.TyperGroup):
+    """The commands of this file, and those that entry points declare. The latter are imported when they are asked for,
+    or listed; own ones win."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        own = super().list_commands(ctx)
+        return [*own, *sorted(declared_commands().keys() - set(own))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or cmd_name not in declared_commands():
+            return own
+        return _make_command(cmd_name, _load(declared_commands()[cmd_name]))
+
+
+@functools.cache
+def declared_commands() -> dict[str, importlib.metadata.EntryPoint]:
+    """Commands of other packages by name; reads what is installed, imports nothing."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=COMMANDS_GROUP)}
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> Callable[..., Any]:
+    """The command's function; what is missing for it is told when it is run, and in its help."""
+    try:
+        function: Callable[..., Any] = entry.load()
+    except ImportError as error:
+        why = _why_missing(entry, error)
+
+        def unavailable() -> None:
+            raise VirstError(why)
+
+        unavailable.__doc__ = f"Cannot run here: {why}"
+        return unavailable
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except ImportError as error:
+            raise VirstError(_why_missing(entry, error)) from error
+
+    return command
+
+
+def _why_missing(entry: importlib.metadata.EntryPoint, error: ImportError) -> str:
+    return (
+        f"`virst {entry.name}` needs more than this Python has ({error}): source the ROS 2 workspace with virst_msgs "
+        "(install/setup.bash, or scripts/env of a checkout), or install the missing package"
+    )
+
+
+def _make_command(name: str, function: Callable[..., Any]) -> Any:
+    made = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+    made.command(name, context_settings=CONTEXT_SETTINGS)(function)
+    return typer.main.get_command(made)
+
+
 app = typer.Typer(
     name="virst",
+    cls=CommandGroup,
     help="Say it in a sentence, get its mask, live: VIRST for robots.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT_SETTINGS,
 )
 scenes_app = typer.Typer(no_args_is_help=True, help="Simulated tabletop scenes: write clips to disk, look at them.")
 weights_app = typer.Typer(no_args_is_help=True, help="Trained weights.")

@@ -138,3 +138,98 @@ def test_figures_go_to_the_json_file_and_the_report(monkeypatch, tmp_path):
         if line.startswith("!["):
             assert (tmp_path / line.split("(")[1].rstrip(")")).is_file()
     assert "![absent worst]" in page
+
+
+class TestCommandsOfOtherPackages:
+    """Entry points of the group `virst_engine.commands`, of a package that is installed for the test."""
+
+    MODULE = (
+        "import sys\n"
+        "from typing import Annotated\n"
+        "import typer\n"
+        "def command(times: Annotated[int, typer.Option(min=1, help='How often.')] = 1) -> None:\n"
+        '    """Greet somebody."""\n'
+        "    print('hello ' * times)\n"
+        "def late() -> None:\n"
+        '    """Greet over ROS."""\n'
+        "    import rclpy_that_nobody_has\n"
+    )
+
+    @pytest.fixture
+    def installed(self, tmp_path, monkeypatch):
+        (tmp_path / "greeting.py").write_text(self.MODULE)
+        (tmp_path / "needy.py").write_text("import rclpy_that_nobody_has\ndef command(): ...\n")
+        facts = tmp_path / "greeting-1.0.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n")
+        entries = ["greet = greeting:command", "greet-late = greeting:late", "need = needy:command", "words = needy:x"]
+        (facts / "entry_points.txt").write_text(f"[{cli.COMMANDS_GROUP}]\n" + "\n".join(entries) + "\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        cli.declared_commands.cache_clear()
+        yield tmp_path
+        cli.declared_commands.cache_clear()
+        for module in ("greeting", "needy"):
+            sys.modules.pop(module, None)
+
+    def test_they_run_with_their_options_and_explain_themselves(self, installed):
+        assert run("greet", "--times", "2").output == "hello hello \n"
+        assert run("greet", "--times", "0").exit_code == 2
+        for option in ("-h", "--help"):
+            told = run("greet", option)
+            assert told.exit_code == 0
+            assert "Greet somebody." in told.output
+            assert "How often." in told.output
+
+    def test_the_programs_help_lists_them(self, installed):
+        output = run("--help").output
+        assert "Greet somebody." in output
+        assert "bench" in output
+
+    def test_other_commands_do_not_import_them(self, installed):
+        assert run("version").exit_code == 0
+        assert run("bench", "--help").exit_code == 0
+        assert not {"greeting", "needy"} & sys.modules.keys()
+
+    def test_a_command_of_this_program_cannot_be_taken_over(self, installed, tmp_path):
+        assert "List the words" in run("words", "--help").output
+
+    @pytest.mark.parametrize("name", ["need", "greet-late"])
+    def test_what_is_missing_for_one_is_told_and_how_to_get_it(self, installed, name, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["virst", name])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        told = capsys.readouterr().err
+        assert f"`virst {name}` needs more than this Python has (No module named 'rclpy_that_nobody_has')" in told
+        assert "source the ROS 2 workspace" in told
+
+    def test_the_help_of_the_program_does_not_fail_for_one_that_cannot_be_imported(self, installed):
+        assert "Cannot run here" in run("--help").output
+
+
+def test_commands_of_this_repository_are_listed_without_ros():
+    """In a process of its own, where no module of ROS can be imported."""
+    names = {"soak"} & cli.declared_commands().keys()
+    if not names:
+        pytest.skip("this package was installed before it declared commands; run ./scripts/setup")
+    code = (
+        "import sys\n"
+        "class NoRos:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('rclpy', 'virst_msgs', 'sensor_msgs', 'std_msgs'):\n"
+        "            raise ModuleNotFoundError('no ' + name, name=name)\n"
+        "sys.meta_path.insert(0, NoRos())\n"
+        "from typer.testing import CliRunner\n"
+        "from virst_engine import cli\n"
+        "from virst_engine.errors import VirstError\n"
+        "print(CliRunner().invoke(cli.app, ['--help']).output)\n"
+        f"for name in {sorted(names)!r}:\n"
+        "    assert CliRunner().invoke(cli.app, [name, '--help']).exit_code == 0\n"
+        "    failed = CliRunner().invoke(cli.app, [name]).exception\n"
+        "    assert isinstance(failed, VirstError) and 'source the ROS 2 workspace' in str(failed), failed\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        assert name in done.stdout
+    assert "Cannot run here" not in done.stdout
