@@ -21,6 +21,7 @@ from rclpy.impl.rcutils_logger import RcutilsLogger
 from virst_ros.log_bridge import LogBridge
 
 RCLError = rclpy_implementation.RCLError
+RCLInvalidROSArgsError = rclpy_implementation.RCLInvalidROSArgsError
 
 
 class OwnNode(Protocol):
@@ -34,8 +35,15 @@ class OwnNode(Protocol):
 
 
 def run_node(make: Callable[[], OwnNode], name: str, arguments: list[str] | None) -> int:
-    """Run one node until it is told to stop. The exit status is 1 when it failed, or a parameter was not acceptable."""
-    rclpy.init(args=arguments)
+    """Run one node until it is told to stop. The exit status is 1 when it failed, or its arguments cannot be used."""
+    try:
+        rclpy.init(args=arguments)
+    except (RCLError, RCLInvalidROSArgsError) as error:
+        reason = " ".join(str(error).split())
+        rclpy.logging.get_logger(name).fatal(
+            f"cannot start: {reason}. Look at what follows --ros-args, and at the parameter file that it names"
+        )
+        return 1
     node = None
     try:
         try:

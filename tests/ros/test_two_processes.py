@@ -26,7 +26,7 @@ COUNT = 40
 def test_large_best_effort_images_arrive_with_their_stamps(graph, engine, width, height):
     masks = graph.collect(Image, "/segmenter/mask", 100)
     node = graph.add(SegmenterNode, engine)
-    wait_until(lambda: node.state == "active" and node.outputs.mask.wanted)
+    wait_until(lambda: node.state == "active" and node.cameras[0].outputs.mask.wanted)
     command = [sys.executable, str(Path(__file__).with_name("camera_process.py")), str(width), str(height), str(COUNT)]
     environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain_id)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -72,3 +72,11 @@ def test_a_missing_profile_is_warned_of(graph):
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert "FASTDDS_DEFAULT_PROFILES_FILE (up to Jazzy: FASTRTPS_DEFAULT_PROFILES_FILE) is not set" in told
+
+
+def test_a_parameter_file_that_is_not_there_is_told_and_ends_the_segmenter(graph):
+    with run("virst_ros.segmenter_node", graph, "--params-file", "/nowhere/parameters.yaml") as process:
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "/nowhere/parameters.yaml" in told
+    assert "Traceback" not in told
