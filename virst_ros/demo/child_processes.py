@@ -39,7 +39,9 @@ class ChildProcesses:
         self.log_folder = log_folder
         self._children: list[_Child] = []
 
-    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[bytes]":
         """Start a command, with its output in `log_folder`/`name`.log. Raises ChildFailed when it cannot be started."""
         self.log_folder.mkdir(parents=True, exist_ok=True)
         log = self.log_folder / f"{name}.log"
@@ -57,6 +59,7 @@ class ChildProcesses:
             except OSError as error:
                 raise ChildFailed(f"{name} cannot be started: {error}") from error
         self._children.append(_Child(name, process, log))
+        return process
 
     def check(self) -> None:
         """Raises ChildFailed when a child has ended."""
