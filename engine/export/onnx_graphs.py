@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from virst_engine.errors import ExportError
 from virst_engine.model.sam2 import RopeAttention, Sam2
+from virst_engine.model.sam2_trunk import TrunkAttention
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors, PromptTokens
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -202,7 +203,8 @@ def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None) -> S
     """Change a model of `with_tables` so that its graphs do no work that can be done once; it is changed in place.
 
     Args:
-        values: "before" or "after": where memory attention projects its values (RopeAttention).
+        values: "before" or "after": where memory attention projects its values (RopeAttention). "after" is for CPUs,
+            where the trunk's attention projects queries, keys and values apart.
         fusion_level: the FPN level that is an output too.
     """
     for module in sam2.modules():
@@ -215,6 +217,8 @@ def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None) -> S
             module.projects_values_first = values == "before" or module.kv_in_dim == module.internal_dim
         if type(module).__name__ == "LayerNorm2d":
             module.forward = _layer_norm_2d(module)
+        if isinstance(module, TrunkAttention):
+            module.projects_apart = values == "after"
     _fold_high_res_convolutions(sam2, fusion_level)
     for lateral in sam2.image_encoder.neck.convs:
         _multiply_by_cells(lateral)

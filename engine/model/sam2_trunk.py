@@ -7,13 +7,15 @@ projection makes of zeros is its bias, and the second one works cell by cell, so
 numbers.
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from virst_engine.errors import VirstError
 
 try:
-    from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock, do_pool
+    from sam2.modeling.backbones.hieradet import Hiera, MultiScaleAttention, MultiScaleBlock, do_pool
     from sam2.modeling.backbones.utils import window_partition, window_unpartition
 except ModuleNotFoundError as error:
     raise VirstError(
@@ -21,8 +23,47 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+class TrunkAttention(MultiScaleAttention):
+    """sam2's MultiScaleAttention (modeling/backbones/hieradet.py at 2b90b9f) in steps, and with padding in between."""
+
+    # Queries, keys and values by a product of matrices each: ONNX Runtime would copy them out of the one result.
+    projects_apart = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj(self._attend(*self._project(x)))
+        return out
+
+    def forward_in_windows(self, x: Tensor, window: int) -> Tensor:
+        """For an image that windows do not fill."""
+        height, width = x.shape[1:3]
+        padded = (height + -height % window, width + -width % window)
+        out = self._attend(*self._project(x, window))
+        stride = window // out.shape[1]
+        padded, size = ((h // stride, w // stride) for h, w in (padded, (height, width)))
+        projected: Tensor = self.proj(window_unpartition(out, window // stride, padded, size))
+        return projected
+
+    def _project(self, x: Tensor, window: int = 0) -> Sequence[Tensor]:
+        """Queries, keys and values, of windows if there is one."""
+        weights, biases = [self.qkv.weight], [self.qkv.bias]
+        if self.projects_apart:
+            weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        if window:
+            parts = [window_partition(F.linear(x, w), window)[0] + b for w, b in zip(weights, biases, strict=True)]
+        else:
+            parts = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        return parts if self.projects_apart else parts[0].chunk(3, dim=-1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.q_pool:
+            q = do_pool(q, self.q_pool)
+        size = q.shape[1:3]
+        q, k, v = (x.flatten(1, 2).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).unflatten(1, size)
+
+
 class LatePaddingBlock(MultiScaleBlock):
-    """sam2's MultiScaleBlock (modeling/backbones/hieradet.py at 2b90b9f) with padding inside the attention."""
+    """sam2's MultiScaleBlock with padding inside the attention."""
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
@@ -31,31 +72,14 @@ class LatePaddingBlock(MultiScaleBlock):
         shortcut, x = x, self.norm1(x)
         if self.dim != self.dim_out:
             shortcut = do_pool(self.proj(x), self.pool)
-        x = shortcut + self.drop_path(self._attend_in_windows(x))
+        x = shortcut + self.drop_path(self.attn.forward_in_windows(x, self.window_size))
         out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
-
-    def _attend_in_windows(self, x: Tensor) -> Tensor:
-        attention, window = self.attn, self.window_size
-        height, width = x.shape[1:3]
-        qkv, (padded_height, padded_width) = window_partition(F.linear(x, attention.qkv.weight), window)
-        qkv = (qkv + attention.qkv.bias).flatten(1, 2).unflatten(2, (3, attention.num_heads, -1))
-        q, k, v = qkv.unbind(2)  # windows, cells, heads, channels
-        if attention.q_pool:
-            pooled = do_pool(q.flatten(2).unflatten(1, (window, window)), attention.q_pool)
-            stride = window // pooled.shape[1]
-            q = pooled.flatten(1, 2).unflatten(2, (attention.num_heads, -1))
-            window, height, width = window // stride, height // stride, width // stride
-            padded_height, padded_width = padded_height // stride, padded_width // stride
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).unflatten(1, (window, window))
-        out = window_unpartition(out, window, (padded_height, padded_width), (height, width))
-        projected: Tensor = attention.proj(out)
-        return projected
 
 
 def pad_late(trunk: Hiera) -> Hiera:
     """Let the blocks of `trunk` pad as late as they can; parameters and results stay the same."""
     for block in trunk.blocks:
         block.__class__ = LatePaddingBlock
+        block.attn.__class__ = TrunkAttention
     return trunk

@@ -11,8 +11,9 @@ from tests.engine.model.small_models import liven
 from virst_engine.model.sam2_trunk import LatePaddingBlock, pad_late
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one projection", "three projections"])
 @pytest.mark.parametrize("size", [128, 192, 224], ids=lambda size: f"{size} px")
-def test_late_padding_changes_no_number(size: int) -> None:
+def test_late_padding_changes_no_number(size: int, apart: bool) -> None:
     """Windows of 14 and 7 cells, as in sam2.1 tiny, on grids that they do not fill; heads, pooling, global blocks."""
     reference = liven(
         Hiera(
@@ -25,6 +26,8 @@ def test_late_padding_changes_no_number(size: int) -> None:
         )
     )
     ours = pad_late(copy.deepcopy(reference))
+    for block in ours.blocks:
+        block.attn.projects_apart = apart
     assert ours.state_dict().keys() == reference.state_dict().keys()
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
