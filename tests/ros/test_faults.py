@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of faults, a few of them for real, and that the harness notices a segmenter that does not survive."""
+
+import json
+import re
+import signal
+from contextlib import contextmanager
+
+import pytest
+
+pytest.importorskip("rclpy")
+pytest.importorskip("virst_msgs.action")
+
+import typer
+
+from virst_ros.faults.catalogue import FAULTS
+from virst_ros.faults.command import choose
+from virst_ros.faults.fault import Fault, Masks, Reasoner, Verdict
+from virst_ros.faults.harness import Harness
+from virst_ros.faults.report import figures, table
+from virst_ros.faults.trial import try_fault
+
+pytestmark = pytest.mark.ros
+
+# Quick ones of each kind: image, stamps, size, goals, action, readers.
+QUICK = (
+    "short_data",
+    "stamp_zero",
+    "resolution_changes",
+    "goal_huge",
+    "goal_emoji",
+    "clear_unknown",
+    "action_cancelled",
+)
+
+
+# The table
+
+
+def test_there_are_at_least_forty_faults_of_different_names():
+    names = [fault.name for fault in FAULTS]
+    assert len(names) == len(set(names)) >= 40
+    assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_each_fault_says_what_is_done_and_what_is_expected(fault):
+    assert len(fault.what) > 10
+    for pattern in (fault.log, fault.diagnostics, fault.answer):
+        re.compile(pattern)
+    says_something = bool(fault.log or fault.diagnostics or fault.answer)
+    assert says_something or fault.masks is not Masks.ANY or fault.ends is not None or fault.what
+    assert fault.least_s <= fault.most_s
+
+
+def test_few_faults_are_none_that_the_node_could_name():
+    silent = [fault.name for fault in FAULTS if not (fault.log or fault.diagnostics or fault.ends is not None)]
+    assert len(silent) <= len(FAULTS) // 5, silent
+
+
+def test_every_fault_of_the_issue_is_there():
+    names = {fault.name for fault in FAULTS}
+    assert {
+        "reasoner_killed",
+        "reasoner_hangs",
+        "reasoner_slow",
+        "reasoner_garbage",
+        "reasoner_answers_twice",
+        "reasoner_answers_old_epoch",
+        "camera_stops",
+        "resolution_changes",
+        "encoding_changes",
+        "flood",
+        "black",
+        "saturated",
+        "grey",
+        "wrong_step",
+        "short_data",
+        "bayer",
+        "yuv422",
+        "clock_backwards",
+        "depth_stops",
+        "depth_nan",
+        "depth_of_other_shape",
+        "disk_full",
+        "parameter_nonsense",
+        "goal_huge",
+        "goal_emoji",
+        "goal_other_scripts",
+        "goal_empty",
+        "goals_hundred",
+        "sigterm_during_configure",
+    } <= names
+
+
+def test_faults_are_chosen_by_name_or_beginning():
+    assert [fault.name for fault in choose(FAULTS, "black,short_data")] == ["black", "short_data"]
+    assert {fault.name.partition("_")[0] for fault in choose(FAULTS, "depth_*")} == {"depth"}
+    assert choose(FAULTS, "") == FAULTS
+    with pytest.raises(typer.BadParameter, match="no fault 'nonsense'"):
+        choose(FAULTS, "nonsense")
+
+
+# The report
+
+
+def test_the_report_counts_and_names_what_was_not_survived():
+    good = Verdict("one", "something", recovery_s=0.5, masks="go on", goals="stay", diagnostics="input: a | b")
+    bad = Verdict("two", "something worse", problems=["the segmenter has died"])
+    told = figures([good, bad], 12.3, 0)
+    assert (told["tried"], told["survived"], told["slowest_recovery_s"]) == (2, 1, 0.5)
+    assert json.loads(json.dumps(told))["faults"][1]["recovery_s"] is None
+    rows = table([good, bad]).splitlines()
+    assert "| `one` | something | input: a \\| b | go on | stay | 0.5 |" in rows
+    assert "**not survived:** the segmenter has died" in rows[-1]
+
+
+# Against real processes
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    with Harness(tmp_path_factory.mktemp("faults")) as started:
+        yield started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_a_real_segmenter_survives(harness, name):
+    (fault,) = choose(FAULTS, name)
+    verdict = try_fault(harness, fault)
+    assert verdict.problems == []
+    assert verdict.recovery_s < 5.0
+    assert verdict.goals == "stay"
+    assert not fault.log or re.search(fault.log, verdict.log_line)
+    assert not fault.diagnostics or re.search(fault.diagnostics, verdict.diagnostics)
+
+
+@contextmanager
+def nothing_wrong(_):
+    yield
+
+
+@contextmanager
+def killed(harness):
+    harness.segmenter.process.send_signal(signal.SIGKILL)
+    harness.segmenter.process.wait()
+    yield
+
+
+@contextmanager
+def goal_taken_away(harness):
+    harness.clear_goals()
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (Fault("unsaid", "nothing", nothing_wrong, Masks.ANY, log="never said", most_s=1.0), "no word .* in the log"),
+        (
+            Fault("untold", "nothing", nothing_wrong, Masks.ANY, diagnostics="never told", most_s=1.0),
+            "no word .* in the diagnostics",
+        ),
+        (
+            Fault("unanswered", "nothing", nothing_wrong, Masks.ANY, answer="never"),
+            "the answer does not name the cause",
+        ),
+        (Fault("goalless", "its goal is cleared", goal_taken_away, Masks.ANY, most_s=1.0), "no recovery|is gone"),
+        (Fault("killed", "SIGKILL", killed, Masks.ANY), "has died"),
+        (Fault("killed_at_the_end", "SIGKILL", killed, Masks.ANY, ends=0), "status -9, not 0"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Fault) else "",
+)
+def test_what_is_not_survived_is_reported(harness, fault, problem):
+    verdict = try_fault(harness, fault)
+    assert not verdict.survived
+    assert re.search(problem, " ".join(verdict.problems))
+
+
+def test_who_answers_is_said_by_the_table():
+    scripted = [fault for fault in FAULTS if fault.reasoner is Reasoner.SCRIPTED]
+    assert {"reasoner_answers_twice", "reasoner_garbage"} <= {fault.name for fault in scripted}
+    assert "reasoner_killed" not in {fault.name for fault in scripted}

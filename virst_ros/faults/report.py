@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of faults tells: figures for programs, a table for people."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from virst_ros.faults.fault import Verdict
+
+
+def figures(verdicts: Sequence[Verdict], seconds: float, seed: int) -> dict[str, Any]:
+    """What --json writes."""
+    recoveries = [verdict.recovery_s for verdict in verdicts if math.isfinite(verdict.recovery_s)]
+    return {
+        "tried": len(verdicts),
+        "survived": sum(verdict.survived for verdict in verdicts),
+        "slowest_recovery_s": round(max(recoveries, default=math.nan), 2) if recoveries else None,
+        "seconds": round(seconds, 1),
+        "seed": seed,
+        "faults": [verdict.to_json() for verdict in verdicts],
+    }
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """Markdown: one row per fault."""
+    lines = [
+        "| fault | what is done | what the segmenter says | masks meanwhile | goals | recovery (s) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for verdict in verdicts:
+        recovery = f"{verdict.recovery_s:.1f}" if math.isfinite(verdict.recovery_s) else "none"
+        said = verdict.diagnostics or _without_prefix(verdict.log_line) or verdict.answer or "nothing: no fault of it"
+        if verdict.problems:
+            said = f"**not survived:** {'; '.join(verdict.problems)}"
+        cells = (f"`{verdict.name}`", verdict.what, said, verdict.masks, verdict.goals, recovery)
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _without_prefix(line: str) -> str:
+    """A ROS log line without level, time and node."""
+    return line.rpartition("]: ")[2]
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= 200 else text[:197] + "..."
+    return short.replace("|", "\\|").replace("\n", " ")
