@@ -15,6 +15,14 @@ from virst_engine.errors import BackendError, ExportError
 logger = logging.getLogger(__name__)
 
 
+def preferred_backends(device: str, precision: str) -> tuple[str, ...]:
+    """In which order `auto` tries to run exported stages of this precision on a device."""
+    if torch.device(device).type == "cuda":
+        return ("tensorrt", "onnxruntime", "torch")
+    # CPUs emulate fp16.
+    return ("torch",) if precision == "fp16" else ("onnxruntime", "torch")
+
+
 def choose_stages(
     model: ModelParameters,
     engine: EngineParameters,
@@ -57,8 +65,8 @@ def choose_stages(
         logger.info("%s runs by ONNX Runtime on %s: engine.backend asks for it", model.name, model.device)
         return _onnxruntime(folder, model, video_size)
 
-    reasons = []
-    if torch.device(model.device).type == "cuda":
+    reasons, order = [], preferred_backends(model.device, manifest.precision)
+    if "tensorrt" in order:
         try:
             stages = _tensorrt(folder, model, video_size)
         except BackendError as error:
@@ -67,7 +75,7 @@ def choose_stages(
             logger.info("%s runs by TensorRT: its engines in %s fit this GPU", model.name, folder)
             return stages
     try:
-        if manifest.precision == "fp16" and torch.device(model.device).type == "cpu":
+        if "onnxruntime" not in order:
             raise BackendError("its stages are in fp16, which CPUs emulate: export fp32 for this device")
         stages = _onnxruntime(folder, model, video_size)
     except BackendError as error:

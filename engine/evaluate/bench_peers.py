@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
+from virst_engine.backends.choice import preferred_backends
 from virst_engine.backends.torch_backend import PRECISIONS, TorchStages
 from virst_engine.config import ModelParameters
 from virst_engine.errors import VirstError
@@ -61,7 +62,7 @@ class PeerSettings:
     objects: tuple[int, ...] = OBJECT_COUNTS
     frames: int = 300  # of each measurement of speed, per system
     memory_frames: int = 0  # 0 = as many
-    backends: tuple[str, ...] = ()  # of ours, () = those that this machine has; ratios are those of the first
+    backends: tuple[str, ...] = ()  # of ours, () = those that this machine has
     pooled: bool = False  # ours with pooled memory keys, too
     precision: str = "fp32"  # of the computation, in all systems
     seed: int = 0
@@ -82,6 +83,17 @@ class PeerSettings:
     def our_systems(self) -> tuple[str, ...]:
         backends = self.backends or available_backends(self.model.device)
         return tuple(name + pooled for name in backends for pooled in (("", POOLED) if self.pooled else ("",)))
+
+    @property
+    def ratio_of(self) -> str:
+        """Which of ours `ratio` is about: what `engine.backend: auto` runs where its stages are exported."""
+        measured = self.backends or available_backends(self.model.device)
+        order = preferred_backends(self.model.device, self.precision)
+        # torch-compiled is torch with engine.compiled.
+        for name in (*order[:-1], "torch-compiled", *order[-1:]):
+            if name in measured:
+                return name
+        return measured[0]
 
     @property
     def peer_systems(self) -> tuple[str, ...]:
@@ -149,7 +161,9 @@ class Workshop:
         if backend == "onnxruntime":
             from virst_engine.backends.onnx_backend import OnnxRuntimeStages
 
-            return OnnxRuntimeStages(export_folder(self.exports, name), device=model.device, threads=model.threads)
+            # As many as torch has, which obeys OMP_NUM_THREADS.
+            threads = model.threads or torch.get_num_threads()
+            return OnnxRuntimeStages(export_folder(self.exports, name), device=model.device, threads=threads)
         if backend == "tensorrt":
             from virst_engine.backends.tensorrt_backend import TensorRtStages
 
@@ -460,10 +474,10 @@ def _ratios(settings: PeerSettings, speeds: dict[int, Speed]) -> dict[str, Any]:
         }
         for own in ours
     }
-    first = of_all[ours[0]]
+    chosen = of_all[settings.ratio_of]
     ratios = {
-        "ratio": {peer: {o: row["median"] for o, row in rows.items()} for peer, rows in first.items()},
-        "ratio_of": ours[0],
+        "ratio": {peer: {o: row["median"] for o, row in rows.items()} for peer, rows in chosen.items()},
+        "ratio_of": settings.ratio_of,
         "ratios": of_all,
     }
     if torch.device(settings.model.device).type == "cpu":
@@ -487,6 +501,7 @@ def _ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
 def _agreements(settings: PeerSettings, speeds: dict[int, Speed]) -> dict[str, Any]:
     others = [name for name in (*settings.our_systems, *settings.peer_systems)[1:] if not name.endswith(POOLED)]
     return {
+        "agreement_with": settings.our_systems[0],
         "agreement": {name: round(min(speed.iou[name] for speed in speeds.values()), 5) for name in others},
         "largest_logit_difference": {
             name: float(f"{max(speed.logit_difference[name] for speed in speeds.values()):.3g}") for name in others
@@ -556,7 +571,13 @@ def markdown(result: dict[str, Any]) -> str:
     for name, rows in systems.items():
         cells = (" / ".join(f"{row['frame_ms'][p]:.1f}" for p in ("p50", "p95", "p99")) for row in rows.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", f"| ratio: ours / peer, median (quartiles) |{header}", f"|---|{rule}"]
+    lines += [
+        "",
+        f"`engine.backend: auto` chooses {result['ratio_of']} where its stages are exported.",
+        "",
+        f"| ratio: ours / peer, median (quartiles) |{header}",
+        f"|---|{rule}",
+    ]
     for own, peers in result["ratios"].items():
         for peer, rows in peers.items():
             lines.append(f"| {own} / {peer} | " + " | ".join(map(_ratio_cell, rows.values())) + " |")
@@ -595,7 +616,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        f"Least IoU of a mask with that of {result['ratio_of']}: {agreement}; masks fill"
+        f"Least IoU of a mask with that of {result['agreement_with']}: {agreement}; masks fill"
         f" {result['mask_percent_of_picture']:.1f} % of the picture.",
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",

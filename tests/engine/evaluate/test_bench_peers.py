@@ -129,9 +129,9 @@ def test_ratios_are_by_peer_and_number_of_objects() -> None:
         ),
     }  # fmt: skip
     ratios = bench_peers._ratios(settings, rows)
-    assert ratios["ratio"] == {"sam2": {"1": 0.5, "8": 0.75}, "transformers": {"1": 0.25, "8": 0.9}}
-    assert ratios["ratio_of"] == "torch"
-    assert ratios["ratios"]["onnxruntime"]["sam2"]["8"]["median"] == 0.5
+    assert ratios["ratio"] == {"sam2": {"1": 0.25, "8": 0.5}, "transformers": {"1": 0.125, "8": 0.6}}
+    assert ratios["ratio_of"] == "onnxruntime"
+    assert ratios["ratios"]["torch"]["sam2"]["8"]["median"] == 0.75
     assert ratios["cpu_time_ratios"]["torch"]["transformers"]["1"]["median"] == 0.25
     pooled = bench_peers._pooled_ratios(settings, rows)
     assert pooled["torch"]["8"]["frame"]["median"] == pytest.approx(0.333)
@@ -266,7 +266,8 @@ def test_stages_are_exported_once_for_all_backends_that_need_them(
 def test_exported_stages_take_part(exported: dict[str, Any]) -> None:
     assert exported["systems"].keys() == {"torch", "onnxruntime", "sam2"}
     assert exported["ratios"].keys() == {"torch", "onnxruntime"}
-    assert exported["ratio"] == {"sam2": {"2": exported["ratios"]["torch"]["sam2"]["2"]["median"]}}
+    assert exported["ratio"] == {"sam2": {"2": exported["ratios"]["onnxruntime"]["sam2"]["2"]["median"]}}
+    assert (exported["ratio_of"], exported["agreement_with"]) == ("onnxruntime", "torch")
     assert exported["agreement"].keys() == {"onnxruntime", "sam2"}
     assert min(exported["agreement"].values()) > 0.95
     assert max(exported["largest_logit_difference"].values()) < 1e-2
@@ -274,7 +275,10 @@ def test_exported_stages_take_part(exported: dict[str, Any]) -> None:
     assert gflop["onnxruntime"]["image_encoder"] == gflop["torch"]["image_encoder"]
     assert gflop["onnxruntime"]["memory_attention"] < gflop["torch"]["memory_attention"]  # values after the average
     assert exported["memory"] == {}
-    assert "| onnxruntime / sam2 |" in bench_peers.markdown(exported)
+    page = bench_peers.markdown(exported)
+    assert "| onnxruntime / sam2 |" in page
+    assert "`engine.backend: auto` chooses onnxruntime" in page
+    assert "Least IoU of a mask with that of torch: onnxruntime" in page
 
 
 def test_shares_of_the_peak_are_of_ours(result: dict[str, Any]) -> None:
@@ -358,6 +362,23 @@ def test_a_process_that_dies_is_named(monkeypatch: pytest.MonkeyPatch, settings:
 def test_what_cannot_be_compared_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         PeerSettings(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "backends", "chosen"),
+    [
+        ("cpu", "fp32", ("torch", "onnxruntime"), "onnxruntime"),
+        ("cpu", "fp32", ("torch",), "torch"),
+        ("cpu", "fp16", ("torch", "onnxruntime"), "torch"),
+        ("cuda:0", "bf16", ("torch", "torch-compiled", "onnxruntime", "tensorrt"), "tensorrt"),
+        ("cuda:0", "bf16", ("torch", "torch-compiled"), "torch-compiled"),
+        ("cuda:0", "fp16", ("torch", "onnxruntime"), "onnxruntime"),
+        ("cpu", "fp32", ("tensorrt",), "tensorrt"),
+    ],
+)
+def test_the_ratio_is_of_what_a_user_gets(device: str, precision: str, backends: tuple[str, ...], chosen: str) -> None:
+    model = ModelParameters(name="sam2.1-tiny", device=device)
+    assert PeerSettings(model, backends=backends, precision=precision).ratio_of == chosen
 
 
 def test_a_gpu_brings_compiled_systems() -> None:
