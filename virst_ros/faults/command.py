@@ -51,9 +51,8 @@ def faults(
                 for fault in chosen:
                     verdict = try_fault(harness, fault)
                     verdicts.append(verdict)
-                    came_back = (
-                        f"{verdict.recovery_s:5.2f} s" if verdict.recovery_s == verdict.recovery_s else "   none"
-                    )
+                    is_back = math.isfinite(verdict.recovery_s)
+                    came_back = f"{verdict.recovery_s:5.2f} s" if is_back else f"{'none':>7s}"
                     typer.echo(f"{'survived' if verdict.survived else 'FAILED':8s} {came_back}  {fault.name}")
                     for problem in verdict.problems:
                         typer.echo(f"{'':19s}{problem}")

@@ -59,8 +59,9 @@ class Fault:
 
     Args:
         what: what is done, in words.
-        log, diagnostics, answer: regular expressions that the log, /diagnostics (messages that are not OK, and values) and the
-            answers to the fault's own requests must match; empty where there is nothing that the node could know.
+        log, diagnostics, answer: regular expressions that must match the log, /diagnostics (messages that are not OK,
+            and values) and the answers to the fault's own requests; empty where there is nothing that the node could
+            know.
         masks: what they do meanwhile.
         least_s, most_s: how long it lasts at least, and at most until everything expected was heard.
         reasoner: who has to answer.

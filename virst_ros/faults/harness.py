@@ -22,6 +22,7 @@ import rclpy
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.logging import LoggingSeverity
 from rclpy.signals import SignalHandlerOptions
 from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
@@ -84,6 +85,7 @@ class Harness:
             stack.callback(self._context.try_shutdown)
             self.node = rclpy.create_node("faults", context=self._context)
             stack.callback(self.node.destroy_node)
+            self.node.get_logger().set_level(LoggingSeverity.ERROR)  # of what faults do to the graph on purpose
             self.camera = ScriptedCamera(self.node, load_recording(), OBJECT_NUMBER)
             self.segmenter = Segmenter(self.node, "segmenter", self.camera)
             self.spare = Segmenter(self.node, "spare", self.camera)
