@@ -39,13 +39,11 @@ class Background(Generic[Item]):
 
     def _run(self) -> None:
         while not self._inbox.closed:
-            item = self._inbox.take(timeout_s=1.0)
-            if item is None:
-                continue
-            try:
-                self._work(item)
-            except Exception as error:
-                kind = f"{type(error).__name__}: {error}"
-                if kind not in self._told and len(self._told) < 100:
-                    self._told.add(kind)
-                    logger.exception("%s failed", self._name)
+            for item in self._inbox.take(timeout_s=1.0):
+                try:
+                    self._work(item)
+                except Exception as error:
+                    kind = f"{type(error).__name__}: {error}"
+                    if kind not in self._told and len(self._told) < 100:
+                        self._told.add(kind)
+                        logger.exception("%s failed", self._name)

@@ -24,7 +24,7 @@ from virst_engine.depth import ObjectGeometry
 from virst_engine.errors import BadFrame
 from virst_ros.depth_conversions import fill_geometry
 
-MOST_PIXELS = 64_000_000  # of a compressed image
+MOST_PIXELS = 64_000_000  # of an image, where nobody says otherwise
 COLOUR_CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
 _TO_RGB = {
     "bgr8": cv2.COLOR_BGR2RGB,
@@ -93,17 +93,31 @@ def image_rgb(message: Image) -> np.ndarray:
     return cv2.cvtColor(pixels, _TO_RGB[message.encoding])
 
 
-def frame(message: Image, camera: str) -> Frame:
-    """One camera image as the engine takes it. Raises BadFrame like `image_rgb`, and for an image without a time."""
+def check_pixels(width: int, height: int, what: str, most_pixels: int) -> None:
+    """Raises BadFrame for more than that."""
+    if width * height > most_pixels:
+        raise BadFrame(
+            f"{what} is {width}x{height}, more than {most_pixels / 1e6:g} million pixels: have the camera send smaller "
+            "ones, or raise limits.image_megapixels"
+        )
+
+
+def frame(message: Image, camera: str, most_pixels: int = MOST_PIXELS) -> Frame:
+    """One camera image as the engine takes it.
+
+    Raises:
+        BadFrame: as `image_rgb` does, for more than `most_pixels`, and for an image without a time.
+    """
+    check_pixels(message.width, message.height, "the image", most_pixels)
     time_ns = _time_ns(message.header)
     return Frame(image_rgb(message), time_ns, camera)
 
 
-def compressed_frame(message: CompressedImage, camera: str) -> Frame:
+def compressed_frame(message: CompressedImage, camera: str, most_pixels: int = MOST_PIXELS) -> Frame:
     """One JPEG or PNG of a camera as the engine takes it.
 
     Raises:
-        BadFrame: data that is no picture, one with more than `MOST_PIXELS`, or without a time.
+        BadFrame: data that is no picture, one with more than `most_pixels`, or without a time.
     """
     data = np.frombuffer(message.data, np.uint8)
     what = f"{len(data)} bytes of {message.format[:40]!r}"
@@ -113,8 +127,7 @@ def compressed_frame(message: CompressedImage, camera: str) -> Frame:
             width, height = picture.size
     except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise BadFrame(f"{what} are no picture that can be read: send JPEG or PNG on image/compressed") from error
-    if width * height > MOST_PIXELS:
-        raise BadFrame(f"{what} claim to be {width}x{height}: more than {MOST_PIXELS} pixels are not taken")
+    check_pixels(width, height, f"what {what} claim to be", most_pixels)
     decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if decoded is None:
         raise BadFrame(f"{what} are cut short or damaged: look at the network between camera and segmenter")
@@ -139,8 +152,9 @@ def mask(message: Image) -> np.ndarray:
     return _rows(message, 1) > 0
 
 
-def check_depth(message: Image) -> None:
-    """Raises BadFrame for what `depth_m` cannot read; takes no time."""
+def check_depth(message: Image, most_pixels: int = MOST_PIXELS) -> None:
+    """Raises BadFrame for what `depth_m` cannot read, and for more than `most_pixels`; takes no time."""
+    check_pixels(message.width, message.height, "the depth image", most_pixels)
     kind = _DEPTH_TYPES.get(message.encoding)
     if kind is None:
         raise BadFrame(
@@ -156,7 +170,7 @@ def depth_m(message: Image) -> np.ndarray:
     Raises:
         BadFrame: unsupported encoding, no pixels, or data that height, width and step do not describe.
     """
-    check_depth(message)
+    check_depth(message, message.width * message.height)  # how large it may be is asked where it comes in
     kind = _DEPTH_TYPES[message.encoding]
     rows = np.ascontiguousarray(_rows(message, kind.itemsize))
     values = rows.view(kind.newbyteorder(">" if message.is_bigendian else "<"))

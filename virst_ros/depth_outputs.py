@@ -87,7 +87,7 @@ class DepthOutputs:
 
     def depth_came(self, message: Image) -> None:
         try:
-            conversions.check_depth(message)
+            conversions.check_depth(message, self._settings().limits.image_pixels)
             if self._image_size != (0, 0):
                 check_same_view(message.width, message.height, *self._image_size, "depth")
         except BadFrame as error:

@@ -5,6 +5,7 @@ diagnostic_updater is not to be had from the Python package index, so the messag
 """
 
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -25,6 +26,12 @@ OK, WARN, ERROR, STALE = (
 RATE_WINDOW_S = 5.0
 RECENT_S = 10.0  # how long an event, such as a rejected frame or goal, keeps its status at WARN
 AGES_KEPT = 512
+FLOOD_HZ = 100.0  # no camera is that fast on purpose: two of them, or a bag that is played without a rate
+LOG_AGAIN_S = 10.0  # a trouble that comes and goes is not logged more often
+MOST_KINDS = 1000  # of troubles that are remembered
+
+
+_NUMBER = re.compile(r"(?<![\w.])[0-9]+([.][0-9]+)?(?!\w)")  # not that of a name or size: goal_1, rgb8, 640x480
 
 
 class RateWindow:
@@ -87,7 +94,8 @@ class Diagnostics:
     """Collects events from every thread of the node and turns them into diagnostic statuses.
 
     Args:
-        name: the node's name; statuses are called "<name>: input", ": output", ": reasoner", ": goals", ": model".
+        name: the node's name, of several cameras "<node>/<camera>"; statuses are called "<name>: input", ": output",
+            ": reasoner", ": goals".
         now_s: a steady clock, seconds.
     """
 
@@ -97,6 +105,10 @@ class Diagnostics:
         self._lock = threading.Lock()
         self.model = LoadedModel()
         self.configure_failure = ""
+        # What is wrong now, by subject, without what has a line of the log already, and when each was last logged:
+        self._troubles: dict[str, list[str]] = {}
+        self._logged: dict[str, set[str]] = {}
+        self._logged_s: dict[tuple[str, str], float] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -108,6 +120,8 @@ class Diagnostics:
             self._image_size = ""
             self._size_changes, self._size_change, self._size_change_s = 0, "", -math.inf
             self._stamps_back, self._stamp_back, self._stamp_back_s = 0, "", -math.inf
+            self._stamp_jumps, self._stamp_jump, self._stamp_jump_s = 0, "", -math.inf
+            self._picture_problem = ""
             self._camera_info_problem = ""
             self._depth = RateWindow()
             self._depth_s: float | None = None
@@ -124,6 +138,7 @@ class Diagnostics:
             self._objects: tuple[ObjectResult, ...] = ()
             self._goals: tuple[Goal, ...] = ()
             self._bad_goals, self._bad_goal, self._bad_goal_s = 0, "", -math.inf
+            self._refused, self._refused_reason, self._refused_s = 0, "", -math.inf
 
     def image_received(self) -> None:
         """A message came on the image topic, good or bad."""
@@ -153,6 +168,21 @@ class Diagnostics:
             self._stamp_back = (
                 f"time stamps went back by {back_s:.3f} s: tracking starts over; are there two publishers?"
             )
+
+    def stamp_jumped(self, ahead_s: float) -> None:
+        """An image carries a time that is much later than the time since the one before it allows."""
+        with self._lock:
+            self._stamp_jumps += 1
+            self._stamp_jump_s = self._now_s()
+            self._stamp_jump = (
+                f"time stamps jumped forwards by {ahead_s:.3f} s: goals go on, but their answers are asked anew; was "
+                "the clock of the camera set?"
+            )
+
+    def picture_checked(self, problem: str) -> None:
+        """Why nothing can be seen in the newest image; empty when there is no such reason."""
+        with self._lock:
+            self._picture_problem = problem
 
     def camera_info_checked(self, problem: str) -> None:
         """Why the newest frame's mask goes out without its camera_info; empty when there is no such reason."""
@@ -188,6 +218,12 @@ class Diagnostics:
             self._bad_goals += 1
             self._bad_goal, self._bad_goal_s = reason, self._now_s()
 
+    def request_refused(self, reason: str) -> None:
+        """A request came too soon after others, and nothing was done for it."""
+        with self._lock:
+            self._refused += 1
+            self._refused_reason, self._refused_s = reason, self._now_s()
+
     def qos_incompatible(self, topic: str, reason: str) -> None:
         with self._lock:
             self._qos_problems[topic] = reason
@@ -209,13 +245,38 @@ class Diagnostics:
     def statuses(self, seen: Surroundings) -> list[DiagnosticStatus]:
         """One status per subject, as of now."""
         with self._lock:
-            return [
-                self._input(seen),
-                self._output(seen),
-                self._reasoner(seen),
-                self._goal_states(seen),
-                self._process(seen),
-            ]
+            return [self._input(seen), self._output(seen), self._reasoner(seen), self._goal_states(seen)]
+
+    def process_status(self, node: str, state: str) -> DiagnosticStatus:
+        """Of what all cameras share, the model and the process. `node`: its name; `state`: of its life."""
+        with self._lock:
+            return self._process(node, state)
+
+    def news(self) -> tuple[list[str], list[str]]:
+        """Lines for the log: troubles of the newest `statuses` that were not there before, and what has none any more.
+
+        Numbers in them may change without a new line. What happens once and is logged then (rejected goals, quality of
+        service) is left out.
+        """
+        now_s, troubled, well = self._now_s(), [], []
+        with self._lock:
+            for subject, troubles in self._troubles.items():
+                before, logged = self._logged.get(subject, set()), set()
+                for trouble in troubles:
+                    kind = _NUMBER.sub("#", trouble)
+                    is_new = kind not in before
+                    if is_new and now_s - self._logged_s.get((subject, kind), -math.inf) < LOG_AGAIN_S:
+                        continue  # it is told as soon as that time is over, if it is still there
+                    if is_new:
+                        self._logged_s[subject, kind] = now_s
+                        troubled.append(f"{subject}: {trouble}")
+                    logged.add(kind)
+                if before and not troubles:
+                    well.append(f"{subject}: well again")
+                self._logged[subject] = logged
+            if len(self._logged_s) > MOST_KINDS:
+                self._logged_s.clear()
+        return troubled, well
 
     def _input(self, seen: Surroundings) -> DiagnosticStatus:
         now_s = self._now_s()
@@ -231,6 +292,8 @@ class Diagnostics:
             "last bad frame": self._bad_frame or "none",
             "changes of size or encoding": self._size_changes,
             "time stamps went back": self._stamps_back,
+            "time stamps jumped forwards": self._stamp_jumps,
+            "picture problem": self._picture_problem or "none",
             "camera_info problem": self._camera_info_problem or "none",
             "depth rate (Hz)": self._depth.rate_hz(now_s),
             "depth problem": self._depth_problem or self._geometry_problem or "none",
@@ -239,34 +302,47 @@ class Diagnostics:
             "sync slop now (ms)": self._depth_slop_ns / 1e6,
         }
         values |= {f"incompatible QoS on {topic}": reason for topic, reason in self._qos_problems.items()}
-        level, message = OK, f"{seen.image_topic} arrives"
+        level, message, self._troubles["input"] = OK, f"{seen.image_topic} arrives", []
         if seen.state != "active":
             level, message = STALE, f"not active ({seen.state}): no images are taken"
         elif silent_s > seen.no_image_after_s:
             level, message = ERROR, self._why_silent(seen, silent_s)
+            self._troubles["input"] = [message]
         else:
-            warning = self._input_warning(seen, now_s)
-            if warning:
-                level, message = WARN, warning
+            self._troubles["input"] = [*self._input_events(now_s), *self._input_troubles(seen, now_s)]
+            warnings = [*self._troubles["input"], *self._qos_problems.values()]
+            if warnings:
+                level, message = WARN, " | ".join(warnings)
         return _status(f"{self._name}: input", level, message, self.model.device, values)
 
-    def _input_warning(self, seen: Surroundings, now_s: float) -> str:
-        """The worst that is wrong although images arrive; empty when nothing is."""
+    def _input_events(self, now_s: float) -> list[str]:
+        """What happened lately, although images arrive."""
+        events = []
         if now_s - self._bad_frame_s < RECENT_S:
-            return f"{self._bad_frames} bad frames, skipped; last: {self._bad_frame}"
+            events.append(f"{self._bad_frames} bad frames, skipped; last: {self._bad_frame}")
         if now_s - self._stamp_back_s < RECENT_S:
-            return self._stamp_back
+            events.append(self._stamp_back)
         if now_s - self._size_change_s < RECENT_S:
-            return self._size_change
-        if self._qos_problems:
-            return next(iter(self._qos_problems.values()))
-        return (
-            self._camera_info_problem
-            or self._why_no_depth(seen, now_s)
-            or self._depth_problem
-            or self._geometry_problem
-            or self._why_unpaired()
+            events.append(self._size_change)
+        return events
+
+    def _input_troubles(self, seen: Surroundings, now_s: float) -> list[str]:
+        """What is wrong now, although images arrive."""
+        rate_hz = self._images.rate_hz(now_s)
+        depth = (
+            self._why_no_depth(seen, now_s) or self._depth_problem or self._geometry_problem or self._why_unpaired()
         )
+        troubles = [
+            f"images come at {rate_hz:.0f} Hz, most are skipped: is there more than one camera on the topic, or a bag "
+            "that is played too fast?"
+            if rate_hz > FLOOD_HZ
+            else "",
+            self._stamp_jump if now_s - self._stamp_jump_s < RECENT_S else "",
+            self._picture_problem,
+            self._camera_info_problem,
+            depth,
+        ]
+        return [trouble for trouble in troubles if trouble]
 
     def _why_unpaired(self) -> str:
         missing = self._depth_matches.count(False)
@@ -310,7 +386,7 @@ class Diagnostics:
         values |= {f"age {name} (ms)": value for name, value in self._ages_ms.summary().items()}
         values |= {f"ROS overhead {name} (ms)": value for name, value in self._overhead_ms.summary().items()}
         values |= {f"{stage} (ms)": ms for stage, ms in self._timings_ms.items()}
-        level, message = OK, "masks are published"
+        level, message, self._troubles["output"] = OK, "masks are published", []
         if seen.inference_traceback:
             values["traceback"] = seen.inference_traceback
             last_line = seen.inference_traceback.strip().splitlines()[-1]
@@ -321,7 +397,7 @@ class Diagnostics:
         elif not self._masks.rate_hz(now_s):
             level, message = STALE, "no masks lately: see input"
         elif seen.unserved:
-            level, message = WARN, seen.unserved
+            level, message, self._troubles["output"] = WARN, seen.unserved, [seen.unserved]
         return _status(f"{self._name}: output", level, message, self.model.device, values)
 
     def _reasoner(self, seen: Surroundings) -> DiagnosticStatus:
@@ -330,10 +406,12 @@ class Diagnostics:
             for found in self._objects
             if math.isfinite(found.reasoner_latency_s)
         }
+        self._troubles["reasoner"] = []
         if seen.state != "active":
             level, message = STALE, f"not active ({seen.state}): nothing is asked"
         elif seen.reasoner_problem:
             level, message = WARN, f"{seen.reasoner_problem} (masks go on from memory)"
+            self._troubles["reasoner"] = [message]
         else:
             level, message = OK, "listening"
         return _status(f"{self._name}: reasoner", level, message, self.model.device, latencies)
@@ -343,15 +421,18 @@ class Diagnostics:
             "goals": len(self._goals),
             "rejected": self._bad_goals,
             "last rejected": self._bad_goal or "none",
+            "requests refused by limits": self._refused,
         }
         found_by_goal = {found.goal_id: found for found in self._objects}
         for goal in self._goals:
             values[f"{goal.goal_id}: {goal.sentence}"] = _goal_words(found_by_goal.get(goal.goal_id))
-        level, message = OK, f"{len(self._goals)} goal(s)"
+        level, message, self._troubles["goals"] = OK, f"{len(self._goals)} goal(s)", []
         if seen.state != "active":
             level, message = STALE, f"not active ({seen.state}): goals are not followed"
         elif self._now_s() - self._bad_goal_s < RECENT_S:
             level, message = WARN, f"rejected: {self._bad_goal}"
+        elif self._now_s() - self._refused_s < RECENT_S:
+            level, message = WARN, f"{self._refused} requests refused; last: {self._refused_reason}"
         else:
             # Answered, and still nothing to track: the reasoner has refused the sentence, or its answer was unusable.
             # A tracked object has a message only when the newest answer was of no use.
@@ -366,11 +447,12 @@ class Diagnostics:
             ]
             if refused:
                 level, message = WARN, f"{refused[0].goal_id}: {refused[0].message}"
+                self._troubles["goals"] = [f"{found.goal_id}: {found.message}" for found in refused]
         return _status(f"{self._name}: goals", level, message, self.model.device, values)
 
-    def _process(self, seen: Surroundings) -> DiagnosticStatus:
+    def _process(self, node: str, state: str) -> DiagnosticStatus:
         values = {
-            "state": seen.state,
+            "state": state,
             "model": self.model.name,
             "weights": self.model.weights,
             "backend": self.model.backend,
@@ -382,7 +464,7 @@ class Diagnostics:
             level, message = ERROR, self.configure_failure
         elif not self.model.name:
             level, message = STALE, "no model is loaded: configure the node"
-        return _status(f"{self._name}: model", level, message, self.model.device, values)
+        return _status(f"{node}: model", level, message, self.model.device, values)
 
 
 def _goal_words(found: ObjectResult | None) -> str:

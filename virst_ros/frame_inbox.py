@@ -1,60 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One slot between the camera's callback and the inference thread: the newest frame wins, the rest is counted."""
+"""One slot per camera between the callbacks and the inference thread: the newest frame wins, the rest is counted."""
 
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
 
 class FrameInbox(Generic[Item]):
-    """Holds at most one item. `put` never waits; an item that nobody took before the next one came is dropped."""
+    """Holds at most one item of each camera. `put` never waits; an item that nobody took before the next one of its
+    camera came is dropped."""
 
-    def __init__(self) -> None:
-        self._item: Item | None = None
+    def __init__(self, cameras: Sequence[str] = ("",)) -> None:
+        self._items: dict[str, Item | None] = dict.fromkeys(cameras)
         self._closed = False
-        self._received = 0
-        self._dropped = 0
+        self._received: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
         self._changed = threading.Condition()
 
-    @property
-    def received(self) -> int:
+    def received(self, camera: str = "") -> int:
         """Items put in since the beginning."""
-        return self._received
+        return self._received[camera]
 
-    @property
-    def dropped(self) -> int:
+    def dropped(self, camera: str = "") -> int:
         """Items that were replaced by a newer one, or that came after `close`."""
-        return self._dropped
+        return self._dropped[camera]
 
     @property
     def closed(self) -> bool:
         return self._closed
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Item, camera: str = "") -> None:
         with self._changed:
-            self._received += 1
+            self._received[camera] += 1
             if self._closed:
-                self._dropped += 1
+                self._dropped[camera] += 1
                 return
-            if self._item is not None:
-                self._dropped += 1
-            self._item = item
+            if self._items[camera] is not None:
+                self._dropped[camera] += 1
+            self._items[camera] = item
             self._changed.notify()
 
-    def take(self, timeout_s: float) -> Item | None:
-        """The newest item, or None when there was none for `timeout_s` or after `close`."""
+    def take(self, timeout_s: float) -> list[Item]:
+        """The newest item of each camera that has any; none when there was none for `timeout_s` or after `close`."""
         with self._changed:
-            if self._item is None and not self._closed:
+            if not self._closed and all(item is None for item in self._items.values()):
                 self._changed.wait(timeout_s)
-            item, self._item = self._item, None
-            return item
+            taken = [item for item in self._items.values() if item is not None]
+            self._items = dict.fromkeys(self._items)
+            return taken
 
     def close(self) -> None:
-        """Drop what is inside; `take` returns None from now on."""
+        """Drop what is inside; `take` returns nothing from now on."""
         with self._changed:
-            if self._item is not None:
-                self._dropped += 1
-                self._item = None
+            for camera, item in self._items.items():
+                self._dropped[camera] += item is not None
+            self._items = dict.fromkeys(self._items)
             self._closed = True
             self._changed.notify_all()

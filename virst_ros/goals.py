@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Setting, clearing and listing the goals of a node's session, whoever wants it: services, the action, parameters."""
 
+import math
+import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from rclpy.node import Node
 from virst_msgs.msg import Goal as GoalMessage
@@ -11,10 +13,22 @@ from virst_msgs.msg import Goal as GoalMessage
 from virst_engine import Goal, ObjectState
 from virst_engine.errors import BadGoal, UnknownGoal, VirstError
 from virst_ros import conversions
-from virst_ros.diagnostics import Diagnostics
 from virst_ros.loading import LoadedEngine
+from virst_ros.parameters import limits_of
+from virst_ros.rate_limit import RateLimiter
 
 NAME_LENGTH = 40  # of a foreign name in a message: a caller may send a megabyte
+REFUSALS_TOLD_EVERY_S = 10.0  # in the log; a flood of requests must not become one of lines
+
+
+class GoalWatcher(Protocol):
+    """Is told what happens to goals."""
+
+    def goals_changed(self, goals: Sequence[Goal]) -> None: ...
+
+    def goal_rejected(self, reason: str) -> None: ...
+
+    def request_refused(self, reason: str) -> None: ...
 
 
 class Goals:
@@ -22,19 +36,20 @@ class Goals:
 
     Args:
         engine: what is loaded now; None before configure.
-        camera_name: the node's only camera.
+        cameras: the names of the node's cameras.
     """
 
     def __init__(
         self,
         node: Node,
-        diagnostics: Diagnostics,
+        watcher: GoalWatcher,
         engine: Callable[[], LoadedEngine | None],
-        camera_name: Callable[[], str],
+        cameras: Callable[[], Sequence[str]],
     ) -> None:
-        self._node, self._diagnostics = node, diagnostics
-        self._engine, self._camera_name = engine, camera_name
+        self._node, self._watcher = node, watcher
+        self._engine, self._cameras = engine, cameras
         self._set_at_ns: dict[str, int] = {}
+        self._limiter, self._refusal_told_s = RateLimiter(), -math.inf
         self.longest = 0  # characters of a sentence
 
     def all(self) -> tuple[Goal, ...]:
@@ -53,12 +68,15 @@ class Goals:
 
     def check_camera(self, camera: str) -> None:
         """Raises BadGoal for a camera that is not this node's; empty means any."""
-        own = self._camera_name()
-        if camera not in ("", own):
-            raise BadGoal(
-                f"this segmenter sees camera {own!r}, the goal is for {camera[:NAME_LENGTH]!r}: leave camera empty, or "
-                "ask the segmenter of that camera"
-            )
+        own = self._cameras()
+        if camera in ("", *own):
+            return
+        wanted = f"the goal is for {camera[:NAME_LENGTH]!r}"
+        if len(own) > 1:
+            raise BadGoal(f"this segmenter sees cameras {', '.join(own)}, {wanted}: name one of them, or none for all")
+        raise BadGoal(
+            f"this segmenter sees camera {own[0]!r}, {wanted}: leave camera empty, or ask the segmenter of that camera"
+        )
 
     def clear(self, goal_id: str = "") -> int:
         """How many were cleared; an empty id means all. Raises UnknownGoal."""
@@ -93,11 +111,33 @@ class Goals:
         """The session's goals are others than before."""
         goals, now_ns = self.all(), self._node.get_clock().now().nanoseconds
         self._set_at_ns = {goal.goal_id: self._set_at_ns.get(goal.goal_id, now_ns) for goal in goals}
-        self._diagnostics.goals_changed(goals)
+        self._watcher.goals_changed(goals)
 
     def forget(self) -> None:
         """The engine is gone, and its goals with it."""
         self._set_at_ns = {}
+
+    def why_too_often(self, service: str, share: float = 1.0) -> str:
+        """Take a request of that service, or say why not: it came too soon after others. Empty when it is taken.
+
+        Args:
+            share: how many times the limit this service may have.
+        """
+        limits = limits_of(self._node)
+        per_s = limits.requests_per_s * share
+        wait_s = self._limiter.wait_s(service, per_s, max(1, round(limits.burst * share)))
+        if not wait_s:
+            return ""
+        reason = (
+            f"{service} is asked more than {per_s:g} times per second: try again in {wait_s:.2f} s, or raise "
+            "limits.requests_per_s and limits.burst"
+        )
+        self._watcher.request_refused(reason)
+        now_s = time.monotonic()
+        if now_s - self._refusal_told_s > REFUSALS_TOLD_EVERY_S:
+            self._refusal_told_s = now_s
+            self._node.get_logger().warning(f"{reason}. Others are counted in /diagnostics")
+        return reason
 
     def refusal(self, error: Exception) -> str:
         """What to answer a caller whose request failed; an exception out of a service callback would kill the node."""
@@ -107,7 +147,7 @@ class Goals:
         return str(error)
 
     def reject(self, reason: str) -> None:
-        self._diagnostics.goal_rejected(reason)
+        self._watcher.goal_rejected(reason)
         self._node.get_logger().warning(f"goal rejected: {reason}")
 
     def _loaded(self) -> Any:

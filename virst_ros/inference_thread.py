@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one thread that calls the Session: takes the newest frame, steps, hands the result on."""
+"""The one thread that calls the Session: takes the newest frame of each camera, steps, hands the results on."""
 
 import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from virst_engine import Frame, FrameResult
@@ -22,18 +22,23 @@ class Steps(Protocol):
 
     def step(self, frame: Frame) -> FrameResult: ...
 
+    def check_frame(self, frame: Frame) -> None: ...
+
+    def step_together(self, frames: Sequence[Frame]) -> list[FrameResult]: ...
+
 
 class InferenceThread(Generic[Header]):
-    """The only caller of a session's `step` while it runs.
+    """The only one who steps a session while it runs. Frames of several cameras that wait are stepped together.
 
-    A frame that the session rejects (BadFrame) is counted and skipped. Any other failure skips the frame too; the same
-    failure `stop_after_failures` times in a row ends the thread, with the last traceback kept in `failure_traceback`.
+    A frame that the session rejects (BadFrame) is counted and skipped. Any other failure skips the frames of its step
+    too; the same failure `stop_after_failures` times in a row ends the thread, with the last traceback kept in
+    `failure_traceback`.
 
     Args:
-        session: its `step` is called for each frame, on this thread.
+        session: steps on this thread.
         inbox: frames together with what the receiver of the result needs to know about them (the header).
         on_result: called on this thread with the header, the frame and its result.
-        on_bad_frame: called on this thread with the reason, for each frame that was skipped.
+        on_bad_frame: called on this thread for each frame that was skipped, with the reason.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class InferenceThread(Generic[Header]):
         session: Steps,
         inbox: FrameInbox[tuple[Header, Frame]],
         on_result: Callable[[Header, Frame, FrameResult], None],
-        on_bad_frame: Callable[[str], None],
+        on_bad_frame: Callable[[Frame, str], None],
         stop_after_failures: int = 5,
     ) -> None:
         self._session = session
@@ -78,22 +83,18 @@ class InferenceThread(Generic[Header]):
         failure, times = "", 0
         try:
             while not self._stopping.is_set():
-                item = self._inbox.take(timeout_s=0.1)
-                if item is None:
+                items = self._inbox.take(timeout_s=0.1)
+                if not items:
                     continue
-                header, frame = item
                 try:
-                    begin_s = time.perf_counter()
-                    result = self._session.step(frame)
-                    self.step_s = time.perf_counter() - begin_s
-                    self._on_result(header, frame, result)
+                    self._step(items)
                     failure, times = "", 0
                 except BadFrame as error:
-                    self._on_bad_frame(str(error))
+                    self._skip(items, str(error))
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"
                     failure, times = text, times + 1 if text == failure else 1
-                    self._on_bad_frame(f"unexpected failure, frame skipped: {text}")
+                    self._skip(items, f"unexpected failure, frame skipped: {text}")
                     logger.exception("a frame failed (%d in a row)", times)
                     if times >= self._stop_after_failures:
                         self.failure_traceback = traceback.format_exc()
@@ -101,3 +102,27 @@ class InferenceThread(Generic[Header]):
                         return
         finally:
             self._inbox.close()
+
+    def _step(self, items: list[tuple[Header, Frame]]) -> None:
+        if len(items) > 1:  # one that cannot be used must not keep the others back
+            items = [item for item in items if self._is_good(item[1])]
+        if not items:
+            return
+        begin_s = time.perf_counter()
+        frames = [frame for _, frame in items]
+        results = [self._session.step(frames[0])] if len(items) == 1 else self._session.step_together(frames)
+        self.step_s = time.perf_counter() - begin_s
+        for (header, frame), result in zip(items, results, strict=True):
+            self._on_result(header, frame, result)
+
+    def _skip(self, items: list[tuple[Header, Frame]], reason: str) -> None:
+        for _, frame in items:
+            self._on_bad_frame(frame, reason)
+
+    def _is_good(self, frame: Frame) -> bool:
+        try:
+            self._session.check_frame(frame)
+        except BadFrame as error:
+            self._on_bad_frame(frame, str(error))
+            return False
+        return True

@@ -36,9 +36,11 @@ class Received:
 
 
 class CameraInputs:
-    """The subscriptions of an active node; they end with `destroy`.
+    """The subscriptions of one camera while the node is active; they end with `destroy`.
 
     Args:
+        camera: its name.
+        prefix: of its topics, "" or "<camera>/".
         depth: takes depth images and calibrations; None = depth is not subscribed to.
         on_frame: called with each image that can be used.
         on_bad_frame: called with the reason for each that cannot.
@@ -55,7 +57,11 @@ class CameraInputs:
         on_bad_frame: Callable[[str], None],
         on_incompatible: Callable[[str, str], None],
         group: CallbackGroup,
+        *,
+        camera: str,
+        prefix: str = "",
     ) -> None:
+        self._camera, self._prefix = camera, prefix
         self._node, self._settings, self._diagnostics, self._depth = node, settings, diagnostics, depth
         self._on_frame, self._on_bad_frame, self._on_incompatible = on_frame, on_bad_frame, on_incompatible
         self._group = group
@@ -93,6 +99,7 @@ class CameraInputs:
         return info
 
     def _subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> Any:
+        topic = f"{self._prefix}{topic}"
         resolved = self._node.resolve_topic_name(topic)
 
         def incompatible(event: Any) -> None:
@@ -118,11 +125,11 @@ class CameraInputs:
     def _on_compressed(self, message: CompressedImage) -> None:
         self._take(message, conversions.compressed_frame, message.format[:40])
 
-    def _take(self, message: Any, convert: Callable[[Any, str], Frame], encoding: str) -> None:
+    def _take(self, message: Any, convert: Callable[[Any, str, int], Frame], encoding: str) -> None:
         received = Received(message.header, time.perf_counter())
         self._diagnostics.image_received()
         try:
-            frame = convert(message, self._settings.camera_name)
+            frame = convert(message, self._camera, self._settings.limits.image_pixels)
             height, width = frame.image_rgb_u8.shape[:2]
             change = self._diagnostics.image_decoded(f"{width}x{height} {encoding}")
             if change:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a configuration to a running engine: weights, stages, the connection to the reasoner, the session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,17 +22,19 @@ class LoadedEngine:
     """What the node drives. The session owns the reasoner's connection and closes it."""
 
     session: Session
-    reasoner: ReasonerClient  # its status is asked by several threads
+    reasoners: Mapping[str, ReasonerClient]  # by camera, "" for the only one; their status is asked by several threads
     model: LoadedModel
     check_goal: Callable[[str], None]  # raises BadGoal for a sentence that the model cannot read
-    # An object that was pointed at in the image of that stamp (ns, 0 = the newest) -> what tracks it. Raises BadGoal.
-    # None: the engine takes sentences only.
-    add_object: Callable[[PromptedObject, int], Goal] | None = None
+    # An object that was pointed at in the image of that stamp (ns, 0 = the newest) and camera -> what tracks it. Raises
+    # BadGoal. None: the engine takes sentences only.
+    add_object: Callable[[PromptedObject, int, str], Goal] | None = None
     ask: Callable[[str], str] | None = None  # a question -> the answer in words; None: the method has none
 
 
-def load_engine(config: EngineConfig) -> LoadedEngine:
+def load_engine(config: EngineConfig, cameras: Sequence[str] = ()) -> LoadedEngine:
     """Load what `config` names; takes seconds. The reasoner need not be there yet: it connects when it comes.
+
+    `cameras`: the names of several; none when there is one, whatever it is called.
 
     Raises:
         WeightsError: the weights are missing, damaged, of another model, or do not run on the device.
@@ -41,23 +43,29 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     """
     path = weights_path(config.model)
     stages, check_goal = load_stages(config.model, config.engine, config.memory), load_goal_check(config.model)
-    reasoner: ReasonerClient = NoReasoner()
-    if not is_sam2(config.model):
-        reasoner = ZmqReasonerClient(
-            config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys, model=weights_identity(config.model)
-        )
-    session = Session(config, stages, reasoner)
+    reasoners = {camera: _reasoner(config) for camera in cameras or ("",)}
+    session = Session(config, stages, reasoners)
     return LoadedEngine(
         session=session,
-        reasoner=reasoner,
+        reasoners=reasoners,
         model=LoadedModel(config.model.name, str(path), type(stages).__name__, config.model.device),
         check_goal=check_goal,
         add_object=partial(add_prompted, session),
     )
 
 
-def add_prompted(session: Session, prompted: PromptedObject, stamp_ns: int) -> Goal:
+def _reasoner(config: EngineConfig) -> ReasonerClient:
+    if is_sam2(config.model):
+        return NoReasoner()
+    return ZmqReasonerClient(
+        config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys, model=weights_identity(config.model)
+    )
+
+
+def add_prompted(session: Session, prompted: PromptedObject, stamp_ns: int, camera: str = "") -> Goal:
     """Track what was pointed at in the image of that stamp (0 = the newest); an object that exists is prompted again.
+
+    `camera`: whose image it was; may be empty where there is one.
 
     Raises BadPrompt or BadGoal; nothing has changed then.
     """
@@ -72,5 +80,5 @@ def add_prompted(session: Session, prompted: PromptedObject, stamp_ns: int) -> G
         raise BadPrompt(f"{prompted.object_id[:40]!r}: {error}") from error
     at = stamp_ns or None
     if any(goal.object_id == prompted.object_id for goal in session.goals()):
-        return session.prompt_object(prompted.object_id, prompt, stamp_ns=at)
-    return session.add_object(prompt, stamp_ns=at, object_id=prompted.object_id)
+        return session.prompt_object(prompted.object_id, prompt, stamp_ns=at, camera=camera)
+    return session.add_object(prompt, stamp_ns=at, camera=camera, object_id=prompted.object_id)

@@ -7,6 +7,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from virst_engine.config import EngineConfig, check_fields, parameter
 
 QOS_NAMES = ("DEFAULT", "SENSOR_DATA", "SYSTEM_DEFAULT")
 AUTO, ON, OFF = "auto", "on", "off"
+MOST_CAMERAS, LONGEST_CAMERA = 16, 64
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,48 @@ class DepthParameters:
 
 
 @dataclass(frozen=True)
+class LimitParameters:
+    """What one caller may ask of the node. The length of a goal is goal.max_length."""
+
+    requests_per_s: float = parameter(
+        20.0,
+        "requests per second that each service, and the action, takes on average; more are refused. list_goals takes "
+        "ten times as many",
+        low=0.1,
+        high=10_000.0,
+        live=True,
+    )
+    burst: int = parameter(40, "requests that each of them takes at once, after a pause", low=1, high=10_000, live=True)
+    objects_per_request: int = parameter(
+        32, "objects that one call of add_objects may point at", low=1, high=254, live=True
+    )
+    image_megapixels: float = parameter(
+        64.0,
+        "million pixels of the largest image and depth image that are taken, and of all masks of one call of "
+        "add_objects together",
+        low=0.001,
+        high=4096.0,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields("limits", self)
+
+    @property
+    def image_pixels(self) -> int:
+        return round(self.image_megapixels * 1e6)
+
+
+@dataclass(frozen=True)
 class NodeParameters:
     """What the node adds to the engine's configuration."""
 
     autostart: bool = parameter(True, "configure and activate without waiting for a lifecycle manager")
-    camera_name: str = parameter("camera", "name of the camera; goals may be limited to it")
+    camera_name: str = parameter("camera", "name of the only camera; goals may be limited to it")
+    cameras: tuple = parameter(  # of str
+        (),
+        "names of several cameras, which share the model and the goals: images come on <name>/image, masks go to "
+        "~/<name>/mask, and so on; none = one camera, on image and ~/mask",
+    )
     initial_goal: str = parameter("", "goal that is set at the first activation; empty = none")
     image_transport: str = parameter(
         "raw",
@@ -106,9 +145,21 @@ class NodeParameters:
     )
     sync: SyncParameters = field(default_factory=SyncParameters)
     depth: DepthParameters = field(default_factory=DepthParameters)
+    limits: LimitParameters = field(default_factory=LimitParameters)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cameras", tuple(name for name in self.cameras if name))  # ROS has no empty list
         check_fields("", self)
+        for name in self.cameras:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or len(name) > LONGEST_CAMERA:
+                raise ValueError(
+                    f"cameras: {name[:40]!r} cannot be a part of a topic's name; use up to {LONGEST_CAMERA} letters, "
+                    "digits and _, no digit first"
+                )
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras: {', '.join(self.cameras)} has a name twice")
+        if len(self.cameras) > MOST_CAMERAS:
+            raise ValueError(f"cameras must be at most {MOST_CAMERAS}, got {len(self.cameras)}")
 
 
 @dataclass(frozen=True)
@@ -210,6 +261,7 @@ def declare(node: Any, specs: Iterable[ParameterSpec]) -> None:
         int: ParameterType.PARAMETER_INTEGER,
         float: ParameterType.PARAMETER_DOUBLE,
         str: ParameterType.PARAMETER_STRING,
+        tuple: ParameterType.PARAMETER_STRING_ARRAY,
     }
     for spec in specs:
         descriptor = ParameterDescriptor(
@@ -227,12 +279,23 @@ def declare(node: Any, specs: Iterable[ParameterSpec]) -> None:
             low_f = float(spec.low) if spec.low is not None else -sys.float_info.max
             high_f = float(spec.high) if spec.high is not None else sys.float_info.max
             descriptor.floating_point_range = [FloatingPointRange(from_value=low_f, to_value=high_f, step=0.0)]
-        node.declare_parameter(spec.name, spec.default, descriptor)
+        node.declare_parameter(spec.name, _ros_value(spec.default), descriptor)
+
+
+def _ros_value(value: Any) -> Any:
+    # rclpy takes an empty list for one of bytes.
+    return (list(value) or [""]) if isinstance(value, tuple) else value
 
 
 def values_of(node: Any, specs: Iterable[ParameterSpec]) -> dict[str, Any]:
     """The present values of declared parameters, by name."""
     return {spec.name: node.get_parameter(spec.name).value for spec in specs}
+
+
+def limits_of(node: Any) -> LimitParameters:
+    """The limits that a node with these parameters has now."""
+    values = {f.name: node.get_parameter(f"limits.{f.name}").value for f in dataclasses.fields(LimitParameters)}
+    return LimitParameters(**values)
 
 
 class ParameterGate:
@@ -263,6 +326,8 @@ class ParameterGate:
 def _yaml_scalar(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple):
+        return json.dumps(_ros_value(value), ensure_ascii=False)
     if isinstance(value, float):
         text = f"{value:.12g}"
         # ROS tells a double from an integer by its decimal point.

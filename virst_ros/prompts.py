@@ -9,8 +9,9 @@ from virst_msgs.srv import AddObjects
 
 from virst_engine.errors import BadFrame, BadGoal
 from virst_ros import conversions
+from virst_ros.parameters import LimitParameters
 
-MOST_OBJECTS = 254  # values of a mask image
+LONGEST_ID = 128  # characters, as of the engine's ids
 MOST_POINTS = 64  # of one call: the prompt encoder's work grows with them
 
 
@@ -25,14 +26,17 @@ class PromptedObject:
     mask: np.ndarray | None = None  # bool (height, width)
 
 
-def prompted_objects(request: AddObjects.Request) -> tuple[int, list[PromptedObject]]:
+def prompted_objects(
+    request: AddObjects.Request, limits: LimitParameters | None = None
+) -> tuple[int, list[PromptedObject]]:
     """The stamp (ns, 0 = the newest image) and the objects in the order of their first mention.
 
     Raises:
         BadGoal: lists of different lengths, no object, no name, not a box, labels other than 0 and 1, numbers that are
-            not finite, or a mask besides a box or points.
+            not finite, a mask besides a box or points, or more of anything than `limits` allow.
     """
     _check_lengths(request)
+    _check_limits(request, LimitParameters() if limits is None else limits)
     found: dict[str, PromptedObject] = {}
 
     def the(object_id: str) -> PromptedObject:
@@ -72,8 +76,6 @@ def prompted_objects(request: AddObjects.Request) -> tuple[int, list[PromptedObj
         thing.mask = mask
     if not found:
         raise BadGoal("nothing was pointed at: give a box, a point or a mask, with the id of its object")
-    if len(found) > MOST_OBJECTS:
-        raise BadGoal(f"{len(found)} objects at once, at most {MOST_OBJECTS} are possible")
     return conversions.stamp_ns(request.request_header.stamp), list(found.values())
 
 
@@ -89,3 +91,22 @@ def _check_lengths(request: AddObjects.Request) -> None:
             raise BadGoal(f"{names} must have the same length, got {ids} and {other}")
     if len(request.point_coords) > MOST_POINTS:
         raise BadGoal(f"{len(request.point_coords)} points in one call, at most {MOST_POINTS} are taken")
+
+
+def _check_limits(request: AddObjects.Request, limits: LimitParameters) -> None:
+    """Before anything of the request is converted."""
+    ids = {*request.bbox_object_ids, *request.point_object_ids, *request.mask_object_ids}
+    longest = max(map(len, ids), default=0)
+    if longest > LONGEST_ID:
+        raise BadGoal(f"an object id has {longest} characters, at most {LONGEST_ID} are taken: choose a shorter one")
+    if len(ids) > limits.objects_per_request:
+        raise BadGoal(
+            f"{len(ids)} objects in one call, at most {limits.objects_per_request} are taken: call several times, or "
+            "raise limits.objects_per_request"
+        )
+    pixels = sum(image.width * image.height for image in request.masks)
+    if pixels > limits.image_pixels:
+        raise BadGoal(
+            f"the masks have {pixels} pixels together, at most {limits.image_megapixels:g} million are taken: call "
+            "several times, or raise limits.image_megapixels"
+        )

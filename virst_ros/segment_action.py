@@ -33,8 +33,9 @@ LONGEST_TIMEOUT_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class _Sighting:
-    """The goal's object in one frame."""
+    """The goal's object in one frame of one camera."""
 
+    camera: str
     header: Header
     found: ObjectResult
 
@@ -111,7 +112,10 @@ class SegmentAction:
             return
         for found in shown.result.objects:
             if found.goal_id == run.goal.goal_id:
-                run.newest = _Sighting(shown.header, found)
+                sighting, before = _Sighting(shown.result.camera, shown.header, found), run.newest
+                # Of several cameras, one that sees it well is not outdone by one that does not.
+                if before is None or before.camera == sighting.camera or not self._is_good(run, before.found):
+                    run.newest = sighting
                 self._frame_came.trigger()
                 return
 
@@ -123,6 +127,8 @@ class SegmentAction:
     # On the executor's thread
 
     def _goal_requested(self, _: Segment.Goal) -> GoalResponse:
+        if self._goals.why_too_often("segment"):
+            return GoalResponse.REJECT
         reason = self._why_closed()
         if reason:
             self._goals.reject(reason)

@@ -9,10 +9,13 @@ from rclpy.node import Node
 from std_srvs.srv import SetBool, Trigger
 from virst_msgs.srv import AddObjects, Ask, ClearGoal, ListGoals, RemoveObject, SetGoal
 
-from virst_engine.errors import VirstError
+from virst_engine.errors import BadGoal, VirstError
 from virst_ros.goals import Goals
 from virst_ros.loading import LoadedEngine
+from virst_ros.parameters import limits_of
 from virst_ros.prompts import prompted_objects
+
+LIST_SHARE = 10.0  # list_goals may be asked so many times as often as the others: planners poll it
 
 
 class Services:
@@ -34,7 +37,10 @@ class Services:
         enable: Callable[[bool], str],
         group: CallbackGroup,
     ) -> None:
-        self._goals, self._engine, self._why_closed, self._enable = goals, engine, why_closed, enable
+        self._node, self._goals, self._engine = node, goals, engine
+        self._why_closed, self._enable = why_closed, enable
+        self._listed: list[Any] = []
+        self._listed_goals: tuple[Any, ...] = ()
         for kind, name, callback in (
             (SetGoal, "set_goal", self._set_goal),
             (ClearGoal, "clear_goal", self._clear_goal),
@@ -44,13 +50,17 @@ class Services:
             (SetBool, "enable", self._set_enabled),
             (Trigger, "reset", self._reset),
         ):
-            node.create_service(kind, f"~/{name}", self._guarded(callback), callback_group=group)
+            node.create_service(kind, f"~/{name}", self._guarded(name, callback), callback_group=group)
         node.create_service(ListGoals, "~/list_goals", self._list_goals, callback_group=group)
 
-    def _guarded(self, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], Any]:
-        """The callback, asked only while the session can answer; what it raises becomes the answer."""
+    def _guarded(self, name: str, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], Any]:
+        """The callback, asked within limits and while the session can answer; what it raises becomes the answer."""
 
         def answer(request: Any, response: Any) -> Any:
+            too_often = self._goals.why_too_often(name)
+            if too_often:
+                response.success, response.message = False, f"nothing was done: {too_often}"
+                return response
             response.success, response.message = False, self._why_closed()
             if response.message:
                 self._goals.reject(response.message)
@@ -73,12 +83,16 @@ class Services:
         response.message = f"{self._goals.clear(request.goal_id)} goal(s) cleared"
 
     def _list_goals(self, _: ListGoals.Request, response: ListGoals.Response) -> ListGoals.Response:
-        response.goals = self._goals.messages()
+        goals = self._goals.all()
+        # Asked too often, it answers with the list made last. Its states may be of before, its goals never are.
+        if not self._goals.why_too_often("list_goals", LIST_SHARE) or goals != self._listed_goals:
+            self._listed, self._listed_goals = self._goals.messages(), goals
+        response.goals = self._listed
         return response
 
     def _add_objects(self, request: AddObjects.Request, response: AddObjects.Response) -> None:
         self._goals.check_camera(request.camera)
-        stamp_ns, objects = prompted_objects(request)
+        stamp_ns, objects = prompted_objects(request, limits_of(self._node))
         engine = self._engine()
         assert engine is not None
         if engine.add_object is None:
@@ -89,7 +103,7 @@ class Services:
         added = []
         try:
             for prompted in objects:
-                added.append(engine.add_object(prompted, stamp_ns))
+                added.append(engine.add_object(prompted, stamp_ns, request.camera))
         except Exception:
             for goal in added:  # all of them or none
                 if goal.goal_id not in known:
@@ -113,6 +127,11 @@ class Services:
             raise VirstError(
                 f"the model {engine.model.name} answers with masks, not with words: it can be told what to segment "
                 "(set_goal), but it cannot be asked"
+            )
+        if len(request.question) > self._goals.longest:
+            raise BadGoal(
+                f"a question may have {self._goals.longest} characters, got {len(request.question)}; shorten it or "
+                "raise goal.max_length"
             )
         response.answer = engine.ask(request.question)
 

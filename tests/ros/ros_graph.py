@@ -73,6 +73,17 @@ class Graph:
     def publisher(self, kind: type, topic: str, qos: Any = 10) -> Any:
         return self.node.create_publisher(kind, topic, qos)
 
+    def action_client(self, kind: type, name: str) -> Any:
+        """Of a node of its own, which is spun once the client is made: rclpy shows an unfinished one to the executor."""
+        import rclpy
+        from rclpy.action import ActionClient
+
+        node = rclpy.create_node("action_tester", context=self.context)
+        client = ActionClient(node, kind, name)
+        self._spinning.append(Spinning(node))
+        assert client.wait_for_server(TIMEOUT_S), f"no action {name}"
+        return client
+
     def call(self, kind: type, name: str, request: Any) -> Any:
         client = self.node.create_client(kind, name)
         assert client.wait_for_service(TIMEOUT_S), f"no service {name}"
@@ -115,7 +126,7 @@ class FakeSession:
         self._goals[goal_id] = Goal(goal_id, object_id or goal_id, sentence, camera, self._numbered)
         return self._goals[goal_id]
 
-    def goal_states(self) -> dict[str, Any]:
+    def goal_states(self, camera: str = "") -> dict[str, Any]:
         from virst_engine.types import ObjectState
 
         return {goal_id: self._states.get(goal_id, ObjectState.SEARCHING) for goal_id in self._goals}
@@ -145,13 +156,20 @@ class FakeSession:
         objects = tuple(
             ObjectResult(goal.object_id, goal.goal_id, goal.instance_id, state, mask, 0.75 * mask.any(), 1.5, 0.25)
             for goal in self.goals()
+            if goal.camera in ("", frame.camera)
         )
         return FrameResult(frame.stamp_ns, len(self.stepped_stamps), frame.camera, objects, {"image_encoder": 2.0})
+
+    def check_frame(self, frame: Any) -> None:
+        pass
+
+    def step_together(self, frames: Any) -> list[Any]:
+        return [self.step(frame) for frame in frames]
 
     def reconfigure(self, config: Any) -> None:
         self.reconfigured.append(config)
 
-    def reset(self) -> None:
+    def reset(self, camera: str = "") -> None:
         self.resets += 1
 
     def close(self) -> None:
@@ -178,7 +196,7 @@ class FakeEngine:
         self.add_object: Any = None  # what the engine does with boxes, points and masks
         self.ask: Any = None
 
-    def __call__(self, config: Any) -> Any:
+    def __call__(self, config: Any, cameras: Any = ()) -> Any:
         from virst_ros.diagnostics import LoadedModel
         from virst_ros.loading import LoadedEngine
 
@@ -188,7 +206,8 @@ class FakeEngine:
         if self.session.closed:
             self.session = FakeSession()
         model = LoadedModel("fake", "fake.safetensors", "Fake", "cpu")
-        return LoadedEngine(self.session, self.reasoner, model, self.check_goal, self.add_object, self.ask)
+        reasoners = dict.fromkeys(cameras or ("",), self.reasoner)
+        return LoadedEngine(self.session, reasoners, model, self.check_goal, self.add_object, self.ask)
 
     def check_goal(self, sentence: str) -> None:
         from virst_engine.errors import BadGoal

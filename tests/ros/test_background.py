@@ -36,7 +36,7 @@ def test_a_failure_is_told_once_and_the_work_goes_on(caplog):
     with caplog.at_level(logging.ERROR, "virst_ros"):
         for number in range(1, 4):
             background.offer(-1)
-            wait_until(lambda: not background._inbox._item)
+            wait_until(lambda: background._inbox._items == {"": None})
             background.offer(number)
             wait_until(lambda number=number: number in done)
     assert background.stop(TIMEOUT_S)

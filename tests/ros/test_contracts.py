@@ -42,7 +42,7 @@ def test_every_consumer_accepts_everything(graph, engine):
     try:
         wait_until(lambda: camera.connected(subscribers=2))
         for output in ("mask", "target_mask", "camera_info", "objects", "points_without_object"):
-            wait_until(lambda output=output: getattr(node.outputs, output).wanted)
+            wait_until(lambda output=output: getattr(node.cameras[0].outputs, output).wanted)
         timer = graph.node.create_timer(0.04, camera.send)
         time.sleep(SECONDS)
         graph.node.destroy_timer(timer)

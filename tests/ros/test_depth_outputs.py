@@ -36,13 +36,13 @@ class Setup:
         )
         wait_until(lambda: self.node.state == "active")
         wait_until(self.camera.connected)
-        wait_until(lambda: self.node.outputs.objects.wanted)
+        wait_until(lambda: self.node.cameras[0].outputs.objects.wanted)
         request = SetGoal.Request(goal="the block", object_id="block")
         assert graph.call(SetGoal, "/segmenter/set_goal", request).success
 
     def collect(self, kind, topic, qos=10):
         messages = self.graph.collect(kind, f"/segmenter/{topic}", qos)
-        wait_until(lambda: getattr(self.node.outputs, topic).wanted)
+        wait_until(lambda: getattr(self.node.cameras[0].outputs, topic).wanted)
         return messages
 
     def objects_of(self, stamp_ns):
@@ -237,7 +237,7 @@ def test_nothing_is_computed_without_a_subscriber(graph, engine, monkeypatch):
     for subscription in list(graph.node.subscriptions):
         if subscription.topic_name == "/segmenter/objects":
             graph.node.destroy_subscription(subscription)
-    wait_until(lambda: not setup.node.outputs.objects.wanted)
+    wait_until(lambda: not setup.node.cameras[0].outputs.objects.wanted)
     masks = setup.collect(Image, "mask")
     computed.clear()
     stamp_ns = setup.camera.send()
@@ -250,7 +250,7 @@ def test_what_keeps_depth_from_giving_points_is_told(graph, engine):
     info = setup.camera.info(0)
     setup.camera.info = lambda stamp_ns: info
     setup.camera.info_publisher.publish(info)
-    wait_until(lambda: setup.node.inputs.camera_info is not None)
+    wait_until(lambda: setup.node.cameras[0].inputs.camera_info is not None)
     info.k = [0.0] * 9
     setup.block()
     wait_until(lambda: setup.block().depth_px == 0)
@@ -290,7 +290,12 @@ def test_objects_of_the_simulator_have_their_true_pose(graph, engine):
     camera = setup.camera
     info = camera_info(Header(), spec.camera, CameraParameters())
     camera.info_publisher.publish(info)
-    wait_until(lambda: setup.node.inputs.camera_info is not None and setup.node.inputs.camera_info.width == 320)
+    wait_until(
+        lambda: (
+            setup.node.cameras[0].inputs.camera_info is not None
+            and setup.node.cameras[0].inputs.camera_info.width == 320
+        )
+    )
     to_camera = spec.camera.axes()
     for k, thing in enumerate(spec.objects):
         if thing.shape not in ("box", "can"):

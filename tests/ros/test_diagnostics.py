@@ -47,7 +47,9 @@ def seen(**changes):
 
 
 def subject(diagnostics, name, **changes):
-    return next(status for status in diagnostics.statuses(seen(**changes)) if status.name == f"node: {name}")
+    around = seen(**changes)
+    told = [*diagnostics.statuses(around), diagnostics.process_status("node", around.state)]
+    return next(status for status in told if status.name == f"node: {name}")
 
 
 def values(status):
@@ -153,7 +155,7 @@ def test_silent_depth_is_a_warning_only_when_it_is_wanted(diagnostics, clock):
 
 
 def test_everything_is_stale_while_inactive(diagnostics):
-    told = diagnostics.statuses(seen(state="inactive"))
+    told = [*diagnostics.statuses(seen(state="inactive")), diagnostics.process_status("node", "inactive")]
     assert {status.level for status in told} == {DiagnosticStatus.STALE}
 
 

@@ -19,6 +19,7 @@ class Scripted:
     def __init__(self, script):
         self.script = script
         self.threads = set()
+        self.batches = []
 
     def step(self, frame):
         self.threads.add(threading.current_thread().name)
@@ -27,13 +28,22 @@ class Scripted:
             raise outcome
         return FrameResult(frame.stamp_ns, 0, frame.camera, (), {})
 
+    def check_frame(self, frame):
+        outcome = self.script.get(frame.stamp_ns)
+        if isinstance(outcome, BadFrame):
+            raise outcome
+
+    def step_together(self, frames):
+        self.batches.append(len(frames))
+        return [self.step(frame) for frame in frames]
+
 
 class Running:
     """The thread, with a way to give it one frame at a time."""
 
     def __init__(self, script, stop_after_failures=3):
         self.session = Scripted(script)
-        self.inbox = FrameInbox()
+        self.inbox = FrameInbox(("camera", "left", "right"))
         self.results, self.rejected = [], []
         self._done = threading.Semaphore(0)
         self.thread = InferenceThread(self.session, self.inbox, self._result, self._reject, stop_after_failures)
@@ -43,13 +53,13 @@ class Running:
         self.results.append((header, result.stamp_ns))
         self._done.release()
 
-    def _reject(self, reason):
+    def _reject(self, frame, reason):
         self.rejected.append(reason)
         self._done.release()
 
     def give(self, *stamps):
         for stamp_ns in stamps:
-            self.inbox.put((f"header {stamp_ns}", frame(stamp_ns)))
+            self.inbox.put((f"header {stamp_ns}", frame(stamp_ns)), "camera")
             assert self._done.acquire(timeout=10.0)
 
 
@@ -92,3 +102,30 @@ def test_failures_that_differ_or_are_interrupted_do_not_stop():
     assert running.thread.stop(10.0)
     assert not running.thread.failed
     assert [stamp for _, stamp in running.results] == [4, 7]
+
+
+def test_frames_of_several_cameras_that_wait_are_stepped_together():
+    running = Running({12: BadFrame("no pixels")})
+    holding = threading.Event()
+    real_step = running.session.step
+
+    def slow_step(one):
+        if one.stamp_ns == 1:
+            holding.wait(10.0)
+        return real_step(one)
+
+    running.session.step = slow_step
+    running.inbox.put(("header 1", frame(1)), "camera")
+    for _ in range(1000):
+        if running.inbox._items["camera"] is None:
+            break
+        holding.wait(0.01)
+    for stamp_ns, camera in ((10, "left"), (11, "right"), (12, "camera")):
+        running.inbox.put((f"header {stamp_ns}", Frame(np.zeros((4, 6, 3), np.uint8), stamp_ns, camera)), camera)
+    holding.set()
+    for _ in range(4):
+        assert running._done.acquire(timeout=10.0)
+    assert running.thread.stop(10.0)
+    assert running.session.batches == [2]
+    assert running.rejected == ["no pixels"]
+    assert sorted(stamp for _, stamp in running.results) == [1, 10, 11]

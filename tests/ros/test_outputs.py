@@ -50,7 +50,7 @@ class Reader:
     def __init__(self, graph, node, camera, kind, topic, attribute, qos=10):
         self._camera = camera
         self.messages = graph.collect(kind, f"/segmenter/{topic}", qos)
-        wait_until(lambda: getattr(node.outputs, attribute).wanted)
+        wait_until(lambda: getattr(node.cameras[0].outputs, attribute).wanted)
 
     def next(self):
         stamp_ns = self._camera.send()
@@ -92,7 +92,7 @@ def test_the_png_holds_exactly_the_ids(graph, node, camera):
     set_goal(graph, "two")
     packed = Reader(graph, node, camera, CompressedImage, "mask/compressed", "mask_png")
     raw = graph.collect(Image, "/segmenter/mask")
-    wait_until(lambda: node.outputs.mask.wanted)
+    wait_until(lambda: node.cameras[0].outputs.mask.wanted)
     message = packed.next()
     assert message.format == "mono8; png compressed "
     plain = wait_until(lambda: [each for each in raw if each.header == message.header])[0]
@@ -118,7 +118,7 @@ def test_the_overlay_goes_out_as_jpeg_too(graph, node, camera):
 def test_camera_info_is_the_cameras_with_the_header_of_the_mask(graph, node, camera):
     infos = Reader(graph, node, camera, CameraInfo, "camera_info", "camera_info")
     camera.info_publisher.publish(camera.info(1))
-    wait_until(lambda: node.inputs.camera_info is not None)
+    wait_until(lambda: node.cameras[0].inputs.camera_info is not None)
     info = infos.next()
     sent = camera.info(stamp_of(info))
     assert info == sent
@@ -143,10 +143,10 @@ def test_a_subscriber_who_waits_in_vain_is_told_why(graph, engine, camera):
 def test_an_overlay_that_is_switched_off_is_told(graph, engine):
     node = graph.add(SegmenterNode, engine, overlay=False)
     wait_until(lambda: node.state == "active")
-    assert not node.outputs.why_unserved(node._settings)
+    assert not node.cameras[0].outputs.why_unserved(node._settings)
     graph.collect(Image, "/segmenter/overlay", qos_profile_sensor_data)
-    wait_until(lambda: node.outputs.overlay.wanted)
-    assert "the parameter overlay is false" in node.outputs.why_unserved(node._settings)
+    wait_until(lambda: node.cameras[0].outputs.overlay.wanted)
+    assert "the parameter overlay is false" in node.cameras[0].outputs.why_unserved(node._settings)
 
 
 def test_nothing_is_computed_that_nobody_reads(graph, node, camera, engine, monkeypatch):
@@ -207,7 +207,7 @@ def test_compressed_images_are_segmented_too(graph, engine, camera):
     assert graph.node.count_subscribers("/image") == 0
     set_goal(graph)
     masks = graph.collect(Image, "/segmenter/mask")
-    wait_until(lambda: node.outputs.mask.wanted)
+    wait_until(lambda: node.cameras[0].outputs.mask.wanted)
     for form in (".png", ".jpg"):
         stamp_ns = camera.new_stamp_ns()
         publisher.publish(compressed(camera.image(stamp_ns), form))

@@ -24,7 +24,28 @@ def test_the_file_parses_back_to_the_defaults():
     assert parameters.engine_config(flat) == EngineConfig()
     assert parameters.node_parameters(flat) == NodeParameters()
     by_name = {spec.name: spec for spec in [*parameters.engine_specs(), *parameters.node_specs()]}
-    assert {name: type(value) for name, value in flat.items()} == {name: spec.type for name, spec in by_name.items()}
+    kinds = {name: list if spec.type is tuple else spec.type for name, spec in by_name.items()}
+    assert {name: type(value) for name, value in flat.items()} == kinds
+
+
+@pytest.mark.parametrize(
+    ("cameras", "words"),
+    [
+        (["left", "left"], "has a name twice"),
+        (["a/b"], "cannot be a part of a topic's name"),
+        (["1st"], "no digit first"),
+        (["x" * 65], "up to 64"),
+        ([f"camera_{i}" for i in range(17)], "at most 16, got 17"),
+    ],
+)
+def test_names_of_cameras_that_make_no_topics_are_refused(cameras, words):
+    with pytest.raises(ValueError, match=words):
+        parameters.node_parameters({"cameras": cameras})
+
+
+def test_ros_writes_no_cameras_as_an_empty_name():
+    assert parameters.node_parameters({"cameras": [""]}).cameras == ()
+    assert parameters.node_parameters({"cameras": ["left", "right"]}).cameras == ("left", "right")
 
 
 def test_every_engine_parameter_has_a_name_and_a_meaning():

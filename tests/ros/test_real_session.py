@@ -36,12 +36,15 @@ pytestmark = pytest.mark.ros
 ROOT = Path(__file__).parents[2]
 
 
-def load_with_fake_stages(config):
-    client = ZmqReasonerClient(config.reasoner.endpoint, heartbeat_s=0.1, silent_after_s=0.5)
-    session = Session(config, FakeStages(), client)
+def load_with_fake_stages(config, cameras=()):
+    clients = {
+        camera: ZmqReasonerClient(config.reasoner.endpoint, heartbeat_s=0.1, silent_after_s=0.5)
+        for camera in cameras or ("",)
+    }
+    session = Session(config, FakeStages(), clients)
     # No goal is refused beforehand: here the reasoner itself has to say what it cannot read.
     model = LoadedModel("fake", "", "FakeStages", "cpu")
-    return LoadedEngine(session, client, model, lambda sentence: None, partial(add_prompted, session))
+    return LoadedEngine(session, clients, model, lambda sentence: None, partial(add_prompted, session))
 
 
 class Live:

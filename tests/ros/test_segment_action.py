@@ -12,13 +12,12 @@ pytest.importorskip("rclpy")
 pytest.importorskip("virst_msgs.msg")
 
 from action_msgs.msg import GoalStatus
-from rclpy.action import ActionClient
 from rclpy.parameter import Parameter
 from virst_msgs.action import Segment
 from virst_msgs.srv import ClearGoal, ListGoals
 
 from tests.ros.rgbd_camera import RgbdCamera, stamp_of
-from tests.ros.ros_graph import TIMEOUT_S, wait_until
+from tests.ros.ros_graph import wait_until
 from virst_engine.types import FrameResult, ObjectResult, ObjectState
 from virst_ros.segment_action import stage_of
 from virst_ros.segmenter_node import SegmenterNode
@@ -67,8 +66,7 @@ class Setup:
         wait_until(lambda: self.node.state == "active")
         wait_until(self.camera.image_publisher.get_subscription_count)
         self._timer = graph.node.create_timer(0.03, self.camera.send)
-        self._client = ActionClient(graph.node, Segment, "/segmenter/segment")
-        assert self._client.wait_for_server(TIMEOUT_S)
+        self._client = graph.action_client(Segment, "/segmenter/segment")
 
     def send(self, goal="the block", **fields):
         feedback = []
@@ -94,7 +92,6 @@ class Setup:
 
     def close(self):
         self.graph.node.destroy_timer(self._timer)
-        self._client.destroy()
 
 
 @pytest.fixture

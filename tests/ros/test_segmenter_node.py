@@ -72,8 +72,8 @@ class Setup:
         wait_until(lambda: self.node.state == "active")
         self.camera.wait_for_subscriber()
         wait_until(lambda: self.graph.node.count_publishers("/segmenter/mask"))
-        wait_until(lambda: self.node.outputs.mask.wanted)
-        wait_until(lambda: self.node.outputs.objects.wanted)
+        wait_until(lambda: self.node.cameras[0].outputs.mask.wanted)
+        wait_until(lambda: self.node.cameras[0].outputs.objects.wanted)
         return self
 
     def send_until_mask(self, message=None):
@@ -131,11 +131,11 @@ def pixels(message):
 class TestFrames:
     def test_every_output_carries_the_header_of_its_frame(self, setup):
         infos = setup.graph.collect(CameraInfo, "/segmenter/camera_info")
-        wait_until(lambda: setup.node.outputs.camera_info.wanted)
+        wait_until(lambda: setup.node.cameras[0].outputs.camera_info.wanted)
         info_publisher = setup.graph.publisher(CameraInfo, "camera_info", qos_profile_sensor_data)
         wait_until(info_publisher.get_subscription_count)
         info_publisher.publish(CameraInfo(width=WIDTH, height=HEIGHT, k=[9.0] * 9))
-        wait_until(lambda: setup.node.inputs.camera_info is not None)
+        wait_until(lambda: setup.node.cameras[0].inputs.camera_info is not None)
         assert setup.set_goal().success
         sent = []
         for _ in range(5):
@@ -212,7 +212,7 @@ class TestFrames:
     def test_the_overlay_is_drawn_only_for_somebody(self, setup):
         setup.send_until_mask()
         overlays = setup.graph.collect(Image, "/segmenter/overlay", qos_profile_sensor_data)
-        wait_until(lambda: setup.node.outputs.overlay.wanted)
+        wait_until(lambda: setup.node.cameras[0].outputs.overlay.wanted)
         header, _ = setup.send_until_mask()
         wait_until(lambda: overlays)
         assert [message.header for message in overlays] == [header]
@@ -605,16 +605,16 @@ class TestBadInput:
     def test_camera_info_that_does_not_fit_is_told_and_not_passed_on(self, graph, engine):
         setup = Setup(graph, engine, no_image_after_s=60.0).active()
         infos = graph.collect(CameraInfo, "/segmenter/camera_info")
-        wait_until(lambda: setup.node.outputs.camera_info.wanted)
+        wait_until(lambda: setup.node.cameras[0].outputs.camera_info.wanted)
         info_publisher = graph.publisher(CameraInfo, "camera_info", qos_profile_sensor_data)
         wait_until(info_publisher.get_subscription_count)
         info_publisher.publish(CameraInfo(width=64, height=48))
-        wait_until(lambda: setup.node.inputs.camera_info is not None)
+        wait_until(lambda: setup.node.cameras[0].inputs.camera_info is not None)
         setup.send_until_mask()
         setup.wait_for_status("input", DiagnosticStatus.WARN, "camera_info is 64x48, the image 32x24", "remap")
         assert "camera_info is 64x48" in setup.values("input")["camera_info problem"]
         info_publisher.publish(CameraInfo(width=WIDTH, height=HEIGHT))
-        wait_until(lambda: setup.node.inputs.camera_info.width == WIDTH)
+        wait_until(lambda: setup.node.cameras[0].inputs.camera_info.width == WIDTH)
         header, _ = setup.send_until_mask()
         wait_until(lambda: infos)
         assert [info.header for info in infos] == [header]

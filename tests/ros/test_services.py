@@ -130,7 +130,7 @@ class TestObjects:
         got = []
         numbers = itertools.count(1)
 
-        def add(prompted, stamp_ns):
+        def add(prompted, stamp_ns, camera):
             got.append((prompted, stamp_ns))
             engine.session.set_goal("-", object_id=prompted.object_id)
             return engine.session.goals()[next(numbers) - 1]
@@ -178,7 +178,7 @@ class TestObjects:
             add_prompted(session, PromptedObject("can", points_px=[(200.0, 2.0)], labels=[1]), 0)
 
     def test_when_one_object_cannot_be_added_none_is(self, graph, engine):
-        def add(prompted, stamp_ns):
+        def add(prompted, stamp_ns, camera):
             if prompted.object_id == "bad":
                 raise BadGoal("the frame is gone")
             return engine.session.set_goal("-", object_id=prompted.object_id)

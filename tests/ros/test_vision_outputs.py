@@ -149,7 +149,7 @@ def test_detections_and_labels_over_middleware(graph, engine):
     camera = RgbdCamera(graph)
     detections = graph.collect(vision_msgs.Detection2DArray, "/segmenter/detections")
     node = graph.add(SegmenterNode, engine)
-    wait_until(lambda: node.state == "active" and node._vision_outputs.detections.wanted)
+    wait_until(lambda: node.state == "active" and node.cameras[0].vision_outputs.detections.wanted)
     wait_until(camera.image_publisher.get_subscription_count)
     assert graph.call(SetGoal, "/segmenter/set_goal", SetGoal.Request(goal="the block", object_id="block")).success
     stamp_ns = camera.send()

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the node has of one camera: subscriptions, publishers, depth, diagnostics."""
+
+from collections.abc import Callable, Sequence
+
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.lifecycle import LifecycleNode
+
+from virst_engine import Frame, FrameResult, Goal
+from virst_ros.depth_outputs import DepthOutputs
+from virst_ros.diagnostics import Diagnostics, Surroundings
+from virst_ros.frame_inbox import FrameInbox
+from virst_ros.inputs import CameraInputs, Received
+from virst_ros.outputs import FrameOutputs, Publishers, SegmentedFrame, choose_target
+from virst_ros.parameters import NodeParameters
+from virst_ros.vision_outputs import VisionOutputs
+
+
+class Camera:
+    """One camera of a node, from configure to cleanup and beyond.
+
+    Args:
+        name: of the camera, in goals and frames.
+        prefix: of its topics: "<name>/", or "" for the only camera of a node.
+        settings: the node's parameters as they are now.
+    """
+
+    def __init__(self, node: LifecycleNode, name: str, prefix: str, settings: Callable[[], NodeParameters]) -> None:
+        self._node, self.name, self._prefix, self._settings = node, name, prefix, settings
+        self.diagnostics = Diagnostics(f"{node.get_name()}/{name}" if prefix else node.get_name())
+        # For those who spin the node with several threads: neither a configure nor another camera holds up its images.
+        self._group = MutuallyExclusiveCallbackGroup()
+        # Made in configure:
+        self.outputs: Publishers | None = None
+        self._frame_outputs: FrameOutputs | None = None
+        self._depth_outputs: DepthOutputs | None = None
+        self.vision_outputs: VisionOutputs | None = None
+        # Made in activate, unless images are paused:
+        self.inputs: CameraInputs | None = None
+
+    @property
+    def image_topic(self) -> str:
+        compressed = "/compressed" if self._settings().image_transport == "compressed" else ""
+        return self._node.resolve_topic_name(f"{self._prefix}image{compressed}")
+
+    def sees(self, goal: Goal) -> bool:
+        return goal.camera in ("", self.name)
+
+    def create_outputs(self) -> None:
+        settings = self._settings()
+        self.outputs = Publishers(self._node, settings, self._qos_incompatible, f"~/{self._prefix}")
+        self._frame_outputs = FrameOutputs(self.outputs)
+        if settings.use_depth:
+            self._depth_outputs = DepthOutputs(self.outputs, self.diagnostics, self._settings)
+        self.vision_outputs = VisionOutputs.make(self.outputs, settings)
+
+    def destroy_outputs(self) -> None:
+        for part in (self._frame_outputs, self._depth_outputs):
+            if part is not None:
+                part.stop()
+        self._frame_outputs = self._depth_outputs = self.vision_outputs = None
+        if self.outputs is not None:
+            self.outputs.destroy()
+            self.outputs = None
+
+    def create_inputs(self, on_frame: Callable[[Received, Frame], None]) -> None:
+        self.inputs = CameraInputs(
+            self._node,
+            self._settings(),
+            self.diagnostics,
+            self._depth_outputs,
+            on_frame,
+            self.reject_frame,
+            self._qos_incompatible,
+            self._group,
+            camera=self.name,
+            prefix=self._prefix,
+        )
+
+    def destroy_inputs(self) -> None:
+        if self.inputs is not None:
+            self.inputs.destroy()
+            self.inputs = None
+        if self._depth_outputs is not None:
+            self._depth_outputs.pause()
+
+    def reset(self, goals: Sequence[Goal]) -> None:
+        """A new beginning: nothing that happened before is told any more."""
+        self.diagnostics.reset()
+        self.goals_changed(goals)
+
+    def goals_changed(self, goals: Sequence[Goal]) -> None:
+        self.diagnostics.goals_changed([goal for goal in goals if self.sees(goal)])
+
+    def reject_frame(self, reason: str) -> None:
+        self.diagnostics.frame_rejected(reason)
+        of_camera = f"{self.name}: " if self._prefix else ""
+        self._node.get_logger().warning(f"{of_camera}bad frame skipped: {reason}", throttle_duration_sec=5.0)
+
+    def publish(
+        self,
+        received: Received,
+        frame: Frame,
+        result: FrameResult,
+        goals: Sequence[Goal],
+        inbox: "FrameInbox[tuple[Received, Frame]]",
+    ) -> SegmentedFrame:
+        """Publish everything that is known of a frame, or hand it to what waits for its depth."""
+        assert self.outputs is not None
+        assert self._frame_outputs is not None
+        settings, inputs = self._settings(), self.inputs
+        own = tuple(goal for goal in goals if self.sees(goal))
+        shown = SegmentedFrame(
+            received.header,
+            frame,
+            result,
+            own,
+            choose_target(result.objects, own, settings.target),
+            frames_in=self._received(inbox),
+            frames_dropped=self._dropped(inbox),
+        )
+        height, width = frame.image_rgb_u8.shape[:2]
+        info = inputs.camera_info_for(width, height) if inputs is not None else None
+        self._frame_outputs.publish(shown, info, overlay=settings.overlay)
+        shown.age_s = (self._node.get_clock().now().nanoseconds - frame.stamp_ns) * 1e-9
+        if self.vision_outputs is not None:
+            self.vision_outputs.publish(shown)
+        if self._depth_outputs is not None:
+            self._depth_outputs.result_came(shown)
+        else:
+            self.outputs.publish_objects(shown, {})
+        return shown
+
+    def surroundings(
+        self,
+        state: str,
+        inbox: "FrameInbox[tuple[Received, Frame]]",
+        inference_traceback: str,
+        reasoner_problem: str,
+    ) -> Surroundings:
+        settings, topic = self._settings(), self.image_topic
+        return Surroundings(
+            state=state,
+            image_topic=topic,
+            image_publishers=self._node.count_publishers(topic),
+            received=self._received(inbox),
+            dropped=self._dropped(inbox),
+            depth_topic=self._node.resolve_topic_name(f"{self._prefix}depth") if settings.use_depth else "",
+            no_image_after_s=settings.no_image_after_s,
+            inference_traceback=inference_traceback,
+            reasoner_problem=reasoner_problem,
+            unserved=self.outputs.why_unserved(settings) if self.outputs is not None else "",
+        )
+
+    def _received(self, inbox: "FrameInbox[tuple[Received, Frame]]") -> int:
+        return inbox.received(self.name) + self._rejected
+
+    def _dropped(self, inbox: "FrameInbox[tuple[Received, Frame]]") -> int:
+        return inbox.dropped(self.name) + self._rejected
+
+    @property
+    def _rejected(self) -> int:
+        return self.inputs.rejected if self.inputs is not None else 0
+
+    def _qos_incompatible(self, topic: str, reason: str) -> None:
+        self.diagnostics.qos_incompatible(topic, reason)
+        self._node.get_logger().warning(reason)
