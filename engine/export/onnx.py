@@ -9,8 +9,10 @@ values come first: so GPUs fuse memory attention. fp16 stays out of the mask dec
 would grow.
 """
 
+import fcntl
 import importlib.metadata
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -58,6 +60,7 @@ log = logging.getLogger(__name__)
 OPSET = 18
 PROMPT_TOKENS = 16  # a box takes 3, VIRST's embeddings 10, n clicks n + 1
 PACKAGES = ("virst_ros", "torch", "onnx", "onnxscript", "onnxruntime", "sam2")
+PARTIAL = ".partial-"  # begins the name of the folder that an export works in
 MOST_BYTES = 2**31 - 2**20  # a protobuf file ends there
 # Attention scores of one object, from which on objects that take turns are faster than all of them at once.
 LARGE_SCORE_BYTES = 4 << 20
@@ -167,7 +170,7 @@ def export_stages(
     steps = 2 * len(specs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        partial, lock = _partial_folder(folder)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written ({error}); choose another --out") from error
     try:
@@ -194,6 +197,7 @@ def export_stages(
         raise ExportError(f"{folder} cannot be written ({error}); free some space, or choose another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
     on_step(steps, steps, "done")
     return replace(manifest, stages=specs)
 
@@ -201,6 +205,32 @@ def export_stages(
 def _check_range(stage: str, spec: StageSpec, model: Sam2, fusion_level: int | None) -> None:
     model = for_export(model, values="before", fusion_level=fusion_level)
     check_range(stage, spec, exportable(stage_module(model, stage, torch.float32, fusion_level)))
+
+
+def _partial_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder in `folder`, and a descriptor that locks it until it is closed, or its process is killed.
+
+    What killed exports have left is removed.
+    """
+    parent = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)  # nobody looks at a new folder before it is locked
+        for left in folder.glob(f"{PARTIAL}*"):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # an export under way
+            finally:
+                os.close(lock)
+            log.info("%s is what an export left that did not end: removed", left)
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+        lock = os.open(partial, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(parent)
+    return partial, lock
 
 
 def _publish(partial: Path, folder: Path, manifest: Manifest) -> None:

@@ -2,6 +2,9 @@
 """Exported folders are complete, correct, and only then there."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +142,47 @@ def test_an_export_that_was_there_stays_until_the_new_one_is_good(
     with pytest.raises(Stop):
         export_small(small_sam2(), folder, on_step=stop)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_what_a_killed_export_left_is_removed_and_one_under_way_is_not(tmp_path: Path) -> None:
+    left, other = tmp_path / ".partial-abcdefgh", tmp_path / "partial-notes"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "image_encoder.onnx").write_bytes(b"half of a graph")
+    seen: list[set[str]] = []
+
+    def look(done: int, total: int, what: str) -> None:
+        """The first export is under way here, and a second one starts."""
+        seen.append({folder.name for folder in tmp_path.iterdir()})
+        if len(seen) == 1:
+            with pytest.raises(Stop):
+                export_small(small_sam2(), tmp_path, on_step=look)
+            seen.append({folder.name for folder in tmp_path.iterdir()})
+        raise Stop
+
+    with pytest.raises(Stop):
+        export_small(small_sam2(), tmp_path, on_step=look)
+    first, both, after = seen
+    assert len(first) == 2
+    assert left.name not in first
+    assert len(both) == 3
+    assert both > first == after
+    assert {folder.name for folder in tmp_path.iterdir()} == {other.name}
+    assert (other / "image_encoder.onnx").exists()
+
+
+def test_a_killed_process_leaves_what_the_next_export_removes(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from virst_engine.export.onnx import _partial_folder; "
+        "_partial_folder(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, check=False, env=environment)
+    assert run.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    folder, lock = export._partial_folder(tmp_path)
+    os.close(lock)
+    assert list(tmp_path.iterdir()) == [folder] != [left]
 
 
 @pytest.mark.slow
