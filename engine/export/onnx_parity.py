@@ -27,6 +27,11 @@ HALF_TOLERANCE = 1e-2
 LARGEST_IN_FP16 = 65504.0
 OBJECT_COUNTS = (1, 2)
 HALF_TYPES = ("FLOAT16", "BFLOAT16")
+# Inputs with one row per memory, pointer or token, along axis 1.
+ROWS = (
+    "spatial", "spatial_tpos", "spatial_valid", "pointers", "pointer_distance", "pointer_valid",
+    "sparse", "sparse_valid",
+)  # fmt: skip
 
 
 def check_stage(stage: str, file: Path, spec: StageSpec, reference: StageModule, *, free_rows: bool) -> float:
@@ -49,7 +54,9 @@ def check_stage(stage: str, file: Path, spec: StageSpec, reference: StageModule,
     worst = 0.0
     for seed, objects in enumerate(counts):
         inputs = random_inputs(spec, objects, seed)
-        variants = [inputs, _fewer(inputs)] if free_rows else [inputs]
+        variants = [inputs]
+        if free_rows and any(name in inputs for name in ROWS):
+            variants.append(_fewer(inputs))
         for given in variants:
             worst = max(worst, _largest_difference(stage, session, given, reference, tolerance))
     return worst
@@ -142,11 +149,7 @@ def random_inputs(spec: StageSpec, objects: int, seed: int) -> dict[str, Tensor]
 
 def _fewer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every second memory, pointer and token."""
-    along = {
-        "spatial": 1, "spatial_tpos": 1, "spatial_valid": 1, "pointers": 1, "pointer_distance": 1, "pointer_valid": 1,
-        "sparse": 1, "sparse_valid": 1,
-    }  # fmt: skip
-    return {name: value[:, ::2].contiguous() if name in along else value for name, value in inputs.items()}
+    return {name: value[:, ::2].contiguous() if name in ROWS else value for name, value in inputs.items()}
 
 
 def has_constants_of(file: Path, dtype: str) -> bool:

@@ -53,6 +53,30 @@ def test_what_agrees_passes_and_its_difference_is_told(tmp_path: Path) -> None:
     assert check_stage("scaled", file, SPEC, Scaled(0.3), free_rows=False) < 1e-7
 
 
+@pytest.mark.parametrize(("name", "runs"), [("x", 1), ("spatial", 2)])
+def test_a_stage_without_rows_is_not_compared_with_fewer_of_them(tmp_path: Path, name: str, runs: int) -> None:
+    """The image encoder: its largest takes a quarter of a minute for each run."""
+    seen: list[torch.Size] = []
+
+    class Watched(Scaled):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            seen.append(inputs[name].shape)
+            return super().forward(inputs[name])
+
+    file = write(tmp_path / "x.onnx", 0.3)
+    model = onnx.load(str(file))
+    model.graph.input[0].name = model.graph.node[0].input[0] = name
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "rows"
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "rows"
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full(1, 0.3, np.float32), "factor"))
+    onnx.save(model, str(file))
+    shape = TensorSpec("float32", (1, 4))
+    watched = Watched(0.3)
+    watched.factor = watched.factor[:1]
+    check_stage("scaled", file, StageSpec("x.onnx", "", {name: shape}, {"y": shape}), watched, free_rows=True)
+    assert seen == [torch.Size((1, 4)), torch.Size((1, 2))][:runs]
+
+
 @pytest.mark.parametrize("factor", [0.3001, float("nan"), float("inf")])
 def test_what_differs_is_refused(tmp_path: Path, factor: float) -> None:
     file = write(tmp_path / "x.onnx", factor)
