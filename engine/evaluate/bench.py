@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the shipped model is here: per stage, per number of objects, in a paced run, and over many frames."""
+"""How fast the shipped model is here: per stage, per number of objects and cameras, paced, and over many frames."""
 
 import logging
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from virst_engine.types import Frame, ObjectState, ReasonerAnswer, ReasonerReque
 logger = logging.getLogger(__name__)
 
 OBJECT_COUNTS = (1, 4, 8)
+# What is set beside one object of one camera: cameras, objects of each.
+SCALES = {"8 objects": (1, 8), "2 cameras": (2, 1), "4 cameras": (4, 1)}
 WARM_UP_FRAMES = 30  # window of the first clip, and caches
 SETTLED_FRAMES = 500  # from here on memory must stay flat
 FLATNESS_FRAMES = 1000  # at the end and after SETTLED_FRAMES, whose times are compared
@@ -98,9 +100,11 @@ def run_bench(
     for objects in OBJECT_COUNTS:
         on_step(f"engine alone, {objects} objects")
         engine[str(objects)] = engine_speed(stages, reasoner, config, playback, objects, settings.frames)
+    on_step("objects and cameras beside one of each")
+    scale = scaling(stages, reasoner, config, playback, settings.frames)
     on_step(f"memory over {settings.memory_frames} frames")
     memory = resident_memory(stages, reasoner, config, playback, settings.memory_frames)
-    result: dict[str, Any] = {"engine": engine, "memory": memory}
+    result: dict[str, Any] = {"engine": engine, "scale": scale, "memory": memory}
     if with_process:
         with reasoner_process(settings.model) as endpoint:
             for name, period_s in (("idle", 3600.0), ("busy", 0.0)):
@@ -143,6 +147,42 @@ def engine_speed(
         "objects_tracked": round(float(np.mean(tracked)), 2),  # objects that are not seen cost less
         "frames": frames,
     }
+
+
+def scaling(
+    stages: Stages, reasoner: Reasoner, config: EngineConfig, playback: Playback, frames: int
+) -> dict[str, dict[str, Any]]:
+    """What a step of several objects or cameras costs beside one of each, frame by frame in turn: a noisy machine
+    slows all of them alike. A step of several cameras has a new frame of each."""
+    config = replace(config, tracking=replace(config.tracking, confirm_answers=1))
+    with ExitStack() as stack:
+
+        def steps_of(cameras: int, objects: int) -> "_Steps":
+            names = [f"camera_{number}" for number in range(cameras)]
+            clients = {name: FirstAnswerOnly(InProcessClient(reasoner)) for name in names}
+            session = stack.enter_context(Session(config, stages, clients))
+            steps = _Steps(session, playback, cameras=names)
+            steps.run(WARM_UP_FRAMES)
+            playback.set_goals(session, objects)
+            steps.run(5)
+            steps.forget()
+            return steps
+
+        one = steps_of(1, 1)
+        others = {name: steps_of(*counts) for name, counts in SCALES.items()}
+        for _ in range(frames):
+            for steps in (one, *others.values()):
+                steps.run(1)
+    result = {}
+    for name, steps in others.items():
+        quartiles = np.percentile(np.array(steps.ms) / np.array(one.ms), (25, 50, 75))
+        result[name] = {
+            "step_ms": percentiles(steps.ms),
+            "over_one": round(float(quartiles[1]), 3),
+            "quartiles": [round(float(quartiles[0]), 3), round(float(quartiles[2]), 3)],
+            "objects_tracked": round(float(np.mean(steps.tracked)), 2),
+        }
+    return result
 
 
 def resident_memory(
@@ -285,6 +325,14 @@ def markdown(result: dict[str, Any]) -> str:
     for name in stages:
         lines.append(f"| {name} | " + " | ".join(_cell(row["stage_ms"].get(name)) for row in engine.values()) + " |")
     lines.append("| objects seen | " + " | ".join(f"{row['objects_tracked']:.1f}" for row in engine.values()) + " |")
+    lines += [
+        "",
+        "| one step, in turn with one of one object and camera | ms p50 / p95 | times one, median (quartiles) |",
+        "|---|---|---|",
+    ]
+    for name, row in result["scale"].items():
+        low, high = row["quartiles"]
+        lines.append(f"| {name} | {_cell(row['step_ms'])} | {row['over_one']:.2f} ({low:.2f} to {high:.2f}) |")
     paced = {name: result.get(f"paced_reasoner_{name}") for name in ("idle", "busy")}
     if paced["idle"]:
         lines += [
@@ -339,8 +387,11 @@ class _TimedClient:
 class _Steps:
     """Feeds a session frame after frame and keeps the times."""
 
-    def __init__(self, session: Session, playback: Playback, rate_hz: float = 30.0) -> None:
+    def __init__(
+        self, session: Session, playback: Playback, rate_hz: float = 30.0, cameras: Sequence[str] = ("camera",)
+    ) -> None:
         self._session, self._playback, self._period_ns = session, playback, round(1e9 / rate_hz)
+        self._cameras = cameras
         self._number = 0
         self.forget()
 
@@ -352,11 +403,13 @@ class _Steps:
     def run(self, frames: int) -> None:
         for _ in range(frames):
             frame = self._playback.frame(self._number, 1_000_000_000 + self._number * self._period_ns)
+            frames = [replace(frame, camera=camera) for camera in self._cameras]
             begin_s = time.perf_counter()
-            result = self._session.step(frame)
+            results = self._session.step_together(frames)
             self.ms.append(1e3 * (time.perf_counter() - begin_s))
-            self.stage_ms.append(result.timings_ms)
-            self.tracked.append(sum(found.state is ObjectState.TRACKING for found in result.objects))
+            self.stage_ms.append(results[0].timings_ms)
+            found = [each for result in results for each in result.objects]
+            self.tracked.append(sum(each.state is ObjectState.TRACKING for each in found))
             self._number += 1
 
 

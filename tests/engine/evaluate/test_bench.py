@@ -22,7 +22,7 @@ def result():
     figures = bench.run_bench(
         SETTINGS, FakeStages(), FakeReasoner(), fake_case(None, 0), on_step=done.append, with_process=False
     )
-    assert len(done) == 4
+    assert len(done) == 5
     return figures
 
 
@@ -35,6 +35,19 @@ def test_every_stage_is_timed_for_every_number_of_objects(result):
         assert row["objects_tracked"] == int(count)
         assert row["frames"] == 12
         assert row["frame_ms"]["p50"] <= row["frame_ms"]["p95"]
+
+
+def test_several_objects_and_cameras_are_set_beside_one(result):
+    scale = result["scale"]
+    assert {name: row["objects_tracked"] for name, row in scale.items()} == {
+        "8 objects": 8.0,
+        "2 cameras": 2.0,
+        "4 cameras": 4.0,
+    }
+    for row in scale.values():
+        low, high = row["quartiles"]
+        assert 0 < low <= row["over_one"] <= high
+    assert "| 2 cameras |" in bench.markdown(result)
 
 
 def test_memory_is_compared_with_that_after_500_frames(result):
