@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -57,6 +58,8 @@ class Session:
         if not clients:
             raise ValueError("a session needs at least one camera")
         self._device = torch.device(config.model.device if device is None else device)
+        # On a GPU that is shared with the reasoner, a frame's kernels go first.
+        self._urgent = torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
         self._is_closed = False
         self._lock = threading.Lock()  # guards what follows; never held while a model runs
         self._config = config
@@ -275,6 +278,10 @@ class Session:
         streams = [self._stream(frame.camera) for frame in frames]
         if len(set(map(id, streams))) < len(streams):
             raise BadFrame("two frames of one camera in one step; hand them over one after the other")
+        with self._before_others():
+            return self._step(streams, frames)
+
+    def _step(self, streams: Sequence[CameraStream], frames: Sequence[Frame]) -> list[FrameResult]:
         for stream, frame in zip(streams, frames, strict=True):
             stream.begin(frame)
         timer = StageTimer(self._device)
@@ -298,6 +305,9 @@ class Session:
             raise BadFrame(
                 f"this session sees camera {seen!r}, got a frame of {frame.camera!r}; name all cameras when you open it"
             )
+
+    def _before_others(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._urgent is None else torch.cuda.stream(self._urgent)
 
     def _stream(self, camera: str) -> CameraStream:
         stream = self._streams.get(camera) or self._streams.get(ANY_CAMERA)

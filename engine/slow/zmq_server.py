@@ -336,8 +336,10 @@ class LogLevel(Enum):
     ERROR = "error"
 
 
-def _half_of_the_cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+def _threads(cpus: str) -> int:
+    """All of the CPUs that were named, else half of those that are there."""
+    there = len(os.sched_getaffinity(0))
+    return there if cpus else max(1, there // 2)
 
 
 app = typer.Typer(
@@ -363,11 +365,12 @@ def _command(
     model: Annotated[str, typer.Option(help="model to run")] = ModelParameters().name,
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one")] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = half of the cores")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = half of the cores, or all of --cpus")] = 0,
     nice: Annotated[
         int | None,
         typer.Option(min=0, max=19, help="how far to step back behind other processes; 10, or 0 with --pool"),
     ] = None,
+    cpus: Annotated[str, typer.Option(metavar="N,...", help="the only CPUs to use, for example 2,3; empty = any")] = "",
     curve_keys: Annotated[str, typer.Option(help="folder of CURVE keys, needed for tcp://")] = "",
     make_keys: Annotated[
         str, typer.Option("--make-curve-keys", metavar="FOLDER", help="write a new set of CURVE keys there and exit")
@@ -385,6 +388,8 @@ def _command(
     os.nice(nice)  # first: the threads of torch and ZeroMQ inherit it
     has_ended = True
     try:
+        if cpus:  # before any thread begins: it is inherited, too
+            stay_on(cpus)
         if pool and join:
             raise ValueError("--pool and --join are two processes: the pool, and each reasoner that joins it")
         if make_keys:
@@ -397,9 +402,7 @@ def _command(
         elif pool:
             serve_pool(endpoint, pool, curve_keys=curve_keys)
         else:
-            parameters = ModelParameters(
-                name=model, weights=weights, device=device, threads=threads or _half_of_the_cores()
-            )
+            parameters = ModelParameters(name=model, weights=weights, device=device, threads=threads or _threads(cpus))
             has_ended = serve(
                 lambda: _load(parameters),
                 join or endpoint,
@@ -413,6 +416,16 @@ def _command(
     if not has_ended:  # a computation that cannot be interrupted must not keep the process alive
         logging.shutdown()
         os._exit(0)
+
+
+def stay_on(cpus: str) -> None:
+    """Let this process, and the threads that it starts from now on, run on these CPUs only (`0,2`). Raises ValueError."""
+    try:
+        wanted = {int(number) for number in cpus.split(",")}
+        os.sched_setaffinity(0, wanted)
+    except (ValueError, OSError) as error:
+        there = ",".join(str(number) for number in sorted(os.sched_getaffinity(0)))
+        raise ValueError(f"--cpus: {cpus!r} cannot be had ({error}); this process may use {there}") from error
 
 
 def _load(parameters: ModelParameters) -> Reasoner:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -487,3 +488,14 @@ def test_the_program_makes_keys(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "keys").iterdir()} == {
         f"{name}.{kind}" for name in ("server", "client", "reasoner") for kind in ("key", "key_secret")
     }
+
+
+def test_a_reasoner_stays_on_the_cpus_that_it_is_given() -> None:
+    code = "import os; from virst_engine.slow.zmq_server import stay_on; stay_on('{}'); print(os.sched_getaffinity(0))"
+    first = min(os.sched_getaffinity(0))
+    run = partial(subprocess.run, capture_output=True, text=True, check=False)
+    done = run([sys.executable, "-c", code.format(first)])
+    assert done.stdout.strip() == str({first})
+    for wrong in ("9999", "two", ""):
+        refused = run([sys.executable, "-c", code.format(wrong)])
+        assert "this process may use" in refused.stderr, wrong
