@@ -423,7 +423,7 @@ def stay_on(cpus: str) -> None:
     try:
         wanted = {int(number) for number in cpus.split(",")}
         os.sched_setaffinity(0, wanted)
-    except (ValueError, OSError) as error:
+    """Let this process and the threads that it starts run on these CPUs only, like `0,2`. Raises ValueError."""
         there = ",".join(str(number) for number in sorted(os.sched_getaffinity(0)))
         raise ValueError(f"--cpus: {cpus!r} cannot be had ({error}); this process may use {there}") from error
 
