@@ -419,11 +419,11 @@ def _command(
 
 
 def stay_on(cpus: str) -> None:
-    """Let this process, and the threads that it starts from now on, run on these CPUs only (`0,2`). Raises ValueError."""
+    """Let this process and the threads that it starts run on these CPUs only, like `0,2`. Raises ValueError."""
     try:
         wanted = {int(number) for number in cpus.split(",")}
         os.sched_setaffinity(0, wanted)
-    """Let this process and the threads that it starts run on these CPUs only, like `0,2`. Raises ValueError."""
+    except (ValueError, OSError) as error:
         there = ",".join(str(number) for number in sorted(os.sched_getaffinity(0)))
         raise ValueError(f"--cpus: {cpus!r} cannot be had ({error}); this process may use {there}") from error
 
