@@ -15,7 +15,12 @@ setup(
     maintainer="virst_ros developers",
     maintainer_email="maintainers@virst-ros.org",
     python_requires=">=3.10",
-    packages=[PACKAGE, f"{PACKAGE}.demo", ENGINE, *(f"{ENGINE}.{name}" for name in find_packages("engine"))],
+    packages=[
+        PACKAGE,
+        *(f"{PACKAGE}.{name}" for name in find_packages(PACKAGE)),
+        ENGINE,
+        *(f"{ENGINE}.{name}" for name in find_packages("engine")),
+    ],
     package_dir={ENGINE: "engine"},
     package_data={ENGINE: ["py.typed", "weights/*", "weights/*/*"], PACKAGE: ["demo/*.npz"]},
     data_files=[
@@ -63,6 +68,11 @@ setup(
             "virst-overhead = virst_ros.overhead:main",
             "segmenter = virst_ros.segmenter_node:main",
             "sim_camera = virst_ros.sim_camera_node:main",
-        ]
+        ],
+        # Commands of the program `virst` that need ROS: the engine finds them here, and never imports them itself.
+        "virst_engine.commands": [
+            "faults = virst_ros.faults.command:faults",
+            "soak = virst_ros.soak:command",
+        ],
     },
 )
