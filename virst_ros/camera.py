@@ -94,8 +94,15 @@ class Camera:
 
     def reject_frame(self, reason: str) -> None:
         self.diagnostics.frame_rejected(reason)
+
+    def log_news(self) -> None:
+        """Log what is new in the diagnostics: each trouble once, and its end."""
         of_camera = f"{self.name}: " if self._prefix else ""
-        self._node.get_logger().warning(f"{of_camera}bad frame skipped: {reason}", throttle_duration_sec=5.0)
+        troubled, well = self.diagnostics.news()
+        for line in troubled:
+            self._node.get_logger().warning(f"{of_camera}{line}")
+        for line in well:
+            self._node.get_logger().info(f"{of_camera}{line}")
 
     def publish(
         self,
@@ -150,6 +157,7 @@ class Camera:
             inference_traceback=inference_traceback,
             reasoner_problem=reasoner_problem,
             unserved=self.outputs.why_unserved(settings) if self.outputs is not None else "",
+            has_no_time=self._node.get_clock().now().nanoseconds == 0,
         )
 
     def _received(self, inbox: "FrameInbox[tuple[Received, Frame]]") -> int:

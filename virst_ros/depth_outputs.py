@@ -133,6 +133,10 @@ class DepthOutputs:
 
     def _scene(self, shown: SegmentedFrame, message: Image) -> _Scene:
         depth_m = conversions.depth_m(message)
+        if not np.isfinite(depth_m).any():
+            raise BadFrame(
+                "depth measures nothing (0 or NaN everywhere): is the projector on, and the scene within its range?"
+            )
         height, width = depth_m.shape
         settings = self._settings()
         info = self._info

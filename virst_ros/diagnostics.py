@@ -27,6 +27,10 @@ RATE_WINDOW_S = 5.0
 RECENT_S = 10.0  # how long an event, such as a rejected frame or goal, keeps its status at WARN
 AGES_KEPT = 512
 FLOOD_HZ = 100.0  # no camera is that fast on purpose: two of them, or a bag that is played without a rate
+NO_TIME = (
+    "use_sim_time is set, but nobody publishes /clock: ages and times are wrong; start the simulation or `ros2 bag "
+    "play --clock`, or set use_sim_time to false"
+)
 LOG_AGAIN_S = 10.0  # a trouble that comes and goes is not logged more often
 MOST_KINDS = 1000  # of troubles that are remembered
 
@@ -64,6 +68,7 @@ class Surroundings:
     inference_traceback: str  # not empty: inference has stopped
     reasoner_problem: str  # empty: a reasoner listens
     unserved: str = ""  # why somebody subscribes to a topic in vain; empty: nobody does
+    has_no_time: bool = False  # use_sim_time is set, and nothing has come on /clock
 
 
 @dataclass(frozen=True)
@@ -306,7 +311,7 @@ class Diagnostics:
         if seen.state != "active":
             level, message = STALE, f"not active ({seen.state}): no images are taken"
         elif silent_s > seen.no_image_after_s:
-            level, message = ERROR, self._why_silent(seen, silent_s)
+            level, message = ERROR, self._why_silent(seen, silent_s) + (f" | {NO_TIME}" if seen.has_no_time else "")
             self._troubles["input"] = [message]
         else:
             self._troubles["input"] = [*self._input_events(now_s), *self._input_troubles(seen, now_s)]
@@ -329,10 +334,9 @@ class Diagnostics:
     def _input_troubles(self, seen: Surroundings, now_s: float) -> list[str]:
         """What is wrong now, although images arrive."""
         rate_hz = self._images.rate_hz(now_s)
-        depth = (
-            self._why_no_depth(seen, now_s) or self._depth_problem or self._geometry_problem or self._why_unpaired()
-        )
+        depth = self._why_no_depth(seen, now_s) or self._depth_problem or self._geometry_problem or self._why_unpaired()
         troubles = [
+            NO_TIME if seen.has_no_time else "",
             f"images come at {rate_hz:.0f} Hz, most are skipped: is there more than one camera on the topic, or a bag "
             "that is played too fast?"
             if rate_hz > FLOOD_HZ

@@ -8,7 +8,7 @@ BLANK_LEVELS = 2  # of 255: a picture that varies by no more shows nothing
 
 
 def why_blank(image_rgb_u8: np.ndarray) -> str:
-    """Why nothing can be seen in a picture (height, width, 3): it has one colour. Empty when it has more, or is tiny."""
+    """Why nothing can be seen in a picture (height, width, 3) of one colour; empty for others, and for tiny ones."""
     height, width = image_rgb_u8.shape[:2]
     if min(height, width) < SAMPLES:
         return ""

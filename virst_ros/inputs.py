@@ -17,6 +17,7 @@ from virst_engine.errors import BadFrame
 from virst_ros import conversions, qos
 from virst_ros.depth_outputs import DepthOutputs
 from virst_ros.diagnostics import Diagnostics
+from virst_ros.image_checks import why_blank
 from virst_ros.parameters import NodeParameters
 
 try:
@@ -24,6 +25,7 @@ try:
 except ImportError:  # Humble
     from rclpy.qos_event import SubscriptionEventCallbacks
 
+JUMP_S = 10.0  # a stamp that runs ahead of the clock by more has jumped; a bag may be played faster than life
 SAME_STAMPS = 5  # images in a row with one stamp that are taken; some drivers repeat an image now and then
 
 
@@ -67,6 +69,7 @@ class CameraInputs:
         self._group = group
         self._profile = qos.profile(settings.input_qos, settings.input_depth)
         self._stamp_ns, self._same_stamps = 0, 0
+        self._received_s = 0.0  # when the image of that stamp came
         self.camera_info: CameraInfo | None = None
         self.rejected = 0  # images that could not be used
         self._subscriptions = [
@@ -131,10 +134,9 @@ class CameraInputs:
         try:
             frame = convert(message, self._camera, self._settings.limits.image_pixels)
             height, width = frame.image_rgb_u8.shape[:2]
-            change = self._diagnostics.image_decoded(f"{width}x{height} {encoding}")
-            if change:
-                self._node.get_logger().warning(change, throttle_duration_sec=5.0)
-            self._check_stamp(frame.stamp_ns)
+            self._diagnostics.image_decoded(f"{width}x{height} {encoding}")
+            self._diagnostics.picture_checked(why_blank(frame.image_rgb_u8))
+            self._check_stamp(frame.stamp_ns, received.received_s)
         except BadFrame as error:
             self.rejected += 1
             self._on_bad_frame(str(error))
@@ -143,9 +145,13 @@ class CameraInputs:
         if self._depth is not None:
             self._depth.image_came(frame, message.header.frame_id)
 
-    def _check_stamp(self, stamp_ns: int) -> None:
+    def _check_stamp(self, stamp_ns: int, received_s: float) -> None:
+        ahead_s = (stamp_ns - self._stamp_ns) * 1e-9 - (received_s - self._received_s)
         if stamp_ns < self._stamp_ns:
             self._diagnostics.stamp_went_back((self._stamp_ns - stamp_ns) * 1e-9)
+        elif self._stamp_ns and ahead_s > JUMP_S:
+            self._diagnostics.stamp_jumped(ahead_s)
+        self._received_s = received_s
         self._same_stamps = self._same_stamps + 1 if stamp_ns == self._stamp_ns else 1
         self._stamp_ns = stamp_ns
         if self._same_stamps > SAME_STAMPS:

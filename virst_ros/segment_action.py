@@ -14,6 +14,7 @@ from typing import Any
 import rclpy
 from rclpy.action import ActionServer, CancelResponse, GoalResponse
 from rclpy.callback_groups import CallbackGroup
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
@@ -153,7 +154,9 @@ class SegmentAction:
             handle.abort()
             return Segment.Result(success=False, message=message, error_code=Segment.Result.BAD_GOAL)
         self._run = run
-        self._timer = self._node.create_timer(CHECK_PERIOD_S, self._look, callback_group=self._group)
+        # Time-outs are in real time, also where the node's clock is simulated and stands still.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._timer = self._node.create_timer(CHECK_PERIOD_S, self._look, callback_group=self._group, clock=steady)
         self._look()
         return await run.outcome
 

@@ -17,6 +17,7 @@ from typing import Any
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
+from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
 from virst_engine import EngineConfig, Frame, FrameResult, Goal
@@ -80,10 +81,13 @@ class SegmenterNode(LifecycleNode):
 
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # For those who spin it with several threads: a configure of seconds (default group) holds up none of these.
+        # Not on the node's clock: with use_sim_time and no /clock nobody would ever be told why nothing happens.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(
             self._settings.diagnostics_period_s,
             self._publish_diagnostics,
             callback_group=MutuallyExclusiveCallbackGroup(),
+            clock=steady,
         )
         self.goals = Goals(self, self, self._loaded, lambda: tuple(self._by_name))
         services = ReentrantCallbackGroup()
@@ -100,7 +104,7 @@ class SegmenterNode(LifecycleNode):
         if warning:
             self.get_logger().warning(warning)
         if self._settings.autostart:
-            self._autostart_timer = self.create_timer(0.0, self._autostart)
+            self._autostart_timer = self.create_timer(0.0, self._autostart, clock=steady)
 
     @property
     def state(self) -> str:
@@ -319,6 +323,7 @@ class SegmenterNode(LifecycleNode):
                 problem = engine.reasoners[camera.name if self._settings.cameras else ""].status()
             seen = camera.surroundings(state, self._inbox, failure, problem)
             message.status += camera.diagnostics.statuses(seen)
+            camera.log_news()
         message.status.append(self.cameras[0].diagnostics.process_status(self.get_name(), state))
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics_publisher.publish(message)
