@@ -193,9 +193,7 @@ def _readers_come_and_go(harness: Harness) -> Iterator[None]:
     qos = qos_profile_sensor_data  # what every publisher offers
     for number in range(30):
         topic, kind = (("mask", Image), ("overlay", Image), ("points", PointCloud2))[number % 3]
-        reader = harness.node.create_subscription(
-            kind, f"/{harness.segmenter.name}/{topic}", lambda _: None, every_offer
-        )
+        reader = harness.node.create_subscription(kind, f"/{harness.segmenter.name}/{topic}", lambda _: None, qos)
         time.sleep(0.05)
         harness.node.destroy_subscription(reader)
     yield

@@ -12,6 +12,8 @@ from typing import Any
 import msgpack
 import zmq
 
+from virst_engine.slow.zmq_server import QUEUED_PER_PEER
+
 Parts = list[bytes]
 # What is sent in place of one message of the reasoner: for each, the delay in seconds and its parts.
 Change = Callable[[Parts], Iterable[tuple[float, Parts]]]
@@ -39,11 +41,12 @@ class ScriptedReasoner:
         self._context = zmq.Context()
         self._front = self._context.socket(zmq.ROUTER)
         self._front.linger = 0
+        self._front.sndhwm = QUEUED_PER_PEER  # as the real one: what a client does not read is lost, not kept for it
         self._front.bind(endpoint)
         self._behind = behind
         self._clients: dict[bytes, zmq.Socket[bytes]] = {}
         self._change: Change | None = None
-        self._is_mute = False
+        self._is_mute = self._is_released = False
         self._floods: list[Parts] = []  # sent to every client, again and again
         self._later: list[tuple[float, int, bytes, Parts]] = []
         self._numbers = itertools.count()
@@ -54,7 +57,7 @@ class ScriptedReasoner:
 
     @contextmanager
     def answering(self, change: Change) -> Iterator[None]:
-        """Meanwhile answers (not heartbeats) become what `change` makes of them."""
+        """Meanwhile answers (not heartbeats) become what `change` makes of them. What is late then comes at its end."""
         with self._lock:
             self._change = change
         try:
@@ -62,6 +65,7 @@ class ScriptedReasoner:
         finally:
             with self._lock:
                 self._change = None
+                self._is_released = True
 
     @contextmanager
     def beating(self, change: Change) -> Iterator[None]:
@@ -139,11 +143,11 @@ class ScriptedReasoner:
             heapq.heappush(self._later, (time.monotonic() + delay_s, next(self._numbers), client, each))
 
     def _send_due(self) -> None:
-        while self._later and self._later[0][0] <= time.monotonic():
+        with self._lock:
+            floods, is_released, self._is_released = list(self._floods), self._is_released, False
+        while self._later and (is_released or self._later[0][0] <= time.monotonic()):
             *_, client, parts = heapq.heappop(self._later)
             self._front.send_multipart([client, *parts])
-        with self._lock:
-            floods = list(self._floods)
         for client in self._clients if floods else ():
             for parts in floods:
                 self._front.send_multipart([client, *parts])  # a ROUTER drops what a client does not read

@@ -93,10 +93,11 @@ def _wait_for_end(fault: Fault, subject: Segmenter, verdict: Verdict) -> None:
         subject.process.kill()
         subject.process.wait()
         return
-    verdict.recovery_s = time.monotonic() - told_s
     verdict.masks = verdict.goals = "end with it"
     if status != fault.ends:
         verdict.problems.append(f"it has ended with status {status}, not {fault.ends}")
+    if fault.ends == 0:  # it was told to end; where it could not begin, there is nothing to come back to
+        verdict.recovery_s = time.monotonic() - told_s
     if verdict.recovery_s > RECOVERY_S:
         verdict.problems.append(f"its end took {verdict.recovery_s:.1f} s")
     traceback = subject.log_line("^Traceback|terminate called|Segmentation fault")
