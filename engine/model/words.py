@@ -35,9 +35,10 @@ class WordTokenizer:
         words = self.split(sentence)
         unknown = [word for word in words if word not in self._index]
         if unknown or not words:
-            named = ", ".join(repr(_shorten(word)) for word in unknown[:5]) or "no word at all"
+            named = ", ".join(repr(_shorten(word)) for word in unknown[:5])
+            reason = f"this model does not know {named}" if unknown else "the goal has no word at all"
             raise BadGoal(
-                f"this model does not know {named}; it speaks a small English of {len(self.words)} words about "
+                f"{reason}; the model speaks a small English of {len(self.words)} words about "
                 "tabletop objects, for example 'the red ball' (`virst words` lists them all)"
             )
         if len(words) > longest:

@@ -245,13 +245,16 @@ FAULTS = (
     _refused("goal_empty", "a goal without words", _goal("", "   "), "a goal must be a sentence"),
     _refused("goal_huge", "a goal of a megabyte", _goal("ball " * 200_000), "a goal may have 300 characters"),
     _refused(
-        "goal_emoji", "a goal of emoji", _goal("\U0001f916\U0001f534", "\U0001f469\u200d\U0001f680"), "no word|know"
+        "goal_emoji",
+        "a goal of emoji",
+        _goal("\U0001f916\U0001f534", "\U0001f469\u200d\U0001f680"),
+        "no word at all|does not know",
     ),
     _refused(
         "goal_other_scripts",
         "goals in scripts that the model cannot read",
         _goal("红色的球", "الكرة الحمراء", "לכדור האדום", "красный мяч"),
-        "no word|know",
+        "no word at all|does not know",
     ),
     _refused("goal_control_characters", "a goal with control characters", _goal("the red\nball\x07"), "U\\+000A"),
     _refused(

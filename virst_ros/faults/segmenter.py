@@ -106,7 +106,10 @@ class Segmenter:
             told = list(self._told)
         for each in told:
             if each.received_s >= since_s and re.search(pattern, each.text):
-                return f"{each.status}: {each.text}"[:LINE]
+                # A message tells all troubles of its subject; the report wants the one that is looked for.
+                parts = each.text.split(" | ")
+                part = next((part for part in parts if re.search(pattern, part)), each.text)
+                return f"{each.status}: {part}"[:LINE]
         return ""
 
     # Callbacks
