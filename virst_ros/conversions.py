@@ -127,7 +127,7 @@ def compressed_frame(message: CompressedImage, camera: str, most_pixels: int = M
             width, height = picture.size
     except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise BadFrame(f"{what} are no picture that can be read: send JPEG or PNG on image/compressed") from error
-    check_pixels(width, height, f"what {what} claim to be", most_pixels)
+    check_pixels(width, height, f"the picture in {what}", most_pixels)
     decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if decoded is None:
         raise BadFrame(f"{what} are cut short or damaged: look at the network between camera and segmenter")

@@ -83,7 +83,7 @@ class LimitParameters:
         "million pixels of the largest image and depth image that are taken, and of all masks of one call of "
         "add_objects together",
         low=0.001,
-        high=4096.0,
+        high=175.0,  # Pillow, which reads the headers of compressed ones, goes no further
     )
 
     def __post_init__(self) -> None:

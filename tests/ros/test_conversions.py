@@ -125,6 +125,23 @@ def test_an_image_without_a_time_is_refused_with_the_cause(sec):
         conversions.frame(message, "front")
 
 
+def test_more_pixels_than_are_allowed_are_not_taken():
+    message = image(RGB, "rgb8")
+    assert conversions.frame(message, "front", most_pixels=6).image_rgb_u8.shape == (2, 3, 3)
+    with pytest.raises(BadFrame, match=r"the image is 3x2, more than 5e-06 million pixels.*limits.image_megapixels"):
+        conversions.frame(message, "front", most_pixels=5)
+    depth = image(np.ones((2, 3), np.float32), "32FC1")
+    conversions.check_depth(depth, most_pixels=6)
+    with pytest.raises(BadFrame, match=r"the depth image is 3x2, more than"):
+        conversions.check_depth(depth, most_pixels=5)
+
+
+def test_sides_that_no_message_can_hold_are_told_before_anything_is_allocated():
+    message = changed(height=2**32 - 1, width=2**32 - 1, step=2**32 - 1)
+    with pytest.raises(BadFrame, match="4294967295x4294967295, more than 64 million pixels"):
+        conversions.frame(message, "front")
+
+
 @pytest.mark.parametrize("big_endian", [0, 1])
 def test_depth_takes_its_unit_and_byte_order_from_the_message(big_endian):
     order = ">" if big_endian else "<"
@@ -252,9 +269,8 @@ def test_a_png_becomes_its_pixels():
 
 def test_a_picture_that_claims_to_be_huge_is_not_decoded(monkeypatch):
     monkeypatch.setattr(conversions.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    monkeypatch.setattr(conversions, "MOST_PIXELS", 5)
-    with pytest.raises(BadFrame, match="claim to be 3x2: more than 5 pixels"):
-        conversions.compressed_frame(compressed(RGB), "front")
+    with pytest.raises(BadFrame, match=r"the picture in \d+ bytes of .* is 3x2, more than 5e-06 million pixels"):
+        conversions.compressed_frame(compressed(RGB), "front", most_pixels=5)
 
 
 @pytest.mark.parametrize(

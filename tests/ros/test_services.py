@@ -228,7 +228,8 @@ class TestObjects:
             {"point_object_ids": ["a"] * (MOST_POINTS + 1), "point_coords": [Point2D()] * (MOST_POINTS + 1)},
             f"at most {MOST_POINTS}",
         ),
-        ({"bbox_object_ids": ["x" * 10_000], "bbox_coords": [box(1, 1, 0, 1)]}, "size above 0"),
+        ({"bbox_object_ids": ["x" * 128], "bbox_coords": [box(1, 1, 0, 1)]}, "size above 0"),
+        ({"bbox_object_ids": ["x" * 10_000], "bbox_coords": [box(1, 1, 1, 1)]}, "has 10000 characters, at most 128"),
     ],
 )
 def test_what_points_at_nothing_is_named(fields, says):
