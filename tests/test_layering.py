@@ -39,7 +39,9 @@ ALLOWED: dict[str, set[str]] = {
     "sim": {"types", "errors", "config"},
     "data": WORDS | {"sim", "model"},
     "train": STAGES | {"backends", "data", "sim", "weights", "evaluate"},
-    "evaluate": STAGES | {"backends", "data", "export", "sim", "weights", "session", "fast", "slow", "visualize"},
+    "video": STAGES | {"weights", "session", "fast", "slow", "visualize"},
+    "evaluate": STAGES
+    | {"backends", "data", "export", "sim", "weights", "session", "fast", "slow", "visualize", "video"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 
@@ -58,6 +60,7 @@ HEAVY = {
     "typer": ("cli.py", "slow/zmq_server.py", "train/command.py"),
     "rich": ("cli.py", "train/*.py"),
     "matplotlib": ("evaluate/*.py",),
+    "rosbags": (),
 }
 ROS = ("rclpy", "launch", "launch_ros", "ament_index_python", "builtin_interfaces", "virst_ros")
 

@@ -10,11 +10,11 @@ from jaxtyping import Bool
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig
-from virst_engine.evaluate.offline import segment_whole_video
 from virst_engine.evaluate.settings import EvaluationSettings
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import DelayedClient, InProcessClient, Reasoner, ReasonerClient
 from virst_engine.types import Frame, ReasonerAnswer, ReasonerRequest
+from virst_engine.video.offline import segment_whole_video
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import GREEN, RED, FakeReasoner, FakeStages, Square, Video, moving_square, small_config
+from tests.fakes import (
+    GREEN,
+    RED,
+    FakeReasoner,
+    FakeStages,
+    ReusedBuffers,
+    Square,
+    Video,
+    moving_square,
+    small_config,
+)
 from virst_engine.config import MemoryParameters
 from virst_engine.errors import BadFrame
-from virst_engine.evaluate import offline
+from virst_engine.video import offline
 from virst_engine.fast.postprocess import mask_at_size
 from virst_engine.types import Frame, MemoryEntry
 
@@ -112,6 +122,45 @@ def test_first_anchor_only_decodes_one_prompt():
     offline.segment_whole_video(Stages(), FakeReasoner(), frames, ["red"], CONFIG, first_anchor_only=True)
     assert sum(decoded) == 1
     assert len(decoded) == 10
+
+
+def test_stages_may_reuse_their_buffers():
+    """An engine's output is good until its next call; anchors and memories have to outlive many."""
+    video = Video([moving_square(RED, row=2), moving_square(GREEN, row=10)])
+    frames = [video.frame(t) for t in range(20)]
+    plain, reused = (
+        offline.segment_whole_video(stages, FakeReasoner(), frames, ["red", "green"], CONFIG)
+        for stages in (FakeStages(), ReusedBuffers())
+    )
+    assert plain.any(axis=(1, 2, 3)).all()
+    np.testing.assert_array_equal(plain, reused)
+
+
+def test_a_long_video_is_read_in_order_and_not_held(monkeypatch):
+    """Twice the clip's frames, else once each; memories as old as no frame attends to are dropped."""
+    video = Video([moving_square(RED)])
+    asked, held = [], []
+
+    class Frames:
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, number):
+            asked.append(number)
+            return video.frame(number)
+
+    real = offline.assemble_memory
+    monkeypatch.setattr(
+        offline,
+        "assemble_memory",
+        lambda t, anchors, recent, *rest: (held.append(len(recent)), real(t, anchors, recent, *rest))[1],
+    )
+    numbers = [
+        seen.number for seen in offline.propagate_whole_video(FakeStages(), FakeReasoner(), Frames(), ["red"], CONFIG)
+    ]
+    assert numbers == list(range(60))
+    assert asked == [*offline.uniform_frames(60, 8), *range(60)]
+    assert max(held) == CONFIG.memory.pointers
 
 
 def test_a_bad_image_is_refused():

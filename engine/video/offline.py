@@ -7,9 +7,14 @@ ones included, and to its P - 1 predecessors. Masks spread from the earliest anc
 start, as SAM 2's video predictor does (sam2/sam2_video_predictor.py, `propagate_in_video`, commit 2b90b9f). An anchor
 frame keeps the mask of its prompt. As published, no memory write is gated: an absent object is remembered as absent,
 and absence is the mask decoder's alone to tell, whatever the prompts' confidence.
+
+The features of a frame are computed when its turn comes and then dropped, so a long video takes no more memory than a
+short one: those of the clip, the anchors, and the memory of the newest frames.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +25,7 @@ from virst_engine.config import EngineConfig, MemoryParameters
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
 from virst_engine.slow.reasoner import Reasoner
+from virst_engine.timing import StageTimer
 from virst_engine.types import (
     Clip,
     Frame,
@@ -33,6 +39,25 @@ from virst_engine.types import (
 )
 
 NearTime = dict[int, MemoryEntry]  # frame index -> memory of every object in that frame
+Lent = TypeVar("Lent", ImageFeatures, MaskPrediction, MemoryEntry)
+
+
+class FrameSource(Protocol):
+    """A recorded video: a list of frames, or something that reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Frame: ...
+
+
+@dataclass(frozen=True)
+class OfflineFrame:
+    """One frame of the video, and the decoder's word on the object of each sentence (o = goals) in it."""
+
+    number: int
+    frame: Frame
+    prediction: MaskPrediction
+    timings_ms: dict[str, float]  # of each stage, in this frame
 
 
 def anchor_frames(clip_frames: int) -> list[int]:
@@ -97,64 +122,110 @@ def assemble_memory(
 def segment_whole_video(
     stages: Stages,
     reasoner: Reasoner,
-    frames: Sequence[Frame],
+    frames: FrameSource,
     sentences: Sequence[str],
     config: EngineConfig,
     *,
     first_anchor_only: bool = False,
 ) -> Bool[np.ndarray, "goals frames height width"]:
-    """One mask per goal and frame of a recorded video, at the camera's size.
+    """One mask per goal and frame of a recorded video, at the camera's size. All frames must have one size.
+
+    Arguments and errors as of `propagate_whole_video`.
+    """
+    masks: dict[int, Bool[np.ndarray, "goals height width"]] = {}
+    for seen in propagate_whole_video(stages, reasoner, frames, sentences, config, first_anchor_only=first_anchor_only):
+        masks[seen.number] = camera_masks(seen)
+    return np.stack([masks[number] for number in range(len(frames))], axis=1)
+
+
+def camera_masks(seen: OfflineFrame) -> Bool[np.ndarray, "goals height width"]:
+    """The mask of each sentence's object at the camera's size; empty where the decoder sees none."""
+    height, width = seen.frame.image_rgb_u8.shape[:2]
+    present = (seen.prediction.object_score_logits > 0).cpu().numpy()
+    logits = seen.prediction.mask_logits.float().cpu().numpy()
+    return np.stack(
+        [
+            mask_at_size(logits[goal], height, width) if present[goal] else empty_mask(height, width)
+            for goal in range(len(present))
+        ]
+    )
+
+
+@torch.inference_mode()
+def propagate_whole_video(
+    stages: Stages,
+    reasoner: Reasoner,
+    frames: FrameSource,
+    sentences: Sequence[str],
+    config: EngineConfig,
+    *,
+    first_anchor_only: bool = False,
+) -> Iterator[OfflineFrame]:
+    """Each frame once: from the earliest anchor to the end, then from there backwards to the start.
+
+    What it yields is good until the next one is asked for.
 
     Args:
-        frames: the whole video, at least one frame, all of one size.
+        frames: the whole video, at least one frame.
         config: `reasoner.clip_frames` is T_seg, `memory` gives alpha, P - 1 and the pointers.
         first_anchor_only: ablation, the first frame of the clip is the only anchor (VIRST, table 5).
 
     Raises:
         VirstError: the reasoner cannot answer a sentence, or an image cannot be used.
     """
-    features = _encode(stages, frames, config.model.device)
+    device = torch.device(config.model.device)
+    preprocess = Preprocess(stages.sizes.image_size, device)
+
+    def encode(frame: Frame) -> ImageFeatures:
+        check_image(frame.image_rgb_u8)
+        return stages.image_encoder(preprocess(frame.image_rgb_u8))
+
     sampled = uniform_frames(len(frames), config.reasoner.clip_frames)
-    embeddings = _prompts(reasoner, _clip(frames, features, sampled, stages.sizes.video_size), sentences)
+    of_clip = {t: frames[t] for t in sorted(set(sampled))}
+    kept = {t: _own(encode(frame)) for t, frame in of_clip.items()}
+    embeddings = _prompts(reasoner, _clip(of_clip, kept, sampled, stages.sizes.video_size), sentences)
     positions = [0] if first_anchor_only else anchor_frames(len(sampled))
 
-    predictions: dict[int, MaskPrediction] = {}
+    anchored: dict[int, MaskPrediction] = {}
     anchors: NearTime = {}
     for position in positions:
         t = sampled[position]
-        prompts = torch.from_numpy(embeddings[:, position]).to(features[t].top.device)
-        predictions[t] = stages.mask_decoder(features[t], None, PromptTokens(prompts))
-        anchors[t] = stages.memory_encoder(features[t], predictions[t])
-    first = min(anchors)
-    for order, backwards in ((range(first, len(frames)), False), (range(first, -1, -1), True)):
+        prompts = torch.from_numpy(embeddings[:, position]).to(device)
+        anchored[t] = _own(stages.mask_decoder(kept[t], None, PromptTokens(prompts)))
+        anchors[t] = _own(stages.memory_encoder(kept[t], anchored[t]))
+    for t in anchored:
+        del kept[t]
+    first, reach = min(anchors), max(config.memory.recent_frames, config.memory.pointers)
+    for order, backwards in ((range(first, len(frames)), False), (range(first - 1, -1, -1), True)):
         recent: NearTime = {}
         for t in order:
-            if t in anchors:
+            frame = frames[t]
+            if t in anchored:
+                yield OfflineFrame(t, frame, anchored[t], {})
                 continue
-            memory = assemble_memory(t, anchors, recent, config.memory, stages.sizes, backwards)
-            conditioned = stages.memory_attention(features[t], memory)
-            predictions[t] = stages.mask_decoder(features[t], conditioned, None)
-            recent[t] = stages.memory_encoder(features[t], predictions[t])
-    masks = [_camera_masks(predictions[t], frame) for t, frame in enumerate(frames)]
-    return np.stack(masks, axis=1)
+            timer = StageTimer(device)
+            with timer.stage("image_encoder"):
+                features = kept.pop(t) if t in kept else encode(frame)
+            with timer.stage("memory_attention"):
+                memory = assemble_memory(t, anchors, recent, config.memory, stages.sizes, backwards)
+                conditioned = stages.memory_attention(features, memory)
+            with timer.stage("mask_decoder"):
+                prediction = stages.mask_decoder(features, conditioned, None)
+            with timer.stage("memory_encoder"):
+                recent[t] = _own(stages.memory_encoder(features, prediction))
+            recent.pop(t + reach if backwards else t - reach, None)
+            yield OfflineFrame(t, frame, prediction, timer.ms())
 
 
-def _encode(stages: Stages, frames: Sequence[Frame], device: str) -> list[ImageFeatures]:
-    preprocess = Preprocess(stages.sizes.image_size, device)
-    features = []
-    for frame in frames:
-        check_image(frame.image_rgb_u8)
-        features.append(stages.image_encoder(preprocess(frame.image_rgb_u8)))
-    return features
-
-
-def _clip(frames: Sequence[Frame], features: Sequence[ImageFeatures], sampled: Sequence[int], video_size: int) -> Clip:
+def _clip(
+    frames: dict[int, Frame], features: dict[int, ImageFeatures], sampled: Sequence[int], video_size: int
+) -> Clip:
     return Clip(
         steps=np.array(sampled, dtype=np.int64),
         stamps_ns=np.array([frames[t].stamp_ns for t in sampled], dtype=np.int64),
         frames_rgb_u8=np.stack([resize_image(frames[t].image_rgb_u8, video_size) for t in sampled]),
         fusion=np.stack([features[t].fusion[0].cpu().numpy().astype(np.float16) for t in sampled]),
-        camera=frames[0].camera,
+        camera=frames[sampled[0]].camera,
     )
 
 
@@ -166,13 +237,6 @@ def _prompts(reasoner: Reasoner, clip: Clip, sentences: Sequence[str]) -> Float[
     return np.stack([[prompt.embeddings for prompt in answer.prompts] for answer in answers])
 
 
-def _camera_masks(prediction: MaskPrediction, frame: Frame) -> Bool[np.ndarray, "goals height width"]:
-    height, width = frame.image_rgb_u8.shape[:2]
-    present = (prediction.object_score_logits > 0).cpu().numpy()
-    logits = prediction.mask_logits.float().cpu().numpy()
-    return np.stack(
-        [
-            mask_at_size(mask, height, width) if seen else empty_mask(height, width)
-            for mask, seen in zip(logits, present, strict=True)
-        ]
-    )
+def _own(lent: Lent) -> Lent:
+    """A copy that outlives the stage's next call."""
+    return type(lent)(**{name: value.clone() for name, value in vars(lent).items()})
