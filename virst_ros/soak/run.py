@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts reasoner, segmenter and cameras, lets goals change, watches all the time, and says what came of it."""
 
+import importlib.metadata
 import math
 import os
 import shutil
@@ -338,7 +339,7 @@ class _Soak:
             "rate_hz": settings.rate_hz,
             "most_growth_percent": settings.most_growth_percent,
             "rmw": rclpy.get_rmw_implementation_identifier(),
-            "versions": versions(),
+            "versions": {**versions(), **_ros_versions()},
             "device": device_description(),
             "command": command_line(),
         }
@@ -368,6 +369,13 @@ def program(script: str, module: str) -> list[str]:
     beside = Path(sys.executable).with_name(script)
     found = str(beside) if beside.is_file() else shutil.which(script)
     return [found] if found else [sys.executable, "-m", module]
+
+
+def _ros_versions() -> dict[str, str]:
+    """Of a sourced ROS 2 its name, of wheels the version of rclpy."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return {"ros-rclpy": importlib.metadata.version("ros-rclpy")}
+    return {"ros": os.environ.get("ROS_DISTRO", "unknown")}
 
 
 def _number(value: float) -> float | None:
