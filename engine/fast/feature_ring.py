@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
 from virst_engine.types import ImageFeatures
 
 NO_STEP = -1
+CHUNK_ROWS = 8  # resampled at a time: bounds what is in memory twice
 CACHED = ("top", "high_res_s0", "high_res_s1")  # `fusion` is most of the bytes, and the segmenter never reads it
 
 
@@ -147,6 +149,18 @@ class FeatureRing:
         self._masks[:, target].copy_(self._masks[:, source])
         self._is_known[:, target] = self._is_known[:, source]
 
+    @torch.no_grad()
+    def resize(self, mask_side: int) -> None:
+        """Resample all that is here as if the model's input, and with it its masks, had another size."""
+        before = self._masks.shape[-1]
+        if mask_side == before:
+            return
+        self._buffers = {
+            name: _resampled(buffer, round(buffer.shape[-1] * mask_side / before), "bilinear")
+            for name, buffer in self._buffers.items()
+        }
+        self._masks = _resampled(self._masks.view(torch.uint8), mask_side, "nearest-exact").view(torch.bool)
+
     def clear(self) -> None:
         """No frame is here any more; buffers stay."""
         self._steps = [NO_STEP] * len(self._steps)
@@ -173,3 +187,10 @@ class FeatureRing:
 
     def _features(self, cached: dict[str, Tensor], count: int) -> ImageFeatures:
         return ImageFeatures(**cached, fusion=self._no_fusion[:count])
+
+
+def _resampled(images: Tensor, side: int, mode: str) -> Tensor:
+    resized = images.new_empty((*images.shape[:2], side, side))
+    for source, target in zip(images.split(CHUNK_ROWS), resized.split(CHUNK_ROWS), strict=True):
+        target.copy_(F.interpolate(source, size=(side, side), mode=mode))
+    return resized

@@ -18,14 +18,25 @@ Departures from SAM 2 (`memory.rules` "stream"; with "sam2" only the cap and cau
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from virst_engine.config import MemoryParameters
 from virst_engine.types import MemoryEntry, MemoryTensors, StageSizes
 
 EMPTY = -1  # in place of a step: nothing is remembered there
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How much of what is remembered one frame attends to."""
+
+    anchors: int  # the nearest in time
+    recent: int  # the newest
+    pointers: int  # the newest, next to those of the anchors
 
 
 class MemoryBank:
@@ -47,7 +58,7 @@ class MemoryBank:
             raise ValueError(
                 f"memory.recent_frames must be < the model's {sizes.memory_frames} memory frames, got {self._recent}"
             )
-        self._attended = parameters.anchors_attended
+        self._everything = self._recall = Recall(parameters.anchors_attended, self._recent, self._pointers)
         self._read_by_step = parameters.rules == "sam2"
         self._anchor_tpos = sizes.memory_frames - 1
         # Anchors first, then the ring: one gather reads both.
@@ -61,7 +72,38 @@ class MemoryBank:
         self._anchor_steps = np.full((rows, self._anchors), EMPTY, dtype=np.int64)
         self._recent_steps = np.full((rows, self._recent), EMPTY, dtype=np.int64)
         self._pointer_steps = np.full((rows, self._pointers), EMPTY, dtype=np.int64)
+        # Memories at the size of the model's own input, while another one is used; which of them still hold.
+        self._own_spatial: torch.Tensor | None = None
+        self._is_own = np.zeros((rows, columns), dtype=np.bool_)
         self._writes = np.zeros(rows, dtype=np.int64)  # recent entries ever written; the next goes to writes % ring
+
+    def recall_at_most(self, limit: Recall | None) -> None:
+        """Let `read` leave out the rest from now on; None: nothing. What is remembered stays."""
+        full = self._everything
+        self._recall = full
+        if limit is not None:
+            self._recall = Recall(
+                min(limit.anchors, full.anchors), min(limit.recent, full.recent), min(limit.pointers, full.pointers)
+            )
+
+    @torch.no_grad()
+    def resize(self, grid: int) -> None:
+        """Resample all memories to a grid of another side: the model's input has changed.
+
+        Those from before the first change come back unharmed when the grid does.
+        """
+        if grid == self._spatial.shape[-1]:
+            return
+        if self._own_spatial is None:
+            self._own_spatial = self._spatial
+            self._is_own[:] = True
+        flat = self._spatial.flatten(0, 1).float()
+        resampled = F.interpolate(flat, size=(grid, grid), mode="bilinear", align_corners=False)
+        self._spatial = resampled.to(self._spatial.dtype).unflatten(0, self._spatial.shape[:2])
+        if grid == self._own_spatial.shape[-1]:
+            is_own = torch.from_numpy(self._is_own).to(self._spatial.device)
+            self._spatial[is_own] = self._own_spatial[is_own]
+            self._own_spatial = None
 
     def remember_anchor(
         self, slot: int, step: int, entry: MemoryEntry, entry_row: int = 0, *, is_approved: bool = False
@@ -92,6 +134,7 @@ class MemoryBank:
             if steps[column] > step and not is_approved:
                 return
         self._spatial[slot, column].copy_(entry.spatial[entry_row])
+        self._is_own[slot, column] = False
         self._pointer[slot, column].copy_(entry.pointer[entry_row])
         steps[column], self._is_approved[slot, column] = step, is_approved
         if self._read_by_step:  # SAM 2: a frame is an anchor or a recent one
@@ -103,6 +146,7 @@ class MemoryBank:
         writes = int(self._writes[slot])
         column = writes % self._recent
         self._spatial[slot, self._anchors + column].copy_(entry.spatial[entry_row])
+        self._is_own[slot, self._anchors + column] = False
         self._recent_steps[slot, column] = step
         if self._pointers:
             column = writes % self._pointers
@@ -135,9 +179,12 @@ class MemoryBank:
 
     def copy_slot(self, source: int, target: int) -> None:
         """Make `target` remember what `source` does, and nothing else."""
-        for buffer in (self._spatial, self._pointer):
-            buffer[target].copy_(buffer[source])
-        for table in (self._anchor_steps, self._is_approved, self._recent_steps, self._pointer_steps, self._writes):
+        for buffer in (self._spatial, self._pointer, self._own_spatial):
+            if buffer is not None:
+                buffer[target].copy_(buffer[source])
+        for table in (
+            self._anchor_steps, self._is_approved, self._recent_steps, self._pointer_steps, self._writes, self._is_own,
+        ):  # fmt: skip
             table[target] = table[source]
 
     def is_empty(self, slot: int) -> bool:
@@ -154,25 +201,29 @@ class MemoryBank:
 
     @torch.inference_mode()
     def read(self, step: int, slots: Sequence[int]) -> MemoryTensors:
-        """What frame `step` attends to, one row per slot; a copy. Shapes depend on the number of slots only."""
+        """What frame `step` attends to, one row per slot; a copy.
+
+        Shapes depend on the number of slots and on `recall_at_most` only.
+        """
+        attended, newest, newest_pointers = self._recall.anchors, self._recall.recent, self._recall.pointers
         rows = np.asarray(slots, dtype=np.int64)[:, None]
         anchor_steps = self._anchor_steps[rows[:, 0]]
         usable = (anchor_steps != EMPTY) & (anchor_steps <= step)
         age = np.where(usable, step - anchor_steps, np.iinfo(np.int64).max)
-        anchors = age.argsort(axis=1, kind="stable")[:, : self._attended]
+        anchors = age.argsort(axis=1, kind="stable")[:, :attended]
         anchors_valid = np.take_along_axis(usable, anchors, axis=1)
         anchors_age = np.take_along_axis(age, anchors, axis=1)
 
-        back = np.arange(1, self._recent + 1)
+        back = np.arange(1, newest + 1)
         recent, recent_valid, _ = self._recent_columns(step, rows, back, self._recent_steps, anchors, anchors_valid)
         columns = np.concatenate((anchors, recent), axis=1)
         valid = np.concatenate((anchors_valid, recent_valid), axis=1)
         tpos = np.empty_like(columns)
-        tpos[:, : self._attended], tpos[:, self._attended :] = self._anchor_tpos, back - 1
+        tpos[:, :attended], tpos[:, attended:] = self._anchor_tpos, back - 1
 
         pointers, pointers_valid, distance = anchors, anchors_valid, anchors_age
-        if self._pointers:
-            back = np.arange(1, self._pointers + 1)
+        if newest_pointers:
+            back = np.arange(1, newest_pointers + 1)
             recent, recent_valid, recent_age = self._recent_columns(
                 step, rows, back, self._pointer_steps, anchors, anchors_valid
             )

@@ -12,6 +12,7 @@ sam2/modeling/sam2_base.py:
 - prompts come as tokens: embedded points, or VIRST's embeddings in their place, without padding point.
 """
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -187,13 +188,17 @@ class Sam2(nn.Module):
             nn.init.trunc_normal_(table, std=0.02)
         nn.init.trunc_normal_(self.no_obj_embed_spatial, std=0.02)
 
-        # Constants of a fixed input size: non-persistent, so that they are no part of a checkpoint.
-        angles = axial_angles(c, grid, grid)
-        position = neck.position_encoding._pe(1, torch.device("cpu"), grid, grid)
+        self._bake_positions()
+
+    def _bake_positions(self) -> None:
+        """Constants of one input size: non-persistent, so that they are no part of a checkpoint."""
+        grid, device = self.config.grid, self.no_mem_embed.device
+        angles = axial_angles(self.config.channels, grid, grid)
+        position = self.image_encoder.neck.position_encoding._pe(1, torch.device("cpu"), grid, grid)
         constants = {"grid_cos": angles.cos(), "grid_sin": angles.sin(), "grid_position": position}
         for name, table in constants.items():
-            self.register_buffer(name, table, persistent=False)
-        self.pool_memory(config.memory_pool)
+            self.register_buffer(name, table.to(device), persistent=False)
+        self.pool_memory(self.config.memory_pool)
 
     def pool_memory(self, pool: int) -> None:
         """Let pool x pool cells of a memory be one key from now on; the weights stay as they are."""
@@ -211,6 +216,26 @@ class Sam2(nn.Module):
         }
         for name, table in constants.items():
             self.register_buffer(name, table.to(self.grid_cos.device), persistent=False)
+
+    def at_image_size(self, image_size: int) -> "Sam2":
+        """This model for images of another size, a multiple of 32. The weights are shared, not copied.
+
+        Raises ValueError for another size, and where `memory_pool` does not divide the grid.
+        """
+        if image_size < 32 or image_size % 32:
+            raise ValueError(f"the image size must be a multiple of 32, 32 or more, got {image_size}")
+        other = copy.copy(self)
+        # What a shallow copy shares too, and what is to differ.
+        other._modules, other._buffers = dict(self._modules), dict(self._buffers)
+        other.config = replace(self.config, image_size=image_size)
+        grid = other.config.grid
+        prompt_encoder = copy.copy(self.sam_prompt_encoder)
+        prompt_encoder.input_image_size = (image_size, image_size)
+        prompt_encoder.image_embedding_size = (grid, grid)
+        prompt_encoder.mask_input_size = (4 * grid, 4 * grid)
+        other.sam_prompt_encoder = prompt_encoder
+        other._bake_positions()
+        return other
 
     @property
     def prompts(self) -> PromptTables:

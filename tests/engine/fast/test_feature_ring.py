@@ -115,3 +115,44 @@ def test_a_cleared_ring_holds_nothing(ring: FeatureRing) -> None:
     assert ring.oldest_step() == NO_STEP
     assert not ring.has(5)
     assert not ring.has_pinned(1, 4)
+
+
+def test_what_is_cached_follows_the_size_of_the_input() -> None:
+    ring = FeatureRing(capacity=4, slots=2, owners=2, mask_side=8, pins=2)
+    for step in range(6):
+        ring.push(step, 100 * step, features(float(step)), (480, 640))
+    ring.pin(1, [3])
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:4, :2] = True
+    ring.believe(3, 1, mask)
+    ring.resize(4)
+    assert ring.image_size(4) == (480, 640)
+    small = ring.features(4)
+    assert small is not None
+    assert (small.top.shape[-1], small.high_res_s0.shape[-1], small.high_res_s1.shape[-1]) == (1, 4, 2)
+    assert ring.gather([3, 5], owner=1).top[:, 0, 0, 0].tolist() == [3.0, 5.0]
+    believed = ring.belief(3, 1)
+    assert believed is not None
+    assert torch.equal(believed, mask[::2, ::2])
+    assert ring.belief(3, 0) is None
+
+    ring.push(6, 600, ImageFeatures(*(torch.full((1, 2, side, side), 6.0) for side in (1, 4, 2, 2))))
+    ring.resize(8)
+    large = ring.features(6)
+    assert large is not None
+    assert large.high_res_s0.shape == (1, 2, 8, 8)
+    assert float(large.high_res_s0.mean()) == 6.0
+    believed = ring.belief(3, 1)
+    assert believed is not None
+    assert torch.equal(believed, mask)
+
+
+def test_an_empty_ring_can_change_its_size() -> None:
+    ring = FeatureRing(capacity=4, slots=2, owners=2, mask_side=8)
+    ring.resize(4)
+    ring.push(0, 0, ImageFeatures(*(torch.full((1, 2, side, side), 1.0) for side in (1, 4, 2, 2))))
+    ring.believe(0, 0, torch.ones(4, 4, dtype=torch.bool))
+    ring.resize(8)
+    kept = ring.features(0)
+    assert kept is not None
+    assert kept.top.shape[-1] == 2

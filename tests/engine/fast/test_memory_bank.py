@@ -3,7 +3,7 @@ import torch
 
 from tests.fakes import SIZES
 from virst_engine.config import MemoryParameters
-from virst_engine.fast.memory_bank import MemoryBank
+from virst_engine.fast.memory_bank import MemoryBank, Recall
 from virst_engine.types import MemoryEntry, MemoryTensors
 
 
@@ -181,3 +181,78 @@ class TestRulesOfSam2:
         memory = bank.read(1, [0])
         assert float(memory.spatial[0, 0, 0, 0, 0]) == 1.0
         assert float(memory.pointers[0, 0, 0]) == 1.0 + 2.0**-12
+
+
+def full_bank() -> MemoryBank:
+    """Anchors of steps 0, 1, 2 and 3, recent frames 4 to 11; each is filled with its step."""
+    memory = bank()
+    for step in range(4):
+        memory.remember_anchor(0, step, entry(float(step)))
+    for step in range(4, 12):
+        memory.remember_recent(0, step, entry(float(step)))
+    return memory
+
+
+def test_less_is_recalled_when_asked_to_and_nothing_is_lost() -> None:
+    memory = full_bank()
+    before = memory.read(12, [0])
+    memory.recall_at_most(Recall(anchors=1, recent=2, pointers=3))
+    less = memory.read(12, [0])
+    assert attended(less) == [(3.0, 6), (11.0, 0), (10.0, 1)]
+    assert told(less) == [(3.0, 9.0), (11.0, 1.0), (10.0, 2.0), (9.0, 3.0)]
+    assert less.spatial.shape[1] == 3
+    memory.recall_at_most(Recall(anchors=100, recent=100, pointers=100))
+    assert torch.equal(memory.read(12, [0]).spatial, before.spatial)
+    memory.recall_at_most(None)
+    after = memory.read(12, [0])
+    assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in vars(before))
+
+
+def test_no_pointers_but_the_anchors_may_be_recalled() -> None:
+    memory = full_bank()
+    memory.recall_at_most(Recall(anchors=2, recent=1, pointers=0))
+    assert told(memory.read(12, [0])) == [(3.0, 9.0), (2.0, 10.0)]
+
+
+def noise(seed: int, side: int = 4) -> MemoryEntry:
+    generator = torch.Generator().manual_seed(seed)
+    return MemoryEntry(torch.randn(1, 4, side, side, generator=generator), torch.randn(1, 8, generator=generator))
+
+
+def test_memories_follow_the_grid_and_old_ones_come_back_unharmed() -> None:
+    memory = bank()
+    for step in range(2):
+        memory.remember_anchor(0, step, noise(step))
+    memory.remember_recent(0, 2, noise(2))
+    before = memory.read(3, [0])
+
+    memory.resize(2)
+    small = memory.read(3, [0])
+    assert small.spatial.shape[-2:] == (2, 2)
+    # Half the side: each cell is the mean of four.
+    assert torch.allclose(small.spatial, torch.nn.functional.avg_pool2d(before.spatial[0], 2)[None], atol=1e-6)
+    assert torch.equal(small.pointers, before.pointers)
+    memory.remember_anchor(0, 1, noise(7, 2))
+    memory.remember_recent(0, 3, noise(8, 2))
+    memory.copy_slot(0, 1)
+
+    memory.resize(4)
+    for row in (0, 1):
+        after = memory.read(4, [row])
+        # Columns: anchors 1 and 0, newest first; then the recent ones, 3 and 2.
+        assert torch.equal(after.spatial[0, 1], noise(0).spatial[0])
+        assert torch.equal(after.spatial[0, 4], noise(2).spatial[0])
+        for column, seed in ((0, 7), (3, 8)):
+            enlarged = torch.nn.functional.interpolate(noise(seed, 2).spatial, size=(4, 4), mode="bilinear")[0]
+            assert torch.allclose(after.spatial[0, column], enlarged, atol=1e-6)
+
+
+def test_a_slot_that_was_emptied_meanwhile_gets_nothing_back() -> None:
+    memory = bank()
+    memory.remember_anchor(0, 0, noise(0))
+    memory.resize(2)
+    memory.clear(0)
+    memory.remember_anchor(0, 0, noise(5, 2))
+    memory.resize(4)
+    enlarged = torch.nn.functional.interpolate(noise(5, 2).spatial, size=(4, 4), mode="bilinear")[0]
+    assert torch.allclose(memory.read(1, [0]).spatial[0, 0], enlarged, atol=1e-6)

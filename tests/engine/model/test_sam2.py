@@ -365,3 +365,36 @@ def test_pooled_keys_are_the_means_of_their_cells_with_the_weight_of_all(pair: P
     pooled.config = replace(pooled.config, memory_pool=1)
     memory = replace(memory, spatial=memory.spatial[..., ::2, ::2])
     assert not torch.allclose(pooled.attend_memory(pair.features, memory), expected, atol=1e-3)
+
+
+def test_another_image_size_has_the_same_weights_and_is_as_if_built_so(pair: Pair) -> None:
+    own = pair.ours
+    size = own.config.image_size + 32
+    other, built = own.at_image_size(size), Sam2(replace(own.config, image_size=size)).eval()
+    built.load_state_dict(own.state_dict())
+    assert {id(p) for p in other.parameters()} == {id(p) for p in own.parameters()}
+    assert other.sizes == built.sizes
+    assert own.sizes.image_size == size - 32
+    pixels = torch.randn(1, 3, size, size)
+    points, labels = torch.tensor([[[20.0, 30.0], [60.0, 70.0]]]), torch.tensor([[2, 3]])
+    seen = []
+    for model in (other, built):
+        with torch.inference_mode():
+            features = model.encode_image(pixels)
+            prompts = model.prompts
+            anchor = model.decode_mask(features, prompts.without_memory(features), prompts.clicks(points, labels))
+            entry = model.encode_memory(features, anchor)
+            memory = MemoryTensors(
+                spatial=entry.spatial[:, None], spatial_tpos=torch.tensor([[0]]), spatial_valid=torch.tensor([[True]]),
+                pointers=entry.pointer[:, None], pointer_distance=torch.tensor([[1.0]]),
+                pointer_valid=torch.tensor([[True]]),
+            )  # fmt: skip
+            seen.append(model.decode_mask(features, model.attend_memory(features, memory), None).mask_logits)
+    assert seen[0].shape[-1] == size // 4
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("size", [0, 16, 100])
+def test_an_image_size_that_is_no_multiple_of_32_is_refused(pair: Pair, size: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 32"):
+        pair.ours.at_image_size(size)
