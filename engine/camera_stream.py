@@ -8,10 +8,12 @@ a stream is left as commands, under the session's lock.
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig
@@ -117,7 +119,7 @@ class CameraStream:
         """`camera`: the only one whose frames are taken; empty: that of the first frame."""
         self._config, self._reasoner = config, reasoner
         self._device = device
-        self._sizes = stages.sizes
+        self._sizes = stages.sizes  # of the model's own image size; the tracker may use another
         self._has_reasoner = not isinstance(reasoner, NoReasoner)
         self._ring_steps = config.memory.ring_steps
         self.tracker = Tracker(
@@ -132,6 +134,8 @@ class CameraStream:
         self.camera = camera
         self._newest_ns: int | None = None
         self._trouble = ""  # the reasoner's status
+        self._left_out = 0  # frames in a row
+        self.skipped = 0  # frames so far
 
         self._lock = lock  # guards what follows; never held while a model runs
         self._requests = RequestBook(config.reasoner)
@@ -196,6 +200,20 @@ class CameraStream:
         self._commands.append(_Command(config=config))
 
     # For the thread that owns the models
+
+    def use_stages(self, stages: Stages) -> None:
+        """Go on with the same model at another image size."""
+        self.tracker.use_stages(stages)
+        for track in self._tracks.values():
+            track.claim = _resized(track.claim, stages.sizes.mask)
+            track.seen_claim = _resized(track.seen_claim, stages.sizes.mask)
+
+    def skips(self, takes_every: int) -> bool:
+        """Whether the next frame is to be left out, of which one in so many is to be taken; it is counted."""
+        is_skipped = self._left_out + 1 < takes_every
+        self._left_out = self._left_out + 1 if is_skipped else 0
+        self.skipped += is_skipped
+        return is_skipped
 
     def begin(self, frame: Frame) -> None:
         """Prepare for a frame, which the tracker is to see next."""
@@ -295,11 +313,14 @@ class CameraStream:
     def _remember_for_reasoner(self, frame: Frame, tracked: TrackedFrame) -> None:
         if len(self._window) == 0:
             self._window.clear(frame.camera)
-        small_rgb_u8 = tracked.square_rgb_u8
-        if self._sizes.video_size != self._sizes.image_size:
-            small_rgb_u8 = resize_image(frame.image_rgb_u8, self._sizes.video_size)
-        fusion = tracked.features.fusion[0].to(torch.float16).cpu().numpy()
-        self._window.push(tracked.step, frame.stamp_ns, small_rgb_u8, fusion)
+        small_rgb_u8, size = tracked.square_rgb_u8, self._sizes.video_size
+        if small_rgb_u8.shape[0] != size:
+            small_rgb_u8 = resize_image(frame.image_rgb_u8, size)
+        fusion, seen_size = tracked.features.fusion, tracked.square_rgb_u8.shape[0]
+        if seen_size != self._sizes.image_size:  # the reasoner reads one size, that of the model's own input
+            side = fusion.shape[-1] * self._sizes.image_size // seen_size
+            fusion = F.interpolate(fusion.float(), size=(side, side), mode="bilinear", align_corners=False)
+        self._window.push(tracked.step, frame.stamp_ns, small_rgb_u8, fusion[0].to(torch.float16).cpu().numpy())
 
     def _note_sighting(self, track: _Track) -> None:
         """TRACKING while the object is seen, LOST once it has not been for a few frames; memory finds it again."""
@@ -553,3 +574,10 @@ class CameraStream:
             ObjectState.LOST: "not visible at the moment; it is found again when it comes back",
             ObjectState.NOT_FOUND: "the reasoner sees nothing that fits the sentence",
         }[track.state]
+
+
+def _resized(claim: Claim | None, mask_side: int) -> Claim | None:
+    if claim is None:
+        return None
+    mask = cv2.resize(claim.mask.view(np.uint8), (mask_side, mask_side), interpolation=cv2.INTER_NEAREST)
+    return replace(claim, mask=mask.view(np.bool_))

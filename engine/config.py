@@ -156,6 +156,14 @@ class TrackingParameters:
     replay_steps: int = parameter(
         3, "cached frames that are replayed per new frame after a late answer", low=2, high=4096, live=True
     )
+    deadline_ms: float = parameter(
+        0.0,
+        "time that a frame may take in the engine; while it takes more, fewer memories are read, then the input gets "
+        "smaller, then frames are skipped; 0 = as long as it takes",
+        low=0.0,
+        high=60_000.0,
+        live=True,
+    )
 
     def __post_init__(self) -> None:
         check_fields("tracking", self)

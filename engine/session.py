@@ -4,7 +4,8 @@
 import dataclasses
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from virst_engine.backends.base import Stages
 from virst_engine.camera_stream import CameraStream
 from virst_engine.config import EngineConfig
 from virst_engine.errors import BadFrame, BadGoal, BadPrompt, UnknownGoal, VirstError
+from virst_engine.fast.deadline import Deadline, levels, smaller_sizes
 from virst_engine.fast.object_registry import ObjectRegistry
 from virst_engine.fast.preprocess import check_image
 from virst_engine.fast.tracker import step_together
@@ -46,6 +48,7 @@ class Session:
         reasoner: ReasonerClient | Mapping[str, ReasonerClient],
         *,
         device: torch.device | str | None = None,
+        clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         """The session closes the reasoner's clients.
 
@@ -53,6 +56,7 @@ class Session:
             reasoner: a client; the session then sees one camera, that of its first frame. For several cameras: a client
                 of its own for each of them, by the camera's name.
             device: where the stages are; default: config.model.device.
+            clock_s: a steady clock, seconds, for `tracking.deadline_ms`.
         """
         clients = reasoner if isinstance(reasoner, Mapping) else {ANY_CAMERA: reasoner}
         if not clients:
@@ -69,6 +73,18 @@ class Session:
             camera: CameraStream(config, stages, client, self._lock, device=self._device, camera=camera)
             for camera, client in clients.items()
         }
+        self._clock_s = clock_s
+        smaller = {size: stages.at_image_size(size) for size in smaller_sizes(stages.sizes.image_size)}
+        self._stages = {0: stages} | {size: found for size, found in smaller.items() if found is not None}
+        self._levels = levels(
+            stages.sizes.image_size,
+            fewer_memories=stages.takes_fewer_memories,
+            smaller=[size for size in self._stages if size],
+        )
+        self._deadline = Deadline(self._levels)
+        self._level = self._levels[0]  # as the streams have it
+        self._step_end_s = clock_s()
+        self._is_asked_to_skip = False
 
     @classmethod
     def open(
@@ -282,6 +298,8 @@ class Session:
             return self._step(streams, frames)
 
     def _step(self, streams: Sequence[CameraStream], frames: Sequence[Frame]) -> list[FrameResult]:
+        begin_s = self._clock_s()
+        self._use_level()
         for stream, frame in zip(streams, frames, strict=True):
             stream.begin(frame)
         timer = StageTimer(self._device)
@@ -290,10 +308,25 @@ class Session:
             stream.finish(frame, seen, timer) for stream, frame, seen in zip(streams, frames, tracked, strict=True)
         ]
         timings_ms = timer.ms()
+        self._note_time(begin_s, timings_ms, tracked[0].step)
         return [
-            FrameResult(frame.stamp_ns, seen.step, frame.camera, found, timings_ms)
+            FrameResult(frame.stamp_ns, seen.step, frame.camera, found, timings_ms, self._deadline.words)
             for frame, seen, found in zip(frames, tracked, objects, strict=True)
         ]
+
+    def skips(self, frame: Frame) -> bool:
+        """Whether to leave this frame out, so that `tracking.deadline_ms` is kept; it is counted in `skipped` then.
+
+        To be asked once for each frame of a live camera, before its step, by the thread that steps. Who does not ask
+        loses no frame. Raises BadFrame for a camera that this session does not see.
+        """
+        self._is_asked_to_skip = True
+        return self._stream(frame.camera).skips(self._deadline.level.takes_every)
+
+    @property
+    def skipped(self) -> int:
+        """Frames that were left out so far."""
+        return sum(stream.skipped for stream in self._streams.values())
 
     def check_frame(self, frame: Frame) -> None:
         """Whether a step takes this frame. Raises BadFrame."""
@@ -308,6 +341,32 @@ class Session:
 
     def _before_others(self) -> AbstractContextManager[object]:
         return nullcontext() if self._urgent is None else torch.cuda.stream(self._urgent)
+
+    def _use_level(self) -> None:
+        """Let all cameras leave out what the deadline asks for."""
+        before, level = self._level, self._deadline.level
+        if level is before:
+            return
+        for stream in self._streams.values():
+            stream.tracker.memory.recall_at_most(level.recall)
+            if level.image_size != before.image_size:
+                stream.use_stages(self._stages[level.image_size])
+        self._level = level
+
+    def _note_time(self, begin_s: float, timings_ms: Mapping[str, float], step: int) -> None:
+        """Tell the deadline what this step took, without what comes and goes with an answer of the reasoner."""
+        with self._lock:
+            deadline_s = self._config.tracking.deadline_ms / 1e3
+        end_s = self._clock_s()
+        passing_s = (timings_ms.get("anchors", 0.0) + timings_ms.get("replay", 0.0)) / 1e3
+        idle_s, self._step_end_s = begin_s - self._step_end_s, end_s
+        has_news = self._deadline.note(
+            end_s - begin_s - passing_s, deadline_s, step, idle_s=idle_s, may_skip=self._is_asked_to_skip
+        )
+        if has_news and self._deadline.words:
+            logger.warning("%s", self._deadline.words)
+        elif has_news:
+            logger.info("frames are on time: nothing is left out since step %d", step)
 
     def _stream(self, camera: str) -> CameraStream:
         stream = self._streams.get(camera) or self._streams.get(ANY_CAMERA)

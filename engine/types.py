@@ -223,3 +223,4 @@ class FrameResult:
     camera: str
     objects: tuple[ObjectResult, ...]
     timings_ms: dict[str, float]  # per stage, summed over objects
+    degradation: str = ""  # for people: what is left out because of tracking.deadline_ms, and why; empty: nothing is

@@ -39,23 +39,35 @@ REACH = 0.6  # L1 distance in colour within which a pixel belongs to the object
 _MEAN, _STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 
 
+def sizes_of(image_size: int) -> StageSizes:
+    """`SIZES` for another side of the input, a multiple of 8."""
+    return replace(SIZES, image_size=image_size, grid=image_size // 8, mask=image_size // 2)
+
+
 class FakeStages:
     """`Stages` in closed form. Channels 0..2 are RGB 0..1; channel 3 of a prompt is the code of the frame it is for."""
 
     sizes = SIZES
     takes_several_frames = True
+    takes_fewer_memories = True
 
-    def __init__(self) -> None:
+    def __init__(self, image_size: int = SIDE) -> None:
+        self.sizes = sizes_of(image_size)
         self.calls = {"image_encoder": 0, "memory_attention": 0, "mask_decoder": 0, "memory_encoder": 0}
         self.iou = 0.9  # what the decoder predicts while it tracks
         self.is_blind = False  # the decoder sees no object anywhere
         self.corrected: list[torch.Tensor | None] = []  # of each prompt of points: the mask that it corrects
         self.object_batches: list[int] = []  # objects of each memory attention call
 
+    def at_image_size(self, image_size: int) -> "FakeStages | None":
+        other = FakeStages(image_size)
+        other.calls, other.object_batches = self.calls, self.object_batches
+        return other
+
     def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
         self.calls["image_encoder"] += 1
         rgb = pixels * _STD.reshape(1, 3, 1, 1) + _MEAN.reshape(1, 3, 1, 1)
-        top = torch.zeros(rgb.shape[0], 8, 4, 4)
+        top = torch.zeros(rgb.shape[0], 8, self.sizes.grid, self.sizes.grid)
         top[:, :3] = F.avg_pool2d(rgb, 8)
         return ImageFeatures(top, F.avg_pool2d(rgb, 2), F.avg_pool2d(rgb, 4), F.avg_pool2d(rgb, 4))
 
@@ -72,7 +84,7 @@ class FakeStages:
         told_weight = memory.pointer_valid / (2.0 + memory.pointer_distance)
         told = (memory.pointers * told_weight[..., None]).sum(dim=1)  # o 8: colour, 0, 1
         colour = (seen[:, :3] + told[:, :3]) / (seen[:, 3:] + told[:, 4:5])
-        conditioned = torch.zeros(colour.shape[0], 8, 4, 4)
+        conditioned = torch.zeros(colour.shape[0], 8, self.sizes.grid, self.sizes.grid)
         conditioned[:, :3] = colour[:, :, None, None]
         return conditioned
 
@@ -109,7 +121,7 @@ class FakeStages:
         inside = (labels > 0).float()[..., None]
         tokens = torch.zeros(len(points), 1, 8)
         tokens[:, 0, 4:6] = (
-            (points * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1.0) / SIDE
+            (points * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1.0) / self.sizes.image_size
         )  # the middle of a box's corners
         tokens[:, 0, 7] = 1.0
         return PromptTokens(tokens)

@@ -25,6 +25,11 @@ class Stages(Protocol):
 
     sizes: StageSizes
     takes_several_frames: bool  # one call of each stage may serve the frames of several cameras
+    takes_fewer_memories: bool  # their number may change from frame to frame, and fewer cost less
+
+    def at_image_size(self, image_size: int) -> "Stages | None":
+        """These stages, with the same weights, for images of another size; None where theirs is fixed."""
+        ...
 
     def image_encoder(self, pixels: Float[Tensor, "b 3 size size"]) -> ImageFeatures:
         """`pixels`: normalised (ImageNet mean and deviation), squashed to the model's square input. b = 1 unless

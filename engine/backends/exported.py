@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from virst_engine.backends.base import Stages
 from virst_engine.backends.manifest import PROMPT_ENCODER, REMEDY, Manifest
 from virst_engine.errors import BackendError, ExportError
 from virst_engine.model.sam2_prompts import PromptTables
@@ -43,6 +44,7 @@ class ExportedStages(ABC):
 
     name = "exported"
     takes_several_frames = False  # exported for one
+    takes_fewer_memories = False  # their number is fixed, too
     sizes: StageSizes
 
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device, *, video_size: int = 128) -> None:
@@ -60,6 +62,10 @@ class ExportedStages(ABC):
     @abstractmethod
     def run(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
         """Run one stage for `objects` rows, 1 or more. Outputs may be overwritten by the stage's next run."""
+
+    def at_image_size(self, image_size: int) -> Stages | None:
+        """None: the size is fixed."""
+        return None
 
     @torch.inference_mode()
     def image_encoder(self, pixels: Float[Tensor, "1 3 height width"]) -> ImageFeatures:

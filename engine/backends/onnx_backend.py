@@ -80,6 +80,7 @@ class OnnxRuntimeStages(ExportedStages):
         # Axes that have a name in the file are free.
         shapes = [i.shape for session in self._sessions.values() for i in session.get_inputs()]
         self._has_free_rows = any(len(s) > 1 and isinstance(s[1], str) and s[1] != OBJECTS for s in shapes)
+        self.takes_fewer_memories = self._has_free_rows
 
     def run(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
         """Outputs are new tensors."""

@@ -64,10 +64,23 @@ class TorchStages:
                 setattr(self, stage, torch.compile(getattr(self, stage), mode=mode, dynamic=False))
         self._is_compiled = compiled
         self.takes_several_frames = not compiled  # compiled code is made for one
+        self.takes_fewer_memories = not compiled  # and for one number of memories
 
     @property
     def device(self) -> torch.device:
         return self._sam2.no_mem_embed.device
+
+    def at_image_size(self, image_size: int) -> "TorchStages | None":
+        """The weights are shared. None for compiled code, and for a size that this model cannot have."""
+        if self._is_compiled:
+            return None
+        try:
+            sam2 = self._sam2.at_image_size(image_size)
+        except ValueError:
+            return None
+        return TorchStages(
+            sam2, fusion_level=self._fusion_level, video_size=self.sizes.video_size, precision=self.precision
+        )
 
     @torch.inference_mode()
     def image_encoder(self, pixels: Float[Tensor, "b 3 size size"]) -> ImageFeatures:

@@ -247,8 +247,11 @@ class CountingStages:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self.sizes: StageSizes = stages.sizes
-        self.takes_several_frames = False
+        self.takes_several_frames = self.takes_fewer_memories = False
         self.flop: dict[str, float] = {}
+
+    def at_image_size(self, image_size: int) -> None:
+        """Nothing else is counted."""
 
     def image_encoder(self, pixels: Float[Tensor, "1 3 size size"]) -> ImageFeatures:
         with self._counting("image_encoder"):

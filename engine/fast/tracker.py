@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -128,6 +129,18 @@ class Tracker:
     @property
     def ring(self) -> FeatureRing:
         return self._ring
+
+    @torch.inference_mode()
+    def use_stages(self, stages: Stages) -> None:
+        """Go on with the same model at another image size; what is remembered and cached is resampled to it."""
+        self._stages = stages
+        self._preprocess = Preprocess(stages.sizes.image_size, self._device)
+        self._memory.resize(stages.sizes.grid)
+        self._ring.resize(stages.sizes.mask)
+        size = (stages.sizes.mask, stages.sizes.mask)
+        for row, sighting in self._sightings.items():
+            logits = F.interpolate(sighting.mask_logits[None, None], size=size, mode="bilinear", align_corners=False)
+            self._sightings[row] = replace(sighting, mask_logits=logits[0, 0])
 
     def step(self, frame: Frame, timer: StageTimer | None = None) -> TrackedFrame:
         """Segment every remembered object in a new frame and update its memory. `sighting` tells what was found.
