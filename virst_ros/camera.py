@@ -152,6 +152,7 @@ class Camera:
             image_publishers=self._node.count_publishers(topic),
             received=self._received(inbox),
             dropped=self._dropped(inbox),
+            left_out=inbox.left_out(self.name),
             depth_topic=self._node.resolve_topic_name(f"{self._prefix}depth") if settings.use_depth else "",
             no_image_after_s=settings.no_image_after_s,
             inference_traceback=inference_traceback,

@@ -69,6 +69,7 @@ class Surroundings:
     reasoner_problem: str  # empty: a reasoner listens
     unserved: str = ""  # why somebody subscribes to a topic in vain; empty: nobody does
     has_no_time: bool = False  # use_sim_time is set, and nothing has come on /clock
+    left_out: int = 0  # of the dropped frames, those that were left out to keep tracking.deadline_ms
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Diagnostics:
             self._published = 0
             self._ages_ms, self._overhead_ms = LatencyWindow(AGES_KEPT), LatencyWindow(AGES_KEPT)
             self._timings_ms: dict[str, float] = {}
+            self._degradation = ""
             self._objects: tuple[ObjectResult, ...] = ()
             self._goals: tuple[Goal, ...] = ()
             self._bad_goals, self._bad_goal, self._bad_goal_s = 0, "", -math.inf
@@ -245,6 +247,7 @@ class Diagnostics:
             self._published += 1
             self._ages_ms.add(age_s * 1e3)
             self._timings_ms = dict(result.timings_ms)
+            self._degradation = result.degradation
             self._objects = result.objects
 
     def statuses(self, seen: Surroundings) -> list[DiagnosticStatus]:
@@ -386,7 +389,12 @@ class Diagnostics:
 
     def _output(self, seen: Surroundings) -> DiagnosticStatus:
         now_s = self._now_s()
-        values: dict[str, object] = {"rate (Hz)": self._masks.rate_hz(now_s), "published": self._published}
+        values: dict[str, object] = {
+            "rate (Hz)": self._masks.rate_hz(now_s),
+            "published": self._published,
+            "degradation": self._degradation or "none",
+            "frames left out": seen.left_out,
+        }
         values |= {f"age {name} (ms)": value for name, value in self._ages_ms.summary().items()}
         values |= {f"ROS overhead {name} (ms)": value for name, value in self._overhead_ms.summary().items()}
         values |= {f"{stage} (ms)": ms for stage, ms in self._timings_ms.items()}
@@ -400,8 +408,9 @@ class Diagnostics:
             level, message = STALE, f"not active ({seen.state}): no masks are published"
         elif not self._masks.rate_hz(now_s):
             level, message = STALE, "no masks lately: see input"
-        elif seen.unserved:
-            level, message, self._troubles["output"] = WARN, seen.unserved, [seen.unserved]
+        elif warnings := [text for text in (seen.unserved, self._degradation) if text]:
+            level, message = WARN, " | ".join(warnings)
+            self._troubles["output"] = [seen.unserved] if seen.unserved else []  # the engine has logged the other
         return _status(f"{self._name}: output", level, message, self.model.device, values)
 
     def _reasoner(self, seen: Surroundings) -> DiagnosticStatus:

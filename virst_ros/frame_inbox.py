@@ -18,6 +18,7 @@ class FrameInbox(Generic[Item]):
         self._closed = False
         self._received: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
         self._changed = threading.Condition()
 
     def received(self, camera: str = "") -> int:
@@ -25,8 +26,17 @@ class FrameInbox(Generic[Item]):
         return self._received[camera]
 
     def dropped(self, camera: str = "") -> int:
-        """Items that were replaced by a newer one, or that came after `close`."""
-        return self._dropped[camera]
+        """Items that were replaced by a newer one, that came after `close`, or that were left out."""
+        return self._dropped[camera] + self._left_out[camera]
+
+    def left_out(self, camera: str = "") -> int:
+        """Items that were taken, but not looked at."""
+        return self._left_out[camera]
+
+    def leave_out(self, camera: str = "") -> None:
+        """Count an item that was taken as one that is not looked at."""
+        with self._changed:
+            self._left_out[camera] += 1
 
     @property
     def closed(self) -> bool:

@@ -24,6 +24,8 @@ class Steps(Protocol):
 
     def check_frame(self, frame: Frame) -> None: ...
 
+    def skips(self, frame: Frame) -> bool: ...
+
     def step_together(self, frames: Sequence[Frame]) -> list[FrameResult]: ...
 
 
@@ -32,7 +34,8 @@ class InferenceThread(Generic[Header]):
 
     A frame that the session rejects (BadFrame) is counted and skipped. Any other failure skips the frames of its step
     too; the same failure `stop_after_failures` times in a row ends the thread, with the last traceback kept in
-    `failure_traceback`.
+    `failure_traceback`. A frame that the session wants to leave out, to keep `tracking.deadline_ms`, is counted in the
+    inbox, and nothing comes of it.
 
     Args:
         session: steps on this thread.
@@ -106,6 +109,7 @@ class InferenceThread(Generic[Header]):
     def _step(self, items: list[tuple[Header, Frame]]) -> None:
         if len(items) > 1:  # one that cannot be used must not keep the others back
             items = [item for item in items if self._is_good(item[1])]
+        items = [item for item in items if not self._is_left_out(item[1])]
         if not items:
             return
         begin_s = time.perf_counter()
@@ -118,6 +122,12 @@ class InferenceThread(Generic[Header]):
     def _skip(self, items: list[tuple[Header, Frame]], reason: str) -> None:
         for _, frame in items:
             self._on_bad_frame(frame, reason)
+
+    def _is_left_out(self, frame: Frame) -> bool:
+        is_left_out = self._session.skips(frame)
+        if is_left_out:
+            self._inbox.leave_out(frame.camera)
+        return is_left_out
 
     def _is_good(self, frame: Frame) -> bool:
         try:

@@ -163,6 +163,9 @@ class FakeSession:
     def check_frame(self, frame: Any) -> None:
         pass
 
+    def skips(self, frame: Any) -> bool:
+        return False
+
     def step_together(self, frames: Any) -> list[Any]:
         return [self.step(frame) for frame in frames]
 

@@ -74,6 +74,24 @@ def test_ages_are_given_as_percentiles_in_milliseconds(diagnostics):
     assert told["ROS overhead p50 (ms)"] == "2.5"
 
 
+def test_what_the_deadline_leaves_out_is_a_warning(diagnostics):
+    words = "frames take 85 ms, tracking.deadline_ms is 50: remembers fewer frames since step 120"
+    assert values(subject(diagnostics, "output"))["degradation"] == "none"
+    diagnostics.result_published(FrameResult(0, 0, "camera", (), {}, words), 0.1, overhead_ms=1.0)
+    diagnostics.result_published(FrameResult(1, 1, "camera", (), {}, words), 0.1, overhead_ms=1.0)
+    status = subject(diagnostics, "output", left_out=3)
+    assert (status.level, status.message) == (DiagnosticStatus.WARN, words)
+    assert values(status)["degradation"] == words
+    assert values(status)["frames left out"] == "3"
+    both = subject(diagnostics, "output", unserved="nobody fills it").message
+    assert both == f"nobody fills it | {words}"
+    diagnostics.result_published(FrameResult(2, 2, "camera", (), {}), 0.1, overhead_ms=1.0)
+    assert subject(diagnostics, "output").level == DiagnosticStatus.OK
+    diagnostics.result_published(FrameResult(3, 3, "camera", (), {}, words), 0.1, overhead_ms=1.0)
+    diagnostics.reset()
+    assert values(subject(diagnostics, "output"))["degradation"] == "none"
+
+
 def test_depth_that_never_fits_in_time_is_a_warning(diagnostics):
     diagnostics.image_received()
     for number in range(20):

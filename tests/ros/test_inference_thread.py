@@ -20,6 +20,7 @@ class Scripted:
         self.script = script
         self.threads = set()
         self.batches = []
+        self.skipped_stamps = set()
 
     def step(self, frame):
         self.threads.add(threading.current_thread().name)
@@ -32,6 +33,9 @@ class Scripted:
         outcome = self.script.get(frame.stamp_ns)
         if isinstance(outcome, BadFrame):
             raise outcome
+
+    def skips(self, frame):
+        return frame.stamp_ns in self.skipped_stamps
 
     def step_together(self, frames):
         self.batches.append(len(frames))
@@ -129,3 +133,21 @@ def test_frames_of_several_cameras_that_wait_are_stepped_together():
     assert running.session.batches == [2]
     assert running.rejected == ["no pixels"]
     assert sorted(stamp for _, stamp in running.results) == [1, 10, 11]
+
+
+def test_a_frame_that_the_session_leaves_out_is_counted_and_nothing_comes_of_it():
+    running = Running({})
+    running.session.skipped_stamps = {2, 3}
+    running.give(1)
+    for stamp_ns in (2, 3):
+        running.inbox.put((f"header {stamp_ns}", frame(stamp_ns)), "camera")
+        for _ in range(1000):
+            if running.inbox.left_out("camera") == stamp_ns - 1:
+                break
+            threading.Event().wait(0.01)
+    running.give(4)
+    assert running.thread.stop(10.0)
+    assert [stamp for _, stamp in running.results] == [1, 4]
+    assert running.rejected == []
+    assert (running.inbox.received("camera"), running.inbox.dropped("camera")) == (4, 2)
+    assert (running.inbox.left_out("camera"), running.inbox.left_out("left")) == (2, 0)
