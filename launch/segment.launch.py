@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segment the images of one camera or several: a segmenter per camera, one reasoner, and what shows their results.
+"""Segment the images of one camera or several: a segmenter that sees them all, a reasoner, and what shows the results.
 
 ros2 launch virst_ros segment.launch.py image_topic:=/camera/color/image_raw goal:="the cup left of the laptop"
 ros2 launch virst_ros segment.launch.py sim:=true depth_topic:=/camera/depth/image_raw goal:="the red ball"
 ros2 launch virst_ros segment.launch.py camera_names:=left,right image_topic:=/{camera}/image_raw
+ros2 launch virst_ros segment.launch.py sim:=true camera_names:=left,right goal:="the red ball"
 ros2 launch virst_ros segment.launch.py --show-args
 """
 
@@ -23,7 +24,7 @@ from launch_ros.actions import Node
 
 HERE = Path(__file__).parent  # the same tree in the source and in share/virst_ros
 PATIENCE_S = "15"  # after SIGINT: on a busy machine it takes seconds to finish a frame and give a model back
-ONLY_CAMERA = "camera"  # what {camera} stands for in topics when no names are given
+ONLY_CAMERA = "camera"  # what {camera} stands for when no names are given
 BOOLEAN = ["true", "false"]
 AS_IN_FILE = ["", *BOOLEAN]
 # Fast DDS 3, from ROS 2 Kilted on, renamed the variable that names its profile.
@@ -34,8 +35,8 @@ ARGUMENTS = [
     DeclareLaunchArgument(
         "image_topic",
         default_value="/{camera}/color/image_raw",
-        description="colour images to segment; {camera} is the camera's name, `camera` where there is only one. "
-        "/compressed is appended with image_transport:=compressed",
+        description="colour images to segment; {camera} is the camera's name, `camera` where none are named. "
+        "/compressed is appended where image_transport is compressed",
     ),
     DeclareLaunchArgument(
         "camera_info_topic",
@@ -60,13 +61,23 @@ ARGUMENTS = [
         "namespace", default_value="", description="namespace of the segmenter: masks on <namespace>/segmenter/mask"
     ),
     DeclareLaunchArgument(
-        "camera_name", default_value="", description="name by which goals choose this camera; empty = as in params_file"
+        "camera_name",
+        default_value="",
+        description="name by which goals choose the only camera; empty = as in params_file. For several: camera_names",
     ),
     DeclareLaunchArgument(
         "camera_names",
         default_value="",
-        description="several cameras, separated by commas: a segmenter for each in <namespace>/<camera>; {camera} in "
-        "the topic arguments stands for its name; empty = one camera",
+        description="several cameras of one segmenter, separated by commas: masks on "
+        "<namespace>/segmenter/<camera>/mask; {camera} in the topic arguments stands for each name; empty = those that "
+        "the parameter `cameras` names in params_file, else one camera",
+    ),
+    DeclareLaunchArgument(
+        "process_per_camera",
+        default_value="false",
+        choices=BOOLEAN,
+        description="a segmenter for each camera in <namespace>/<camera> instead, each with its own copy of the model "
+        "and its own goals, for example on a GPU each: masks on <namespace>/<camera>/segmenter/mask",
     ),
     DeclareLaunchArgument(
         "params_file",
@@ -158,16 +169,27 @@ ARGUMENTS = [
         description="folder of the CURVE keys of both, needed for a tcp:// address; empty = as in params_file",
     ),
     DeclareLaunchArgument(
-        "sim", default_value="false", choices=BOOLEAN, description="start a simulated camera that publishes on /camera"
+        "sim",
+        default_value="false",
+        choices=BOOLEAN,
+        description="start a simulated camera that publishes on /camera, or one for each named camera on /<camera>",
     ),
-    DeclareLaunchArgument("sim_seed", default_value="1000000", description="number of the simulated scene"),
     DeclareLaunchArgument(
-        "rviz", default_value="false", choices=BOOLEAN, description="start RViz with a view of images, clouds and boxes"
+        "sim_seed",
+        default_value="1000000",
+        description="number of the simulated scene; a second camera films the scene of the next number, and so on",
+    ),
+    DeclareLaunchArgument(
+        "rviz",
+        default_value="false",
+        choices=BOOLEAN,
+        description="start RViz with a view of images, clouds and boxes; a window for each camera",
     ),
     DeclareLaunchArgument(
         "fixed_frame",
-        default_value="camera_color_optical_frame",
-        description="frame in which RViz shows clouds and boxes: the images' own, or one that tf connects with it",
+        default_value="{camera}_color_optical_frame",
+        description="frame in which RViz shows clouds and boxes: the images' own, or one that tf connects with it; "
+        "{camera} as in the topics",
     ),
     DeclareLaunchArgument(
         "foxglove",
@@ -195,14 +217,14 @@ TEXT_PARAMETERS = {
     "curve_keys": "reasoner.curve_keys",
 }
 BOOLEAN_PARAMETERS = ("autostart", "use_sim_time", "overlay")
-# Launch argument -> topic of the segmenter.
+# Launch argument -> topic of a camera, in the segmenter's namespace.
 TOPICS = {
     "image_topic": "image",
     "camera_info_topic": "camera_info",
     "depth_topic": "depth",
     "depth_camera_info_topic": "depth/camera_info",
 }
-# What rviz/virst.rviz shows, relative to the segmenter.
+# What rviz/virst.rviz shows, relative to a camera's outputs.
 RVIZ_TOPICS = ("overlay", "mask", "points", "points_without_object", "markers")
 # Parameter of the segmenter -> option of virst-reasoner: where the two must agree, or usually do.
 REASONER_OPTIONS = {
@@ -269,39 +291,58 @@ def start(context: LaunchContext) -> list:
     if value["depth_topic"]:
         parameters["use_depth"] = True
     sim_time = {name: parameters[name] for name in ("use_sim_time",) if name in parameters}
-    cameras = camera_names(value)
-    namespaces = ["/".join(part for part in (value["namespace"].strip("/"), camera) if part) for camera in cameras]
+    file, node = Path(value["params_file"]), full_name(value["namespace"], "segmenter")
+    in_file = parameters_in_file(file, node)
+    cameras = camera_names(value, in_file)
 
-    processes = [
-        segmenter(value, parameters | ({"camera_name": camera} if camera else {}), namespace, camera)
-        for camera, namespace in zip(cameras, namespaces, strict=True)
-    ]
+    processes = []
+    if value["process_per_camera"] == "true":
+        spaces = {camera: full_name(value["namespace"], camera) for camera in cameras}
+        agreed = parameters_in_file(file, f"{spaces[cameras[0]]}/segmenter") | parameters
+        for camera, space in spaces.items():
+            alone = parameters | {"cameras": [""], "camera_name": camera}
+            processes.append(segmenter(value, alone, space, remappings(value, agreed, "", camera)))
+        outputs = {camera: f"{space}/segmenter" for camera, space in spaces.items()}
+    elif cameras:
+        agreed = in_file | parameters
+        topics = [rule for camera in cameras for rule in remappings(value, agreed, f"{camera}/", camera)]
+        processes.append(segmenter(value, parameters | {"cameras": cameras}, value["namespace"], topics))
+        outputs = {camera: f"{node}/{camera}" for camera in cameras}
+    else:
+        agreed = in_file | parameters
+        topics = remappings(value, agreed, "", ONLY_CAMERA)
+        processes.append(segmenter(value, parameters, value["namespace"], topics))
+        outputs = {ONLY_CAMERA: node}
+
     if value["reasoner"] == "true":
-        processes.append(reasoner(value, parameters, f"/{namespaces[0]}/segmenter".replace("//", "/")))
+        processes.append(reasoner(value, agreed))
     if value["sim"] == "true":
-        processes.append(
-            Node(
-                package="virst_ros",
-                executable="sim_camera",
-                name="camera",
-                parameters=[{"seed": int(value["sim_seed"]), **sim_time}],
-                ros_arguments=["--log-level", value["log_level"]],
-                output="screen",
+        for number, camera in enumerate(outputs):
+            scene = {"seed": int(value["sim_seed"]) + number, "frame_id": f"{camera}_color_optical_frame"}
+            processes.append(
+                Node(
+                    package="virst_ros",
+                    executable="sim_camera",
+                    name=camera,
+                    parameters=[scene | sim_time],
+                    ros_arguments=["--log-level", value["log_level"]],
+                    output="screen",
+                )
             )
-        )
     if value["rviz"] == "true":
-        for namespace in namespaces:
+        for camera, place in outputs.items():
             processes.append(
                 Node(
                     package="rviz2",
                     executable="rviz2",
                     name="rviz",
-                    namespace=namespace,
-                    arguments=["-d", str(HERE / "rviz" / "virst.rviz"), "-f", value["fixed_frame"]],
-                    parameters=[sim_time] if sim_time else [],
-                    remappings=[
-                        (f"/segmenter/{topic}", f"/{namespace}/segmenter/{topic}") for topic in RVIZ_TOPICS if namespace
+                    namespace=full_name(value["namespace"], camera) if cameras else value["namespace"],
+                    arguments=[
+                        *("-d", str(HERE / "rviz" / "virst.rviz")),
+                        *("-f", value["fixed_frame"].replace("{camera}", camera)),
                     ],
+                    parameters=[sim_time] if sim_time else [],
+                    remappings=[(f"/segmenter/{topic}", f"{place}/{topic}") for topic in RVIZ_TOPICS],
                     output="log",
                 )
             )
@@ -318,50 +359,69 @@ def start(context: LaunchContext) -> list:
     return processes
 
 
-def camera_names(value: dict[str, str]) -> list[str]:
-    """The cameras of camera_names; one without a name where there are none. Raises ValueError."""
+def full_name(namespace: str, name: str) -> str:
+    """Of what is called so in a namespace: a node, or a namespace again."""
+    return "/" + "/".join(part for part in (namespace.strip("/"), name) if part)
+
+
+def camera_names(value: dict[str, str], in_file: dict[str, Any]) -> list[str]:
+    """The cameras of camera_names, else of the parameter file; none where one camera has no name. Raises ValueError."""
+    source = "camera_names"
     cameras = [name.strip() for name in value["camera_names"].split(",") if name.strip()]
     if not cameras:
-        return [""]
+        source = f"cameras in {value['params_file']}"
+        named = in_file.get("cameras") or []
+        cameras = [str(name) for name in (named if isinstance(named, list) else [named]) if name]
+    if not cameras:
+        if value["process_per_camera"] == "true":
+            raise ValueError("process_per_camera needs the names of the cameras, as in camera_names:=left,right")
+        return []
+    if value["camera_name"]:
+        raise ValueError(
+            f"camera_name is {value['camera_name']}, but {source} names {', '.join(cameras)}: leave camera_name out, "
+            "goals choose by those names"
+        )
     for name in cameras:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise ValueError(f"camera_names: {name!r} is no name in ROS (letters, digits, _; no digit first)")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{source}: {name!r} is no name in ROS (letters, digits, _; no digit first)")
     if len(set(cameras)) < len(cameras):
-        raise ValueError(f"camera_names: {value['camera_names']} names a camera twice")
+        raise ValueError(f"{source}: {', '.join(cameras)} names a camera twice")
     for argument in TOPICS:
         if len(cameras) > 1 and value[argument] and "{camera}" not in value[argument]:
             raise ValueError(
-                f"camera_names has {len(cameras)} cameras, but {argument} is {value[argument]} for all of them: put "
+                f"{source}: there are {len(cameras)} cameras, but {argument} is {value[argument]} for all of them: put "
                 "{camera} where their names differ, as in /{camera}/color/image_raw"
             )
     return cameras
 
 
-def segmenter(value: dict[str, str], parameters: dict[str, Any], namespace: str, camera: str) -> Node:
-    """The segmenter of one camera; `camera` is empty where there is only one."""
-    suffix = "/compressed" if value["image_transport"] == "compressed" else ""
-    remappings = []
+def remappings(value: dict[str, str], agreed: dict[str, Any], prefix: str, camera: str) -> list[tuple[str, str]]:
+    """From the segmenter's names for the topics of a camera to the camera's own."""
+    rules = []
     for argument, topic in TOPICS.items():
-        name = value[argument].replace("{camera}", camera or ONLY_CAMERA)
+        name = value[argument].replace("{camera}", camera)
         if name:
-            ending = suffix if topic == "image" else ""
-            remappings.append((f"{topic}{ending}", f"{name}{ending}"))
+            ending = "/compressed" if topic == "image" and agreed.get("image_transport") == "compressed" else ""
+            rules.append((f"{prefix}{topic}{ending}", f"{name}{ending}"))
+    return rules
+
+
+def segmenter(value: dict[str, str], parameters: dict[str, Any], namespace: str, topics: list[tuple[str, str]]) -> Node:
     return Node(
         package="virst_ros",
         executable="segmenter",
         name="segmenter",
         namespace=namespace,
         parameters=[value["params_file"], *([parameters] if parameters else [])],
-        remappings=remappings,
+        remappings=topics,
         ros_arguments=["--log-level", value["log_level"]],
         output="screen",
         sigterm_timeout=PATIENCE_S,
     )
 
 
-def reasoner(value: dict[str, str], parameters: dict[str, Any], node: str) -> ExecuteProcess:
-    """The reasoner, agreeing with the segmenter of that full name."""
-    agreed = parameters_in_file(Path(value["params_file"]), node) | parameters
+def reasoner(value: dict[str, str], agreed: dict[str, Any]) -> ExecuteProcess:
+    """The reasoner, with the parameters of the segmenter that must agree with its own."""
     # Not a ROS node: it speaks ZeroMQ only, and may run on another machine. launch_ros.Node would give it
     # --ros-args, which it does not know.
     command = [*reasoner_program(), "--log-level", REASONER_LOG_LEVELS.get(value["log_level"], value["log_level"])]

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None
         *("image_topic", "camera_info_topic", "depth_topic", "namespace", "camera_name", "params_file", "goal"),
         *("log_level", "use_sim_time", "autostart", "sim", "reasoner", "weights", "curve_keys", "rviz"),
         *("camera_names", "depth_camera_info_topic", "image_transport", "target", "overlay", "detections", "model"),
-        *("fixed_frame", "foxglove", "foxglove_port", "backend", "engine_path", "precision"),
+        *("fixed_frame", "foxglove", "foxglove_port", "backend", "engine_path", "precision", "process_per_camera"),
     } <= set(names)
     assert len(names) == len(set(names))
     for argument in launch_module.ARGUMENTS:
@@ -279,7 +280,7 @@ def test_the_segmenter_knows_every_parameter_it_gets(launch_module: Any, given: 
     assert got["target"] == given.get("target", "")
     assert got.keys() <= known.keys()
     for name, value in got.items():
-        assert type(value) is known[name].type, name
+        assert type(value) is {tuple: list}.get(known[name].type, known[name].type), name
 
 
 def test_arguments_go_before_the_parameter_file_and_empty_ones_do_not(launch_module: Any, tmp_path: Path) -> None:
@@ -310,21 +311,88 @@ def test_without_topics_the_camera_is_the_simulated_ones(launch_module: Any) -> 
     ]
 
 
-def test_several_cameras_have_a_segmenter_each_and_one_reasoner(launch_module: Any) -> None:
-    started = all_processes(
+def test_compressed_images_are_remapped_when_the_parameter_file_asks_for_them(
+    launch_module: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("segmenter: {ros__parameters: {image_transport: compressed}}")
+    node = processes(launch_module, params_file=str(file), image_topic="/a")["segmenter"]
+    assert node.named["remappings"][0] == ("image/compressed", "/a/compressed")
+    raw = processes(launch_module, params_file=str(file), image_topic="/a", image_transport="raw")["segmenter"]
+    assert raw.named["remappings"][0] == ("image", "/a")
+
+
+def test_several_cameras_share_a_segmenter(launch_module: Any) -> None:
+    node, reasoner = all_processes(
         launch_module, camera_names="left, right", namespace="robot", depth_topic="/{camera}/depth", goal="the can"
     )
-    left, right, reasoner = started
     assert reasoner.named["name"] == "reasoner"
+    assert (node.named["namespace"], node.named["name"]) == ("robot", "segmenter")
+    got = parameters(node)
+    assert (got["cameras"], got["initial_goal"], got["use_depth"]) == (["left", "right"], "the can", True)
+    assert node.named["remappings"] == [
+        ("left/image", "/left/color/image_raw"),
+        ("left/camera_info", "/left/color/camera_info"),
+        ("left/depth", "/left/depth"),
+        ("right/image", "/right/color/image_raw"),
+        ("right/camera_info", "/right/color/camera_info"),
+        ("right/depth", "/right/depth"),
+    ]
+
+
+def test_one_named_camera_is_a_list_of_one(launch_module: Any) -> None:
+    node = processes(launch_module, camera_names="left", image_topic="/image", image_transport="compressed")[
+        "segmenter"
+    ]
+    assert parameters(node)["cameras"] == ["left"]
+    assert node.named["remappings"][0] == ("left/image/compressed", "/image/compressed")
+
+
+def test_a_parameter_file_may_name_the_cameras(launch_module: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "/robot/segmenter: {ros__parameters: {cameras: [left, right]}}\n"
+        "/other/segmenter: {ros__parameters: {cameras: ['']}}\n"
+    )
+    node = processes(launch_module, params_file=str(file), namespace="robot")["segmenter"]
+    assert node.named["parameters"] == [str(file), {"cameras": ["left", "right"]}]
+    assert [rule[0] for rule in node.named["remappings"]] == [
+        *("left/image", "left/camera_info"),
+        *("right/image", "right/camera_info"),
+    ]
+    for namespace in ("", "other"):
+        node = processes(launch_module, params_file=str(file), namespace=namespace)["segmenter"]
+        assert [rule[0] for rule in node.named["remappings"]] == ["image", "camera_info"]
+    chosen = processes(launch_module, params_file=str(file), namespace="robot", camera_names="top")["segmenter"]
+    assert chosen.named["parameters"][1]["cameras"] == ["top"]
+    assert [rule[0] for rule in chosen.named["remappings"]] == ["top/image", "top/camera_info"]
+
+
+@pytest.mark.parametrize("names", ["left,right", ""], ids=["by argument", "by the file"])
+def test_a_process_per_camera_has_its_own_namespace_and_device(launch_module: Any, tmp_path: Path, names: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "/**: {ros__parameters: {cameras: [left, right]}}\n"
+        "/robot/left/segmenter: {ros__parameters: {model: {device: 'cuda:1'}}}\n"
+    )
+    left, right, reasoner = all_processes(
+        launch_module,
+        params_file=str(file),
+        camera_names=names,
+        namespace="robot",
+        process_per_camera="true",
+        goal="the can",
+    )
     for node, camera in ((left, "left"), (right, "right")):
-        assert node.named["namespace"] == f"robot/{camera}"
-        assert parameters(node)["camera_name"] == camera
-        assert parameters(node)["initial_goal"] == "the can"
+        assert node.named["namespace"] == f"/robot/{camera}"
+        of_file, given = node.named["parameters"]
+        assert of_file == str(file)
+        assert given == {"cameras": [""], "camera_name": camera, "initial_goal": "the can"}
         assert node.named["remappings"] == [
             ("image", f"/{camera}/color/image_raw"),
             ("camera_info", f"/{camera}/color/camera_info"),
-            ("depth", f"/{camera}/depth"),
         ]
+    assert reasoner_options({"reasoner": reasoner})["--device"] == "cuda:1", "as the first segmenter"
 
 
 @pytest.mark.parametrize(
@@ -334,6 +402,9 @@ def test_several_cameras_have_a_segmenter_each_and_one_reasoner(launch_module: A
         ({"camera_names": "left,left"}, "names a camera twice"),
         ({"camera_names": "left,1st"}, "'1st' is no name in ROS"),
         ({"camera_names": "left/right"}, "'left/right' is no name in ROS"),
+        ({"camera_names": "l\u00e4ngs"}, "'l\u00e4ngs' is no name in ROS"),
+        ({"camera_names": "left,right", "camera_name": "head"}, "leave camera_name out"),
+        ({"process_per_camera": "true"}, "needs the names of the cameras"),
     ],
 )
 def test_cameras_that_cannot_be_are_named(launch_module: Any, given: dict[str, str], says: str) -> None:
@@ -341,13 +412,41 @@ def test_cameras_that_cannot_be_are_named(launch_module: Any, given: dict[str, s
         all_processes(launch_module, **given)
 
 
+def test_wrong_cameras_of_a_parameter_file_are_named_with_the_file(launch_module: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("/**: {ros__parameters: {cameras: [left, left]}}\n")
+    with pytest.raises(ValueError, match=re.escape(f"cameras in {file}: left, left names a camera twice")):
+        all_processes(launch_module, params_file=str(file))
+
+
 def test_reasoner_and_simulated_camera_can_be_chosen(launch_module: Any) -> None:
     assert processes(launch_module, reasoner="false").keys() == {"segmenter"}
     with_camera = processes(launch_module, sim="true", sim_seed="7")
     assert with_camera.keys() == {"segmenter", "reasoner", "sim_camera"}
-    assert with_camera["sim_camera"].named["parameters"] == [{"seed": 7}]
+    assert with_camera["sim_camera"].named["name"] == "camera"
+    assert with_camera["sim_camera"].named["parameters"] == [{"seed": 7, "frame_id": "camera_color_optical_frame"}]
     in_sim_time = processes(launch_module, sim="true", use_sim_time="true")
     assert in_sim_time["sim_camera"].named["parameters"][0]["use_sim_time"] is True
+
+
+@pytest.mark.parametrize("apart", ["false", "true"])
+def test_each_named_camera_is_simulated_on_the_topics_that_are_segmented(launch_module: Any, apart: str) -> None:
+    started = all_processes(
+        launch_module, sim="true", sim_seed="7", camera_names="left,right", process_per_camera=apart
+    )
+    cameras = [node for node in started if node.named.get("executable") == "sim_camera"]
+    assert [(node.named["name"], node.named["parameters"]) for node in cameras] == [
+        ("left", [{"seed": 7, "frame_id": "left_color_optical_frame"}]),
+        ("right", [{"seed": 8, "frame_id": "right_color_optical_frame"}]),
+    ]
+    listened = {
+        topic
+        for node in started
+        if node.named.get("executable") == "segmenter"
+        for _, topic in node.named["remappings"]
+        if topic.endswith("image_raw")
+    }
+    assert listened == {f"/{node.named['name']}/color/image_raw" for node in cameras}
 
 
 def test_rviz_starts_when_it_is_chosen(launch_module: Any) -> None:
@@ -356,7 +455,8 @@ def test_rviz_starts_when_it_is_chosen(launch_module: Any) -> None:
     file, frame = rviz.named["arguments"][1::2]
     assert Path(file).is_file()
     assert frame == "camera_color_optical_frame"
-    assert rviz.named["parameters"] == rviz.named["remappings"] == []
+    assert rviz.named["parameters"] == []
+    assert all(topic == shown for topic, shown in rviz.named["remappings"])
     assert rviz.named["package"] == "rviz2"
 
 
@@ -365,6 +465,22 @@ def test_rviz_shows_the_topics_of_the_namespace(launch_module: Any) -> None:
     moved = dict(rviz.named["remappings"])
     assert moved.keys() == shown_in_rviz()
     assert moved["/segmenter/overlay"] == "/robot/segmenter/overlay"
+
+
+@pytest.mark.parametrize(
+    ("apart", "place"), [("false", "/robot/segmenter/{}"), ("true", "/robot/{}/segmenter")], ids=["one", "apart"]
+)
+def test_rviz_has_a_window_for_each_camera(launch_module: Any, apart: str, place: str) -> None:
+    started = all_processes(
+        launch_module, rviz="true", namespace="robot", camera_names="left,right", process_per_camera=apart
+    )
+    windows = [node for node in started if node.named.get("executable") == "rviz2"]
+    assert len({(node.named["namespace"], node.named["name"]) for node in windows}) == 2
+    for window, camera in zip(windows, ("left", "right"), strict=True):
+        moved = dict(window.named["remappings"])
+        assert moved.keys() == shown_in_rviz()
+        assert moved["/segmenter/points"] == f"{place.format(camera)}/points"
+        assert window.named["arguments"][-1] == f"{camera}_color_optical_frame"
 
 
 def shown_in_rviz() -> set[str]:
@@ -426,6 +542,22 @@ def test_the_foxglove_layout_shows_what_there_is() -> None:
     assert sorted(placed) == sorted(layout["configById"]), "every panel has one place"
 
 
+def test_the_documented_command_makes_a_layout_for_one_of_several_cameras(tmp_path: Path) -> None:
+    text = (LAUNCH.parent / "docs" / "cameras.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"sed -E '([^']+)'", text)
+    layout = LAUNCH / "foxglove" / "virst.json"
+    made = subprocess.run(["sed", "-E", script, layout], capture_output=True, text=True, check=True).stdout
+    before, after = (json.loads(source)["configById"] for source in (layout.read_text(encoding="utf-8"), made))
+    assert after["Image!overlay"]["imageMode"]["imageTopic"] == "/segmenter/left/overlay"
+    clouds_before, clouds_after = (panels["3D!places"]["topics"].keys() for panels in (before, after))
+    assert clouds_after == {topic.replace("/segmenter/", "/segmenter/left/") for topic in clouds_before}
+    assert after["3D!places"]["followTf"] == "left_color_optical_frame"
+    assert after["CallService!set_goal"] == before["CallService!set_goal"]
+    told = [panel["value"] for panel in after["Plot!age"]["paths"]] + [after["RawMessages!objects"]["topicPath"]]
+    assert all(topic.startswith("/segmenter/left/objects") for topic in told)
+    assert after["DiagnosticSummary!all"] == before["DiagnosticSummary!all"]
+
+
 def test_rviz_shows_what_there_is() -> None:
     assert shown_in_rviz() <= published_topics()
 
@@ -477,7 +609,7 @@ def test_the_real_launch_packages_accept_the_file() -> None:
     from launch.launch_description_sources import PythonLaunchDescriptionSource
 
     context = LaunchContext()
-    for file, least in ((LAUNCH_FILE, 25), (REPLAY_FILE, 30)):
+    for file, least in ((LAUNCH_FILE, 32), (REPLAY_FILE, 37)):
         description = PythonLaunchDescriptionSource(str(file)).get_launch_description(context)
         names = [argument.name for argument in description.get_launch_arguments()]
         assert len(names) >= least
