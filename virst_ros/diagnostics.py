@@ -115,6 +115,7 @@ class Diagnostics:
         self._troubles: dict[str, list[str]] = {}
         self._logged: dict[str, set[str]] = {}
         self._logged_s: dict[tuple[str, str], float] = {}
+        self._goal_troubles: list[str] = []
         self.reset()
 
     def reset(self) -> None:
@@ -460,7 +461,10 @@ class Diagnostics:
             ]
             if refused:
                 level, message = WARN, f"{refused[0].goal_id}: {refused[0].message}"
-                self._troubles["goals"] = [f"{found.goal_id}: {found.message}" for found in refused]
+            told = [f"{found.goal_id}: {found.message}" for found in refused]
+            # Twice in a row: an object that is found says for a moment that it catches up, and that is no trouble.
+            self._troubles["goals"] = [trouble for trouble in told if trouble in self._goal_troubles]
+            self._goal_troubles = told
         return _status(f"{self._name}: goals", level, message, self.model.device, values)
 
     def _process(self, node: str, state: str) -> DiagnosticStatus:

@@ -297,8 +297,8 @@ FAULTS = (
         "a size of 4 thousand million pixels, and a few bytes",
         _described(height=2**16, width=2**16, step=3 * 2**16, size=1000),
         Masks.NONE,
-        log="it was cut short",
-        diagnostics="65536x65536 .*it was cut short",
+        log="65536x65536, more than",
+        diagnostics="65536x65536, more than",
     ),
     Fault(
         "no_pixels",
@@ -420,7 +420,7 @@ FAULTS = (
         "a few bytes claim to be a PNG of 9000x9000",
         _compressed(lambda _: _png_header(9000, 9000) + bytes(64)),
         Masks.NONE,
-        log="claim to be 9000x9000",
-        diagnostics="claim to be 9000x9000",
+        log="9000x9000, more than",
+        diagnostics="9000x9000, more than",
     ),
 )

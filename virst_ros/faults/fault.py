@@ -63,7 +63,7 @@ class Fault:
             and values) and the answers to the fault's own requests; empty where there is nothing that the node could
             know.
         masks: what they do meanwhile.
-        least_s, most_s: how long it lasts at least, and at most until everything expected was heard.
+        least_s, most_s: how long it lasts at least, and how long everything expected is waited for at most.
         reasoner: who has to answer.
         refreshes: afterwards, the reasoner must have answered anew, too.
         loses_goals: what is done ends all goals by design; the goal is set again when it is over.

@@ -214,7 +214,6 @@ FAULTS = (
         Masks.OF_GOAL,
         log="nobody publishes /clock",
         diagnostics="nobody publishes /clock",
-        most_s=40.0,
     ),
     Fault(
         "memory_too_little",

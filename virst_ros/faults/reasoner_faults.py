@@ -276,7 +276,6 @@ PROCESS_FAULTS = (
         log="no reasoner answers at",
         diagnostics="no reasoner answers at",
         least_s=2.0,
-        most_s=40.0,
         refreshes=True,
     ),
 )
@@ -290,7 +289,6 @@ SCRIPTED_FAULTS = (
         log="no answer of the reasoner for 5 s",
         diagnostics="no answer of the reasoner for 5 s",
         least_s=31.0,
-        most_s=31.0,
         refreshes=True,
     ),
     Fault(

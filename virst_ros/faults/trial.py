@@ -66,7 +66,7 @@ def _listen(
 
     if fault.answer:
         verdict.answer = " / ".join(dict.fromkeys(harness.answers))[:400]
-    wait_until(hear, max(0.5, begin_s + fault.most_s - time.monotonic()), period_s=0.1)
+    wait_until(hear, fault.most_s, period_s=0.1)
     problems = []
     for what, pattern, found in (
         ("log", fault.log, verdict.log_line),
