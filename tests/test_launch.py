@@ -395,6 +395,24 @@ def test_a_process_per_camera_has_its_own_namespace_and_device(launch_module: An
     assert reasoner_options({"reasoner": reasoner})["--device"] == "cuda:1", "as the first segmenter"
 
 
+def test_the_parameter_files_of_the_documentation_work(launch_module: Any, tmp_path: Path) -> None:
+    text = (LAUNCH.parent / "docs" / "cameras.md").read_text(encoding="utf-8")
+    shared, apart = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    known = {spec.name for spec in [*engine_specs(), *node_specs()]}
+    file = tmp_path / "documented.yaml"
+    for content, nodes in ((shared, ["/segmenter"]), (apart, ["/left/segmenter", "/right/segmenter"])):
+        file.write_text(content)
+        for node in nodes:
+            found = launch_module.parameters_in_file(file, node)
+            assert found
+            assert found.keys() <= known
+
+    file.write_text(shared)
+    node = processes(launch_module, params_file=str(file))["segmenter"]
+    rules = [f"{inside}:={outside}" for inside, outside in node.named["remappings"]]
+    assert rules == re.findall(r"-r (\S+:=\S+)", text), "by hand as by the launch file"
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
