@@ -8,7 +8,16 @@ if TYPE_CHECKING:
     from virst_engine.config import EngineConfig
     from virst_engine.fast.postprocess import instance_map
     from virst_engine.session import Session
-    from virst_engine.types import ClickPrompt, Frame, FrameResult, Goal, MaskPrompt, ObjectResult, ObjectState
+    from virst_engine.types import (
+        ClickPrompt,
+        Frame,
+        FrameResult,
+        Goal,
+        KnownObject,
+        MaskPrompt,
+        ObjectResult,
+        ObjectState,
+    )
 
 __all__ = [
     "ClickPrompt",
@@ -16,6 +25,7 @@ __all__ = [
     "Frame",
     "FrameResult",
     "Goal",
+    "KnownObject",
     "MaskPrompt",
     "ObjectResult",
     "ObjectState",

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig
 from virst_engine.errors import BadPrompt, VirstError
+from virst_engine.fast.object_registry import ONLY_CAMERA, ObjectRegistry
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import resize_image
 from virst_engine.fast.prompts import check_prompt
 from virst_engine.fast.tracker import DecodedAnchors, Sighting, TrackedFrame, Tracker
+from virst_engine.instance_tracks import InstanceTracks
 from virst_engine.slow.anchors import (
     Action,
     AnchorEvidence,
@@ -79,11 +81,13 @@ class _Track:
     replay_is_settled: bool = False
     latency_s: float = float("nan")
     problem: str = ""  # what was wrong with the newest answer
+    instances: InstanceTracks | None = None  # of a goal that is split
 
 
 @dataclass(frozen=True)
 class _Prompted:
     goal_id: str
+    object_id: str
     step: int
     prompt: ClickPrompt | MaskPrompt
 
@@ -95,6 +99,7 @@ class _Command:
     add: _Track | None = None
     remove: _Track | None = None
     prompt: _Prompted | None = None
+    remove_instance: str = ""  # object id
     reset: bool = False
     config: EngineConfig | None = None
 
@@ -112,11 +117,13 @@ class CameraStream:
         stages: Stages,
         reasoner: ReasonerClient,
         lock: threading.Lock,
+        registry: ObjectRegistry,
         *,
         device: torch.device,
-        camera: str = "",
+        camera: str = ONLY_CAMERA,
     ) -> None:
         """`camera`: the only one whose frames are taken; empty: that of the first frame."""
+        self._registry, self._registered_as = registry, camera
         self._config, self._reasoner = config, reasoner
         self._device = device
         self._sizes = stages.sizes  # of the model's own image size; the tracker may use another
@@ -141,7 +148,8 @@ class CameraStream:
         self._requests = RequestBook(config.reasoner)
         self._commands: list[_Command] = []
         self._pending: dict[str, _Track] = {}  # every goal that is set, the newest included
-        self._states: dict[str, ObjectState] = {}
+        self._states: dict[str, ObjectState] = {}  # by goal id
+        self._instance_states: dict[str, ObjectState] = {}  # by object id
         self._cached: dict[int, tuple[int, tuple[int, int]]] = {}  # stamp -> step, height and width; oldest first
 
     def close(self) -> None:
@@ -153,7 +161,7 @@ class CameraStream:
     def follow(self, goal: Goal, slot: int) -> None:
         """Look for the goal's object from the next frame on. Under the lock."""
         self._requests.add(goal)
-        track = _Track(goal, slot)
+        track = self._new_track(goal, slot)
         self._pending[goal.goal_id] = track
         self._commands.append(_Command(add=track))
 
@@ -166,9 +174,13 @@ class CameraStream:
         """Under the lock."""
         return goal_id in self._pending
 
-    def prompt(self, goal_id: str, step: int, prompt: ClickPrompt | MaskPrompt) -> None:
-        """A prompt that `check_prompt` allowed. Under the lock."""
-        self._commands.append(_Command(prompt=_Prompted(goal_id, step, prompt)))
+    def prompt(self, goal_id: str, object_id: str, step: int, prompt: ClickPrompt | MaskPrompt) -> None:
+        """A prompt that `check_prompt` allowed, for the goal's object or an instance. Under the lock."""
+        self._commands.append(_Command(prompt=_Prompted(goal_id, object_id, step, prompt)))
+
+    def remove_instance(self, object_id: str) -> None:
+        """Under the lock."""
+        self._commands.append(_Command(remove_instance=object_id))
 
     def check_prompt(self, prompt: ClickPrompt | MaskPrompt, stamp_ns: int | None) -> int:
         """The step of the prompt's frame. Under the lock. Raises BadPrompt."""
@@ -188,6 +200,10 @@ class CameraStream:
     def state(self, goal_id: str) -> ObjectState:
         """In the newest frame; SEARCHING for a goal that no frame has met yet. Under the lock."""
         return self._states.get(goal_id, ObjectState.SEARCHING)
+
+    def instance_state(self, object_id: str) -> ObjectState | None:
+        """In the newest frame; None where this camera has no such instance. Under the lock."""
+        return self._instance_states.get(object_id)
 
     def reset(self) -> None:
         """Under the lock."""
@@ -243,22 +259,42 @@ class CameraStream:
         with timer.stage("replay"):
             for slot in self.tracker.catch_up():
                 self._note_takeover(slot)
+        with timer.stage("instances"):
+            self._split(frame, tracked.step)
         with timer.stage("postprocess"):
             height, width = frame.image_rgb_u8.shape[:2]
-            objects = tuple(
-                self._result(track, frame.stamp_ns, height, width)
-                for track in self._tracks.values()
-                if track.goal.camera in ("", frame.camera)
-            )
+            objects = []
+            for track in self._tracks.values():
+                if track.goal.camera in ("", frame.camera):
+                    union = self._result(track, frame.stamp_ns, height, width)
+                    objects.append(union)
+                    if track.instances is not None:
+                        objects += track.instances.results(union, frame.stamp_ns, height, width)
         with self._lock:
             self._states = {goal_id: track.state for goal_id, track in self._tracks.items()}
+            split = [track.instances for track in self._tracks.values() if track.instances is not None]
+            self._instance_states = {name: state for each in split for name, state in each.states().items()}
             if not any(command.reset for command in self._commands):
                 self._cached.pop(frame.stamp_ns, None)
                 self._cached[frame.stamp_ns] = (tracked.step, (height, width))
             gone = tracked.step - self._ring_steps
             for stamp_ns in [stamp_ns for stamp_ns, (step, _) in self._cached.items() if step <= gone]:
                 del self._cached[stamp_ns]
-        return objects
+        return tuple(objects)
+
+    def _new_track(self, goal: Goal, slot: int) -> _Track:
+        instances = None
+        if goal.max_instances > 1:
+            instances = InstanceTracks(
+                goal,
+                self.tracker,
+                self._registry,
+                self._lock,
+                self._config.tracking,
+                camera=self._registered_as,
+                image_size=self._sizes.image_size,
+            )
+        return _Track(goal, slot, instances=instances)
 
     def _carry_out_commands(self) -> None:
         with self._lock:
@@ -267,29 +303,48 @@ class CameraStream:
             if command.remove is not None:
                 goal_id = command.remove.goal.goal_id
                 self._tracks.pop(goal_id, None)
+                if command.remove.instances is not None:
+                    command.remove.instances.clear()
                 self.tracker.forget(command.remove.slot)
                 self._reasoner.cancel(goal_id)
             if command.add is not None:
                 self._tracks[command.add.goal.goal_id] = command.add
             if command.prompt is not None and command.prompt.goal_id in self._tracks:
                 self._apply_prompt(self._tracks[command.prompt.goal_id], command.prompt)
+            if command.remove_instance:
+                for track in self._tracks.values():
+                    if track.instances is not None:
+                        track.instances.remove(command.remove_instance)
             if command.config is not None:
                 self._config = command.config
+                for track in self._tracks.values():
+                    if track.instances is not None:
+                        track.instances.reconfigure(self._config.tracking)
                 self.tracker.reconfigure(self._config.memory, self._config.tracking)
                 with self._lock:
                     self._requests.reconfigure(self._config.reasoner)
             if command.reset:
+                for track in self._tracks.values():
+                    if track.instances is not None:
+                        track.instances.release()
                 self.tracker.restart()
                 self._window.clear()
                 with self._lock:
                     self._cached.clear()
-                self._tracks = {goal_id: _Track(track.goal, track.slot) for goal_id, track in self._tracks.items()}
+                self._tracks = {
+                    goal_id: _Track(track.goal, track.slot, instances=track.instances)
+                    for goal_id, track in self._tracks.items()
+                }
                 with self._lock:
                     self._requests.new_epoch()  # once more: since `reset` this thread may have asked about an old clip
                 for goal_id in self._tracks:
                     self._reasoner.cancel(goal_id)
 
     def _apply_prompt(self, track: _Track, prompted: _Prompted) -> None:
+        if prompted.object_id != track.goal.object_id:
+            if track.instances is not None:
+                track.instances.prompt(prompted.object_id, prompted.step, prompted.prompt)
+            return
         stamp_ns = self.tracker.ring.stamp_ns(prompted.step)
         try:
             sighting = self.tracker.prompt(track.slot, prompted.step, prompted.prompt)
@@ -338,7 +393,11 @@ class CameraStream:
             track.seen_dispute, track.seen_claim = track.dispute, track.claim
 
     def _note_takeover(self, slot: int) -> None:
-        track = next(track for track in self._tracks.values() if track.slot == slot)
+        track = next((track for track in self._tracks.values() if track.slot == slot), None)
+        if track is None:
+            return  # an instance, whose sighting says all
+        if track.instances is not None:
+            track.instances.union_was_replaced()
         sighting = self.tracker.sighting(slot)
         is_present = sighting is not None and sighting.is_present
         track.state = ObjectState.TRACKING if is_present else ObjectState.LOST
@@ -458,10 +517,25 @@ class CameraStream:
         elif decision.action is Action.DECLARE_ABSENT:
             self.tracker.forget(track.slot)
             track.state, track.newest_anchor_ns, track.is_settled = ObjectState.NOT_FOUND, None, False
+            if track.instances is not None:
+                track.instances.release()
         elif decision.action is Action.JUMP:
             self.tracker.jump(track.slot, anchors, decision.chosen[-1])
+            if track.instances is not None:
+                track.instances.union_was_replaced()
             track.newest_anchor_ns, track.is_settled, track.is_weak = newest_ns, False, True
             self._ask_again(track)
+
+    def _split(self, frame: Frame, step: int) -> None:
+        """Look at the instances of the goals that are split."""
+        height, width = frame.image_rgb_u8.shape[:2]
+        for track in self._tracks.values():
+            if track.instances is None or track.goal.camera not in ("", frame.camera):
+                continue
+            union = self.tracker.sighting(track.slot)
+            is_sure = track.state is ObjectState.TRACKING and self._is_confident(track)
+            is_sure = is_sure and track.newest_anchor_ns is not None and not self.tracker.is_replaying(track.slot)
+            track.instances.watch(union if is_sure else None, step, frame.stamp_ns, height, width)
 
     def _decode(self, track: _Track, prompts: Sequence[Prompt]) -> DecodedAnchors | None:
         embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in prompts]).astype(np.float32))
@@ -558,7 +632,7 @@ class CameraStream:
 
     def _message(self, track: _Track) -> str:
         if track.problem or track.state is ObjectState.TRACKING:
-            return track.problem
+            return track.problem or (track.instances.message if track.instances is not None else "")
         if self._trouble and track.goal.sentence:
             return self._trouble
         if not self._has_reasoner and track.goal.sentence:

@@ -124,7 +124,9 @@ class MemoryParameters:
 
 @dataclass(frozen=True)
 class TrackingParameters:
-    max_objects: int = parameter(8, "goals at once; sizes the buffers", low=1, high=254)
+    max_objects: int = parameter(
+        8, "goals at once, and in each camera goals and their instances together; sizes the buffers", low=1, high=254
+    )
     lost_after_steps: int = parameter(
         3, "frames without the object before TRACKING becomes LOST", low=1, high=1000, live=True
     )
@@ -151,6 +153,13 @@ class TrackingParameters:
         "answers in a row that must point at the same object before a goal that was not found is tracked",
         low=1,
         high=100,
+        live=True,
+    )
+    instance_steps: int = parameter(
+        6,
+        "frames in which a part of a goal that is split has to be seen apart from the others before it is an instance",
+        low=1,
+        high=1000,
         live=True,
     )
     replay_steps: int = parameter(
@@ -192,6 +201,12 @@ class ReasonerParameters:
 @dataclass(frozen=True)
 class GoalParameters:
     max_length: int = parameter(300, "characters of a goal", low=1, high=100_000)
+    split_plurals: bool = parameter(
+        False,
+        "split a goal in the plural ('the balls', 'two boxes') into its instances where the request does not say "
+        "whether to",
+        live=True,
+    )
 
     def __post_init__(self) -> None:
         check_fields("goal", self)

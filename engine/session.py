@@ -22,7 +22,7 @@ from virst_engine.fast.tracker import step_together
 from virst_engine.slow.goals import GoalBook
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.timing import StageTimer
-from virst_engine.types import ClickPrompt, Frame, FrameResult, Goal, MaskPrompt, ObjectState
+from virst_engine.types import ClickPrompt, Frame, FrameResult, Goal, KnownObject, MaskPrompt, ObjectState
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ class Session:
         self._lock = threading.Lock()  # guards what follows; never held while a model runs
         self._config = config
         self._book = GoalBook(config.goal, config.tracking.max_objects)
-        self._registry = ObjectRegistry(config.tracking.max_objects)
+        self._registry = ObjectRegistry(config.tracking.max_objects, tuple(clients))
         self._streams = {
-            camera: CameraStream(config, stages, client, self._lock, device=self._device, camera=camera)
+            camera: CameraStream(config, stages, client, self._lock, self._registry, device=self._device, camera=camera)
             for camera, client in clients.items()
         }
         self._clock_s = clock_s
@@ -134,11 +134,23 @@ class Session:
         return tuple(camera for camera in self._streams if camera != ANY_CAMERA)
 
     def set_goal(
-        self, sentence: str, *, goal_id: str = "", object_id: str = "", camera: str = "", replace: bool = False
+        self,
+        sentence: str,
+        *,
+        goal_id: str = "",
+        object_id: str = "",
+        camera: str = "",
+        replace: bool = False,
+        max_instances: int = 0,
     ) -> Goal:
         """Start looking for what the sentence means; returns at once. Empty ids are filled in.
 
         With `replace`, every other goal is cleared first. `camera`: the only one to look at; empty: all of them.
+
+        A goal that is split has, beside its object, the union of all that the sentence means, up to `max_instances`
+        single objects in each camera. They are found as parts of the union that are seen apart, named
+        "<object_id>.1", "<object_id>.2", ..., and tracked each by a memory of its own. 1: it is not split; 0: it is
+        when `goal.split_plurals` is on and the sentence is in the plural.
 
         Raises:
             BadGoal: it cannot be set; nothing has changed.
@@ -146,7 +158,14 @@ class Session:
         with self._lock:
             if self.cameras and camera and camera not in self.cameras:
                 raise BadGoal(f"there is no camera {camera[:40]!r}; there are: {', '.join(self.cameras)}")
-            goal = self._book.prepare(sentence, goal_id=goal_id, object_id=object_id, camera=camera, replace=replace)
+            goal = self._book.prepare(
+                sentence,
+                goal_id=goal_id,
+                object_id=object_id,
+                camera=camera,
+                replace=replace,
+                max_instances=max_instances,
+            )
             if replace:
                 for old in self._book.goals():
                     self._clear(old.goal_id)
@@ -182,14 +201,14 @@ class Session:
                 "", goal_id=goal_id, object_id=object_id, camera=camera if self.cameras else "", is_pointed_out=True
             )
             goal = self._follow(goal)
-            stream.prompt(goal.goal_id, step, prompt)
+            stream.prompt(goal.goal_id, goal.object_id, step, prompt)
         logger.info("goal %s: pointed out", goal.goal_id)
         return goal
 
     def prompt_object(
         self, object_id: str, prompt: ClickPrompt | MaskPrompt, *, stamp_ns: int | None = None, camera: str = ""
     ) -> Goal:
-        """Show an object that is set already (by a sentence or a prompt) once more; its identity stays.
+        """Show an object that is set already (by a sentence or a prompt), or an instance, once more; its ids stay.
 
         The prompt becomes an anchor, and settles the object in that camera: the reasoner overrules it only as it would
         its own answer to a full window. Arguments and errors as of `add_object`; UnknownGoal when no goal has this
@@ -198,17 +217,59 @@ class Session:
         with self._lock:
             stream = self._prompted_stream(camera)
             there = [goal for goal in self._book.goals() if stream.follows(goal.goal_id)]
-            goal = next((goal for goal in there if goal.object_id == object_id), None)
+            found = self._registry.find(object_id)
+            is_there = found is not None and (not found.part_of or stream.instance_state(object_id) is not None)
+            owner = (found.part_of or object_id) if found is not None and is_there else ""
+            goal = next((goal for goal in there if goal.object_id == owner), None)
             if goal is None:
                 known = ", ".join(repr(goal.object_id) for goal in there) or "none"
                 raise UnknownGoal(f"there is no object {object_id[:128]!r} to prompt; objects that are set: {known}")
-            stream.prompt(goal.goal_id, stream.check_prompt(prompt, stamp_ns), prompt)
+            stream.prompt(goal.goal_id, object_id, stream.check_prompt(prompt, stamp_ns), prompt)
         return goal
 
     def clear_goal(self, goal_id: str) -> Goal:
         """Stop tracking its object. Raises UnknownGoal."""
         with self._lock:
             return self._clear(goal_id)
+
+    def remove_object(self, object_id: str) -> None:
+        """Stop showing an object. An instance goes alone, and does not come back; any other takes its goal with it.
+
+        Raises UnknownGoal.
+        """
+        with self._lock:
+            found = self._registry.find(object_id)
+            if found is None:
+                known = ", ".join(repr(goal.object_id) for goal in self._book.goals()) or "none"
+                raise UnknownGoal(f"there is no object {object_id[:128]!r}; objects that are set: {known}")
+            if not found.part_of:
+                self._clear(next(goal.goal_id for goal in self._book.goals() if goal.object_id == object_id))
+                return
+            self._registry.hide(object_id)
+            for stream in self._streams.values():
+                stream.remove_instance(object_id)
+
+    def known_objects(self) -> dict[str, tuple[KnownObject, ...]]:
+        """Goal id -> its object, and then the instances that were found of it in all cameras."""
+        states = self.goal_states()
+        with self._lock:
+            return {
+                goal.goal_id: (
+                    KnownObject(goal.object_id, goal.instance_id, states.get(goal.goal_id, ObjectState.SEARCHING)),
+                    *(
+                        KnownObject(
+                            each.object_id, each.instance_id, self._instance_state(each.object_id), goal.object_id
+                        )
+                        for each in self._registry.instances(goal.object_id)
+                    ),
+                )
+                for goal in self._book.goals()
+            }
+
+    def _instance_state(self, object_id: str) -> ObjectState:
+        """Under the lock. Of one that was found in the frame that is under way: TRACKING."""
+        known = (stream.instance_state(object_id) for stream in self._streams.values())
+        return next((state for state in known if state is not None), ObjectState.TRACKING)
 
     def goals(self) -> tuple[Goal, ...]:
         """In the order in which they were set."""
@@ -256,6 +317,7 @@ class Session:
                     if getattr(old, f.name) != getattr(new, f.name) and not f.metadata.get("live"):
                         raise ValueError(f"{group.name}.{f.name} cannot change while the session runs; open a new one")
             self._config = config
+            self._book.reconfigure(config.goal)
             for stream in self._streams.values():
                 stream.reconfigure(config)
 
@@ -384,18 +446,20 @@ class Session:
 
     def _follow(self, goal: Goal) -> Goal:
         """Give the goal ids of an object, and set it in its cameras. Under the lock."""
-        assignment = self._registry.assign(goal.object_id)
+        cameras = [camera for camera in self._streams if not self.cameras or goal.camera in ("", camera)]
+        assignment = self._registry.assign(goal.object_id, cameras)
         goal = dataclasses.replace(goal, instance_id=assignment.instance_id)
         self._book.put(goal)
-        for camera, stream in self._streams.items():
-            if not self.cameras or goal.camera in ("", camera):
-                stream.follow(goal, assignment.slot)
+        for camera in cameras:
+            self._streams[camera].follow(goal, assignment.slots[camera])
         return goal
 
     def _clear(self, goal_id: str) -> Goal:
         """Under the lock."""
         goal = self._book.clear(goal_id)
-        self._registry.release(goal.object_id)
+        for each in (*self._registry.instances(goal.object_id, hidden=True), self._registry.find(goal.object_id)):
+            if each is not None:
+                self._registry.release(each.object_id)
         for stream in self._streams.values():
             if stream.follows(goal_id):
                 stream.unfollow(goal_id)

@@ -187,9 +187,10 @@ class MaskPrompt:
 
 @dataclass(frozen=True)
 class Goal:
-    """A sentence that the user set. One goal owns one object: the union of everything the sentence means.
+    """A sentence that the user set. Its object is the union of everything the sentence means.
 
-    An object that the user pointed out has a goal without a sentence: the reasoner is never asked about it.
+    A goal that is split owns the single objects of that union, too: its instances, which are found in each camera. An
+    object that the user pointed out has a goal without a sentence: the reasoner is never asked about it.
     """
 
     goal_id: str
@@ -197,6 +198,17 @@ class Goal:
     sentence: str
     camera: str = ""  # '' = every camera
     instance_id: int = 0  # 1..254, the object's value in the mask image
+    max_instances: int = 1  # single objects that it is split into at most, in each camera; 1: only the union
+
+
+@dataclass(frozen=True)
+class KnownObject:
+    """One object of a goal, the union or one of its instances, as it was in the newest frame."""
+
+    object_id: str
+    instance_id: int
+    state: ObjectState
+    part_of: str = ""  # of an instance: the object id of its union
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,7 @@ class ObjectResult:
     prompt_age_s: float  # since the capture of the newest anchor's frame; inf when there is none
     reasoner_latency_s: float  # of the newest answer; nan when there is none
     message: str = ""  # for people: why it is not tracking, or what was wrong with the newest answer while it is
+    part_of: str = ""  # of an instance: the object id of the union that it is a part of
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,14 @@ def colour_of(instance_id: int) -> tuple[int, int, int]:
     return PALETTE[(instance_id - 1) % len(PALETTE)]
 
 
+def caption_of(found: ObjectResult, captions: Mapping[str, str]) -> str:
+    """What to call an object for people: its goal's caption (by goal id), an instance with its number."""
+    name = captions.get(found.goal_id)
+    if name is None:
+        return found.object_id
+    return f"{name} {found.object_id.removeprefix(found.part_of).lstrip('.')}" if found.part_of else name
+
+
 def draw_overlay(
     image_rgb_u8: UInt8[np.ndarray, "height width 3"],
     result: FrameResult,
@@ -39,27 +47,30 @@ def draw_overlay(
     if scale > 1:
         canvas = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_LINEAR)
     for found in result.objects:
-        if found.mask.any():
-            _draw_mask(canvas, found)
+        mask = found.mask
+        for part in result.objects:  # of a union, what is no instance
+            if part.part_of == found.object_id and part.goal_id == found.goal_id:
+                mask = mask & ~part.mask
+        if mask.any():
+            _draw_mask(canvas, mask, colour_of(found.instance_id))
     lines = [(_text(found, captions or {}), colour_of(found.instance_id), found.state) for found in result.objects]
     _draw_labels(canvas, lines)
     return canvas
 
 
-def _draw_mask(canvas: np.ndarray, found: ObjectResult) -> None:
+def _draw_mask(canvas: np.ndarray, small_mask: np.ndarray, colour: tuple[int, int, int]) -> None:
     height, width = canvas.shape[:2]
-    mask = cv2.resize(found.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-    colour = np.array(colour_of(found.instance_id), dtype=np.float32)
+    mask = cv2.resize(small_mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
     inside = mask.astype(bool)
-    canvas[inside] = ((1 - FILL) * canvas[inside] + FILL * colour).astype(np.uint8)
+    canvas[inside] = ((1 - FILL) * canvas[inside] + FILL * np.array(colour, dtype=np.float32)).astype(np.uint8)
     outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     line = max(2, round(height / 240))
     cv2.drawContours(canvas, outlines, -1, (0, 0, 0), line + 1, cv2.LINE_AA)  # stands out from its own colour too
-    cv2.drawContours(canvas, outlines, -1, colour_of(found.instance_id), line, cv2.LINE_AA)
+    cv2.drawContours(canvas, outlines, -1, colour, line, cv2.LINE_AA)
 
 
 def _text(found: ObjectResult, captions: Mapping[str, str]) -> str:
-    name = captions.get(found.goal_id, found.object_id)
+    name = caption_of(found, captions)
     ascii_name = "".join(c if " " <= c <= "~" else "?" for c in name)
     state = found.state.name.lower().replace("_", " ")
     return f"{ascii_name}: {found.score:.2f}" if found.state is ObjectState.TRACKING else f"{ascii_name}: {state}"

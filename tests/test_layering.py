@@ -32,8 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "slow": STAGES | {"weights"},
     # What puts a model together from its file: the stages of the fast path and the reasoner of the slow one.
     "weights": STAGES | {"backends", "slow"},
+    "instance_tracks": WORDS | {"fast"},
     # The two files that join the fast path and the slow one.
-    "camera_stream": WORDS | {"fast", "slow", "backends.base"},
+    "camera_stream": WORDS | {"fast", "slow", "backends.base", "instance_tracks"},
     "session": WORDS | {"camera_stream", "fast", "slow", "backends.base", "weights"},
     "export": STAGES | {"fast", "backends", "weights"},
     "sim": {"types", "errors", "config"},

@@ -22,11 +22,12 @@ def empty_mask(height: int, width: int) -> Bool[np.ndarray, "height width"]:
 def instance_map(objects: Sequence[ObjectResult], height: int, width: int) -> UInt8[np.ndarray, "height width"]:
     """One image of instance ids, 0 where there is nothing. Where masks overlap, the object of the highest score wins.
 
-    Of equal scores the one that comes first in `objects` wins. Only what is TRACKING is shown. Two goals may mean the
-    same thing, so the masks themselves stay as they are. Raises IndexError for a mask of another size.
+    Instances win over unions: of a goal that is split, the union shows where it has no instance. Of equal scores the
+    one that comes first in `objects` wins. Only what is TRACKING is shown. Two goals may mean the same thing, so the
+    masks themselves stay as they are. Raises IndexError for a mask of another size.
     """
     ids = np.zeros((height, width), dtype=np.uint8)
-    for obj in sorted(objects, key=lambda o: o.score, reverse=True)[::-1]:  # painted last = on top
+    for obj in sorted(objects, key=lambda o: (bool(o.part_of), o.score), reverse=True)[::-1]:  # painted last = on top
         if obj.state is ObjectState.TRACKING:
             ids[obj.mask] = obj.instance_id
     return ids

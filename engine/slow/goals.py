@@ -5,9 +5,11 @@ import unicodedata
 
 from virst_engine.config import GoalParameters
 from virst_engine.errors import BadGoal, UnknownGoal
+from virst_engine.slow.plurals import is_plural
 from virst_engine.types import Goal
 
 MAX_ID_LENGTH = 128
+MAX_INSTANCES = 254  # values of the mask image
 
 
 def _control_character(text: str) -> str | None:
@@ -30,11 +32,12 @@ class GoalBook:
         camera: str = "",
         replace: bool = False,
         is_pointed_out: bool = False,
+        max_instances: int = 1,
     ) -> Goal:
         """A goal that may be `put`: ids filled in, no instance id yet. Changes nothing.
 
         With `replace`, every other goal is to be cleared first, also the one of the same id. One that `is_pointed_out`
-        needs no sentence.
+        needs no sentence. `max_instances`: see `Goal`; 0: as the sentence says, where `goal.split_plurals` is on.
 
         Raises:
             BadGoal: it cannot be set; the message says what to change.
@@ -52,6 +55,12 @@ class GoalBook:
             if len(value) > MAX_ID_LENGTH or _control_character(value) is not None:
                 raise BadGoal(f"a {name} must be one line of at most {MAX_ID_LENGTH} characters, got {value[:40]!r}")
 
+        if not 0 <= max_instances <= MAX_INSTANCES:
+            raise BadGoal(f"max_instances must be 0 to {MAX_INSTANCES}, got {max_instances}; 1 = one object, not split")
+        if max_instances == 0:
+            is_split = self._parameters.split_plurals and is_plural(text)
+            max_instances = self._max_goals if is_split else 1
+
         alive = {} if replace else self._goals
         if goal_id in alive:
             raise BadGoal(f"goal id {goal_id!r} is set already; clear it first or choose another")
@@ -62,7 +71,11 @@ class GoalBook:
         owner = next((g.goal_id for g in alive.values() if g.object_id == object_id), None)
         if owner is not None:
             raise BadGoal(f"object id {object_id!r} belongs to goal {owner!r}; choose another or clear that goal first")
-        return Goal(goal_id, object_id, text, camera)
+        return Goal(goal_id, object_id, text, camera, max_instances=max_instances)
+
+    def reconfigure(self, parameters: GoalParameters) -> None:
+        """Take others for goals that are set from now on."""
+        self._parameters = parameters
 
     def put(self, goal: Goal) -> None:
         """Set a goal that `prepare` allowed."""
