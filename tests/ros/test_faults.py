@@ -48,8 +48,8 @@ def test_each_fault_says_what_is_done_and_what_is_expected(fault):
     assert len(fault.what) > 10
     for pattern in (fault.log, fault.diagnostics, fault.answer):
         re.compile(pattern)
-    assert 0 < fault.least_s
-    assert 0 < fault.most_s
+    assert fault.least_s > 0
+    assert fault.most_s > 0
 
 
 def test_few_faults_are_none_that_the_node_could_name():

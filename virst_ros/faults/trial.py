@@ -2,6 +2,7 @@
 """Tries one fault: bring it about, listen until all that is expected was heard, end it, wait for good masks, judge."""
 
 import itertools
+import logging
 import math
 import re
 import subprocess
@@ -12,6 +13,8 @@ from virst_engine.errors import VirstError
 from virst_ros.faults.fault import RECOVERY_S, Fault, FaultError, Masks, SeenMask, Verdict
 from virst_ros.faults.harness import Harness
 from virst_ros.faults.segmenter import Segmenter, wait_until
+
+logger = logging.getLogger(__name__)
 
 LONGEST_RECOVERY_S = 20.0  # waited for, so that a report can say how long it took
 LONGEST_GAP_S = 2.5  # without a mask, while masks are expected to go on
@@ -26,6 +29,9 @@ def try_fault(harness: Harness, fault: Fault) -> Verdict:
         _try(harness, fault, verdict)
     except VirstError as error:
         verdict.problems.append(str(error))
+    except Exception as error:  # of the harness: the other faults are tried nevertheless
+        logger.exception("the fault %s could not be tried", fault.name)
+        verdict.problems.append(f"it could not be tried: {type(error).__name__}: {error}")
     return verdict
 
 
