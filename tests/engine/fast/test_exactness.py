@@ -257,6 +257,7 @@ def test_the_comparison_notices_each_departure(pair: Pair) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * 3600)
 @pytest.mark.usefixtures("_no_rounding")
 @pytest.mark.skipif("VIRST_TEST_FULL_SIZE" not in os.environ, reason="takes half an hour: set VIRST_TEST_FULL_SIZE=1")
 def test_at_full_size() -> None:
