@@ -400,13 +400,14 @@ def measure_memory(settings: PeerSettings, name: str, exports: Path) -> Memory:
 
 def watch_memory(system: System, prompts: Sequence[ClickPrompt], frames: int, *, device: str = "cpu") -> Memory:
     """Memory of this process (and of the device, on a GPU) and time after every frame."""
-    memory_mib, ms = np.zeros(frames), np.zeros(frames)
+    memory_mib, ms, cpu_ms = np.zeros(frames), np.zeros(frames), np.zeros(frames)
     system.begin(prompts)
     start_mib = used_mib(device)
     for number in range(1, 1 + frames):
-        begin_s = time.perf_counter()
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         system.step(number, StageTimer(device))
         ms[number - 1] = 1e3 * (time.perf_counter() - begin_s)
+        cpu_ms[number - 1] = 1e3 * (time.process_time() - begin_cpu_s)
         memory_mib[number - 1] = used_mib(device)
     settled = min(SETTLED_FRAME, frames // 3)
     later = memory_mib[settled:]
@@ -424,6 +425,7 @@ def watch_memory(system: System, prompts: Sequence[ClickPrompt], frames: int, *,
         "largest_change_percent": round(100 * float(np.abs(later / later[0] - 1).max()), 2),
         "frame_ms": percentiles(list(ms)),
         **flatness(ms),
+        "late_over_early_cpu": flatness(cpu_ms)["late_over_early"],
     }
     blocks = np.array_split(np.arange(frames), min(frames, CURVE_POINTS))
     curve: dict[str, list[float]] = {
@@ -431,6 +433,8 @@ def watch_memory(system: System, prompts: Sequence[ClickPrompt], frames: int, *,
         "frame_ms": [round(float(np.median(ms[block])), 3) for block in blocks],
         "memory_mib": [round(float(memory_mib[block[-1]]), 2) for block in blocks],
     }
+    if torch.device(device).type == "cpu":  # of all threads: what a busy machine does not change much
+        curve["cpu_ms"] = [round(float(np.median(cpu_ms[block])), 3) for block in blocks]
     return Memory(row, curve)
 
 
@@ -602,13 +606,14 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [
             "",
             "| memory of a process of its own | frames | MB per 1,000 frames | loaded ahead, MB per 1,000 | MiB at the"
-            " start / end / peak | largest change, % | late / early frame time |",
-            "|---|---|---|---|---|---|---|",
+            " start / end / peak | largest change, % | late / early frame time | of the CPU |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for name, row in result["memory"].items():
             mib = " / ".join(f"{row[key]:.0f}" for key in ("start_mib", "last_mib", "peak_mib"))
             growth = f"{row['mb_per_1000_frames']:.1f} | {row['ahead_mb_per_1000_frames']:.0f}"
             change = f"{row['largest_change_percent']:.2f} | {row['late_over_early']:.3f}"
+            change += f" | {row['late_over_early_cpu']:.3f}"
             lines.append(f"| {name} | {row['frames']} | {growth} | {mib} | {change} |")
     agreement = ", ".join(
         f"{name} {iou:.4f} (logits within {result['largest_logit_difference'][name]:g})"

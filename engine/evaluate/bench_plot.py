@@ -25,13 +25,14 @@ def draw_curves(result: dict[str, Any], picture: Path) -> None:
     FigureCanvasAgg(figure)
     times, memories = figure.subplots(1, 2)
     highest = {times: 0.0, memories: 0.0}
+    time = "cpu_ms" if all("cpu_ms" in curve for curve in result["curves"].values()) else "frame_ms"
     for colour, (name, curve) in zip(COLOURS * 2, result["curves"].items(), strict=False):
         label = f"virst_ros ({name})" if name in result["ratios"] else name
         growth = f"{label}: {result['memory'][name]['mb_per_1000_frames']:+.1f} MB per 1,000 frames"
-        for axes, key, text in ((times, "frame_ms", label), (memories, "memory_mib", growth)):
+        for axes, key, text in ((times, time, label), (memories, "memory_mib", growth)):
             axes.plot(curve["frame"], curve[key], color=colour, label=text, linewidth=1.4)
             highest[axes] = max(highest[axes], *curve[key])
-    times.set_ylabel("ms per frame")
+    times.set_ylabel("ms of CPU time per frame" if time == "cpu_ms" else "ms per frame")
     memories.set_ylabel("memory, MiB")
     for axes in (times, memories):
         axes.set_xlabel("frame")

@@ -157,9 +157,15 @@ def test_growth_is_fitted_to_the_frames_after_the_start(monkeypatch: pytest.Monk
     assert (found.row["start_mib"], found.row["settled_mib"], found.row["last_mib"]) == (90.0, 225.0, 474.8)
     assert found.row["largest_change_percent"] == pytest.approx(100 * (474.75 / 225 - 1), abs=0.01)
     assert found.row["peak_mib"] > 0
-    assert {"early_ms", "late_ms", "late_over_early"} <= found.row.keys()
+    assert {"early_ms", "late_ms", "late_over_early", "late_over_early_cpu"} <= found.row.keys()
     curve = found.curve
-    assert len(curve["frame"]) == len(curve["frame_ms"]) == len(curve["memory_mib"]) == bench_peers.CURVE_POINTS
+    assert (
+        len(curve["frame"])
+        == len(curve["frame_ms"])
+        == len(curve["cpu_ms"])
+        == len(curve["memory_mib"])
+        == bench_peers.CURVE_POINTS
+    )
     assert curve["frame"][-1] == frames
     assert curve["memory_mib"][-1] == series[-1]
 
@@ -306,7 +312,11 @@ def test_the_curves_are_drawn(result: dict[str, Any], tmp_path: Path) -> None:
     from virst_engine.evaluate.bench_plot import draw_curves
 
     draw_curves(result, tmp_path / "new" / "curves.png")
-    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    by_cpu = (tmp_path / "new" / "curves.png").read_bytes()
+    assert by_cpu.startswith(b"\x89PNG")
+    on_gpu = {name: {k: v for k, v in curve.items() if k != "cpu_ms"} for name, curve in result["curves"].items()}
+    draw_curves({**result, "curves": on_gpu}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() != by_cpu
 
 
 def test_a_plot_without_matplotlib_names_the_remedy(
