@@ -50,6 +50,7 @@ setup(
     extras_require={
         "sim": ["mujoco"],
         "demo": ["imageio-ffmpeg"],
+        "bag": ["rosbags"],  # `virst segment` on rosbag2 and MCAP files
         "train": ["tensorboard"],
         "plot": ["matplotlib"],
         "export": ["onnx", "onnxscript", "onnxruntime"],

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `virst`: train, evaluate, bench, export, build, scenes, weights. A command imports only what it runs.
+"""The program `virst`: segment, train, evaluate, bench, export, build, scenes, weights.
+
+A command imports only what it runs.
 
 Other packages add commands by entry points of the group `virst_engine.commands`: name = module:function, a function as
 typer takes it. So `virst soak` and `virst faults` can live in virst_ros, and this package without ROS.
@@ -108,6 +110,11 @@ class Mode(str, enum.Enum):
     realtime = "realtime"
 
 
+class Answers(str, enum.Enum):
+    instant = "instant"
+    realtime = "realtime"
+
+
 class Backend(str, enum.Enum):
     auto = "auto"
     torch = "torch"
@@ -150,6 +157,69 @@ def _configure(
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
+
+
+@app.command()
+def segment(
+    video: Annotated[
+        Path, typer.Argument(metavar="VIDEO", help="Video file, folder of images, rosbag2 folder or MCAP file.")
+    ],
+    goal: Annotated[list[str], typer.Option(metavar="SENTENCE", help="What to find; may be given several times.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; made if it is not there.")],
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Look at the whole video first, as VIRST is published; else as a robot does."),
+    ] = False,
+    answers: Annotated[
+        Answers,
+        typer.Option(help="instant: with the frame that asks; realtime: as late as the reasoner takes here."),
+    ] = Answers.instant,
+    delay_ms: Annotated[
+        float | None, typer.Option(min=0, help="realtime: how late answers are; measured if left out.")
+    ] = None,
+    topic: Annotated[str, typer.Option(help="Of a bag with several topics of images.")] = "",
+    rate: Annotated[
+        float, typer.Option(min=0, help="Frames per second of a folder, and of a video without times; 0 = 30.")
+    ] = 0.0,
+    model: Annotated[str, typer.Option(help="Model that segments and understands.")] = "tabletop-tiny",
+    weights: Annotated[str, typer.Option(help="File of the weights; empty = the shipped one.")] = "",
+    device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
+    stages: Annotated[str, typer.Option(metavar="DIR", help="Stages of `virst export`; empty = torch.")] = "",
+    no_overlay: Annotated[bool, typer.Option("--no-overlay", help="Write no video.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the results that DIR holds.")] = False,
+) -> None:
+    """Segment what sentences mean in a recorded video: masks as PNG, a video with overlay, figures as JSON."""
+    from virst_engine.config import EngineConfig, EngineParameters
+    from virst_engine.video.command import SegmentSettings, run_segment
+
+    if delay_ms is not None and answers is Answers.instant:
+        raise typer.BadParameter("--delay-ms needs --answers realtime")
+    if offline and answers is Answers.realtime:
+        raise typer.BadParameter("--offline asks once, about the whole video: no answer can be late")
+    with _values_as_usage():
+        config = EngineConfig(
+            model=ModelParameters(name=model, weights=weights, device=device, threads=threads),
+            engine=EngineParameters(path=stages),
+        )
+        settings = SegmentSettings(
+            video=video,
+            goals=tuple(goal),
+            out=out,
+            config=config,
+            is_offline=offline,
+            is_realtime=answers is Answers.realtime,
+            delay_s=None if delay_ms is None else delay_ms / 1e3,
+            topic=topic,
+            rate_hz=rate,
+            overlay=not no_overlay,
+            replace=replace,
+        )
+    with _steps("frames") as on_step:
+        found = run_segment(settings, on_step=on_step)
+    for line in found:
+        typer.echo(line)
+    typer.echo(f"{out}: masks/*.png, segments.json{'' if no_overlay else ', overlay.mp4'}")
 
 
 @app.command(
@@ -570,7 +640,7 @@ def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _steps(what: str) -> Iterator[Callable[[int, int, str], None]]:
+def _steps(what: str) -> Iterator[Callable[[int, int | None, str], None]]:
     """A progress bar on stderr whose total comes with the first step: yields what takes (done, total, what is next)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -52,3 +52,7 @@ class EngineMismatch(BackendError):
 
 class BadPrompt(VirstError):
     """A box, point or mask that cannot be used: outside the image, for a frame that is gone, no free object."""
+
+
+class VideoError(VirstError):
+    """A video, folder of images or bag that cannot be read, or results of one that cannot be written."""

@@ -13,6 +13,7 @@ from virst_engine.errors import WeightsError
 
 COMMANDS = [
     [],
+    ["segment"],
     ["train"],
     ["evaluate"],
     ["bench"],
@@ -40,7 +41,7 @@ def test_every_command_explains_itself(command, option):
 
 def test_help_of_the_program_names_every_command():
     output = run("--help").output
-    for command in ("train", "evaluate", "bench", "scenes", "weights", "version"):
+    for command in ("segment", "train", "evaluate", "bench", "scenes", "weights", "version"):
         assert command in output
 
 

@@ -18,9 +18,9 @@ from tests.fakes import (
 )
 from virst_engine.config import MemoryParameters
 from virst_engine.errors import BadFrame
-from virst_engine.video import offline
 from virst_engine.fast.postprocess import mask_at_size
 from virst_engine.types import Frame, MemoryEntry
+from virst_engine.video import offline
 
 CONFIG = small_config()
 
