@@ -197,7 +197,9 @@ class Sam2(nn.Module):
         position = self.image_encoder.neck.position_encoding._pe(1, torch.device("cpu"), grid, grid)
         constants = {"grid_cos": angles.cos(), "grid_sin": angles.sin(), "grid_position": position}
         for name, table in constants.items():
-            self.register_buffer(name, table.to(device), persistent=False)
+            # Weights that are not loaded yet have no device; the tables stay where they were computed.
+            own = table if device.type == "meta" else table.to(device)
+            self.register_buffer(name, own, persistent=False)
         self.pool_memory(self.config.memory_pool)
 
     def pool_memory(self, pool: int) -> None:
