@@ -45,7 +45,7 @@ def load_sam2(size: str, path: str | Path, image_size: int = 1024, sha256: str =
     """
     config = sam2_1(size, image_size)
     file = checkpoint_file(size, path)
-    with _parameters_without_numbers():
+    with parameters_without_numbers():
         model = Sam2(config)
     try:
         if sha256:
@@ -268,7 +268,7 @@ def _listed(kind: str, names: set[str]) -> str:
 
 
 @contextmanager
-def _parameters_without_numbers() -> Iterator[None]:
+def parameters_without_numbers() -> Iterator[None]:
     """Modules that this thread builds get their parameters on the meta device: those of a file take their place.
 
     Buffers become what they always are, unlike under `torch.device("meta")`: tables of the input size are computed, not

@@ -134,11 +134,12 @@ class VirstConfig:
             "language": LanguageModelConfig,
             "fusion": FusionConfig,
         }
-        built = {key: _from_dict(kind, raw[key]) for key, kind in parts.items()}
+        built = {key: from_fields(kind, raw[key]) for key, kind in parts.items()}
         return VirstConfig(name=raw["name"], words=tuple(raw["words"]), **built)
 
 
-def _from_dict(kind: Any, raw: dict[str, Any]) -> Any:
+def from_fields(kind: Any, raw: dict[str, Any]) -> Any:
+    """A dataclass out of the dictionary that `asdict` and JSON made of it. ValueError for fields that it lacks."""
     unknown = set(raw) - {f.name for f in fields(kind)}
     if unknown:
         raise ValueError(f"unknown fields of {kind.__name__}: {', '.join(sorted(unknown))}")

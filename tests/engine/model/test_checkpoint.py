@@ -32,7 +32,7 @@ from tests.engine.model.sam2_peers import (
 )
 from tests.engine.model.small_models import liven
 from virst_engine.errors import CheckpointError, WeightsError
-from virst_engine.model.checkpoint import _parameters_without_numbers, checkpoint_file, load_sam2, official_name
+from virst_engine.model.checkpoint import parameters_without_numbers, checkpoint_file, load_sam2, official_name
 from virst_engine.model.config import SAM2_1_SIZES, Sam2Config, sam2_1
 from virst_engine.model.sam2 import Sam2
 from virst_engine.model.sam2_names import POSITION_MATRICES, from_transformers, to_transformers
@@ -498,13 +498,13 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_modules_of_others_keep_their_numbers() -> None:
     others: list[nn.Module] = []
-    with _parameters_without_numbers():
+    with parameters_without_numbers():
         thread = threading.Thread(target=lambda: others.append(nn.Linear(2, 2)))
         thread.start()
         thread.join()
         assert nn.Linear(2, 2).weight.is_meta
     assert not others[0].weight.is_meta
-    with pytest.raises(ValueError, match="stop"), _parameters_without_numbers():
+    with pytest.raises(ValueError, match="stop"), parameters_without_numbers():
         raise ValueError("stop")
     assert not nn.Linear(2, 2).weight.is_meta
 
