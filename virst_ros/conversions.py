@@ -8,7 +8,7 @@ import copy
 import io
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ from std_msgs.msg import Header
 from virst_msgs.msg import Goal as GoalMessage
 from virst_msgs.msg import SegmentedObject, SegmentedObjectArray, StageTimings
 
-from virst_engine import Frame, FrameResult, Goal, ObjectResult, ObjectState
+from virst_engine import Frame, FrameResult, Goal, KnownObject, ObjectResult, ObjectState
 from virst_engine.depth import ObjectGeometry
 from virst_engine.errors import BadFrame
 from virst_ros.depth_conversions import fill_geometry
@@ -234,6 +234,7 @@ def object_message(found: ObjectResult, sentence: str, geometry: ObjectGeometry 
         object_id=found.object_id,
         goal_id=found.goal_id,
         goal=sentence,
+        part_of=found.part_of,
         instance_id=found.instance_id,
         state=found.state.value,
         score=float(found.score),
@@ -286,13 +287,13 @@ def objects_message(
     )
 
 
-def goal_message(goal: Goal, state: ObjectState, set_at_ns: int) -> GoalMessage:
+def goal_message(goal: Goal, objects: Sequence[KnownObject], set_at_ns: int) -> GoalMessage:
     return GoalMessage(
         goal_id=goal.goal_id,
         goal=goal.sentence,
         camera=goal.camera,
-        object_ids=[goal.object_id],
-        instance_ids=[goal.instance_id],
-        states=[state.value],
+        object_ids=[each.object_id for each in objects],
+        instance_ids=[each.instance_id for each in objects],
+        states=[each.state.value for each in objects],
         set_at=time_message(set_at_ns),
     )

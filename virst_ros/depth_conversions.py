@@ -16,7 +16,7 @@ from visualization_msgs.msg import Marker, MarkerArray
 from virst_engine import ObjectResult
 from virst_engine.depth import Cloud, ObjectGeometry, OrientedBox, pinhole_rays, quaternion_xyzw
 from virst_engine.errors import BadFrame
-from virst_engine.visualize import colour_of
+from virst_engine.visualize import caption_of, colour_of
 
 # By the number of coefficients that the model may have: OpenCV tells the variants of the first two apart by it.
 _PLUMB_BOB, _FISHEYE = ("plumb_bob", "rational_polynomial", "thin_prism_fisheye"), ("equidistant", "fisheye")
@@ -163,6 +163,6 @@ def markers_message(
         text.pose = Pose(position=_point(top_m))
         text.scale.z = max(0.01, TEXT_SHARE * float(geometry.box.size_m.max()))
         text.color.r = text.color.g = text.color.b = text.color.a = 1.0
-        text.text = captions.get(found.goal_id, found.object_id)
+        text.text = caption_of(found, captions)
         markers += [box, text]
     return MarkerArray(markers=markers)

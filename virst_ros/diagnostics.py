@@ -437,7 +437,7 @@ class Diagnostics:
             "last rejected": self._bad_goal or "none",
             "requests refused by limits": self._refused,
         }
-        found_by_goal = {found.goal_id: found for found in self._objects}
+        found_by_goal = {found.goal_id: found for found in self._objects if not found.part_of}
         for goal in self._goals:
             values[f"{goal.goal_id}: {goal.sentence}"] = _goal_words(found_by_goal.get(goal.goal_id))
         level, message, self._troubles["goals"] = OK, f"{len(self._goals)} goal(s)", []

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rclpy.node import Node
 from virst_msgs.msg import Goal as GoalMessage
 
-from virst_engine import Goal, ObjectState
+from virst_engine import Goal, KnownObject
 from virst_engine.errors import BadGoal, UnknownGoal, VirstError
 from virst_ros import conversions
 from virst_ros.loading import LoadedEngine
@@ -56,13 +56,23 @@ class Goals:
         engine = self._engine()
         return engine.session.goals() if engine is not None else ()
 
-    def set(self, sentence: str, object_id: str = "", camera: str = "", *, replace: bool = False) -> Goal:
+    def set(
+        self,
+        sentence: str,
+        object_id: str = "",
+        camera: str = "",
+        *,
+        replace: bool = False,
+        max_instances: int = 0,
+    ) -> Goal:
         """Raises BadGoal."""
         engine = self._loaded()
         self.check_camera(camera)
         if 0 < len(sentence.strip()) <= self.longest:  # the session has a better word for others
             engine.check_goal(sentence)
-        goal = engine.session.set_goal(sentence, object_id=object_id, camera=camera, replace=replace)
+        goal = engine.session.set_goal(
+            sentence, object_id=object_id, camera=camera, replace=replace, max_instances=max_instances
+        )
         self.changed()
         return goal
 
@@ -88,23 +98,28 @@ class Goals:
         return len(goal_ids)
 
     def remove_object(self, object_id: str) -> None:
-        """End one object. Raises UnknownGoal."""
-        for goal in self.all():
-            if goal.object_id == object_id:
-                self.clear(goal.goal_id)
-                return
-        raise UnknownGoal(f"no object {object_id[:NAME_LENGTH]!r} is tracked; `~/list_goals` tells those that are")
+        """End one object: an instance alone, any other with its goal. Raises UnknownGoal."""
+        engine = self._loaded()
+        if all(each.object_id != object_id for each in self.objects()):
+            raise UnknownGoal(f"no object {object_id[:NAME_LENGTH]!r} is tracked; `~/list_goals` tells those that are")
+        engine.session.remove_object(object_id)
+        self.changed()
+
+    def objects(self) -> list[KnownObject]:
+        """Of all goals, their instances included."""
+        engine = self._engine()
+        known = engine.session.known_objects().values() if engine is not None else ()
+        return [each for objects in known for each in objects]
 
     def messages(self) -> list[GoalMessage]:
         engine = self._engine()
         if engine is None:
             return []
-        states = engine.session.goal_states()
+        objects = engine.session.known_objects()
         return [
-            conversions.goal_message(
-                goal, states.get(goal.goal_id, ObjectState.SEARCHING), self._set_at_ns.get(goal.goal_id, 0)
-            )
+            conversions.goal_message(goal, objects[goal.goal_id], self._set_at_ns.get(goal.goal_id, 0))
             for goal in engine.session.goals()
+            if goal.goal_id in objects  # else it was set a moment ago
         ]
 
     def changed(self) -> None:

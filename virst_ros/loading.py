@@ -79,6 +79,7 @@ def add_prompted(session: Session, prompted: PromptedObject, stamp_ns: int, came
     except ValueError as error:
         raise BadPrompt(f"{prompted.object_id[:40]!r}: {error}") from error
     at = stamp_ns or None
-    if any(goal.object_id == prompted.object_id for goal in session.goals()):
+    known = (each.object_id for objects in session.known_objects().values() for each in objects)
+    if prompted.object_id in known:
         return session.prompt_object(prompted.object_id, prompt, stamp_ns=at, camera=camera)
     return session.add_object(prompt, stamp_ns=at, camera=camera, object_id=prompted.object_id)

@@ -63,14 +63,14 @@ class SegmentedFrame:
 def choose_target(objects: Sequence[ObjectResult], goals: Sequence[Goal], wanted: str) -> ObjectResult | None:
     """The object of that id; without an id, the one of the newest goal that has any. None when there is none.
 
-    Of several objects of a goal, the one of the highest score.
+    Of a goal that is split it is the union; an instance has to be asked for by its id.
     """
     if wanted:
         return next((found for found in objects if found.object_id == wanted), None)
     for goal in reversed(goals):
-        own = [found for found in objects if found.goal_id == goal.goal_id]
-        if own:
-            return max(own, key=lambda found: found.score)
+        union = next((found for found in objects if found.goal_id == goal.goal_id and not found.part_of), None)
+        if union is not None:
+            return union
     return None
 
 

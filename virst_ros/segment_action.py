@@ -170,7 +170,7 @@ class SegmentAction:
             raise BadGoal(f"timeout must be within 0 and {LONGEST_TIMEOUT_S:g} seconds, got {request.timeout}")
         if not 0.0 <= request.min_score <= 1.0:
             raise BadGoal(f"min_score must be within 0 and 1, got {request.min_score}")
-        goal = self._goals.set(request.goal, request.object_id, request.camera)
+        goal = self._goals.set(request.goal, request.object_id, request.camera, max_instances=request.max_instances)
         return _Run(
             handle,
             goal,

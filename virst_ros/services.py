@@ -76,7 +76,13 @@ class Services:
         return answer
 
     def _set_goal(self, request: SetGoal.Request, response: SetGoal.Response) -> None:
-        goal = self._goals.set(request.goal, request.object_id, request.camera, replace=request.replace)
+        goal = self._goals.set(
+            request.goal,
+            request.object_id,
+            request.camera,
+            replace=request.replace,
+            max_instances=request.max_instances,
+        )
         response.goal_id, response.object_ids = goal.goal_id, [goal.object_id]
 
     def _clear_goal(self, request: ClearGoal.Request, response: ClearGoal.Response) -> None:
@@ -110,14 +116,16 @@ class Services:
                     self._goals.clear(goal.goal_id)
             raise
         self._goals.changed()
-        response.object_ids = [goal.object_id for goal in added]
-        response.object_indices = [goal.instance_id for goal in added]
+        indices = {each.object_id: each.instance_id for each in self._goals.objects()}  # of instances, too
+        named = [(prompted.object_id, goal) for prompted, goal in zip(objects, added, strict=True)]
+        response.object_ids = [object_id for object_id, _ in named]
+        response.object_indices = [indices.get(object_id, goal.instance_id) for object_id, goal in named]
 
     def _remove_object(self, request: RemoveObject.Request, response: RemoveObject.Response) -> None:
         self._goals.remove_object(request.object_id)
-        left = self._goals.all()
-        response.object_ids = [goal.object_id for goal in left]
-        response.object_indices = [goal.instance_id for goal in left]
+        left = self._goals.objects()
+        response.object_ids = [each.object_id for each in left]
+        response.object_indices = [each.instance_id for each in left]
 
     def _ask(self, request: Ask.Request, response: Ask.Response) -> None:
         self._goals.check_camera(request.camera)

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from virst_engine import ObjectState
+from virst_engine.visualize import caption_of
 from virst_ros import conversions, qos
 from virst_ros.outputs import Publishers, SegmentedFrame
 from virst_ros.parameters import OFF, ON, NodeParameters
@@ -48,7 +49,7 @@ class VisionOutputs:
         return VisionOutputs(messages, publishers, settings) if messages is not None else None
 
     def publish(self, shown: SegmentedFrame) -> None:
-        labels = [(goal.instance_id, shown.captions[goal.goal_id]) for goal in shown.goals]
+        labels = _labels(shown)
         if labels != self._labels or self.label_info.wanted:
             self._labels = labels
             self.label_info.publish(label_info(self._messages, shown))
@@ -56,11 +57,16 @@ class VisionOutputs:
             self.detections.publish(detections(self._messages, shown))
 
 
+def _labels(shown: SegmentedFrame) -> list[tuple[int, str]]:
+    """Value in the mask and caption of every object that is set, seen or not."""
+    labels = [(goal.instance_id, shown.captions[goal.goal_id]) for goal in shown.goals]
+    parts = [(each.instance_id, caption_of(each, shown.captions)) for each in shown.result.objects if each.part_of]
+    return labels + parts
+
+
 def label_info(messages: ModuleType, shown: SegmentedFrame) -> Any:
     """Which value in the mask stands for which sentence (vision_msgs/LabelInfo)."""
-    classes = [
-        messages.VisionClass(class_id=goal.instance_id, class_name=shown.captions[goal.goal_id]) for goal in shown.goals
-    ]
+    classes = [messages.VisionClass(class_id=class_id, class_name=name) for class_id, name in _labels(shown)]
     return messages.LabelInfo(header=shown.header, class_map=classes, threshold=0.5)
 
 
@@ -76,7 +82,7 @@ def detections(messages: ModuleType, shown: SegmentedFrame) -> Any:
         box.center.position.y = ours.bbox.y_offset + ours.bbox.height / 2
         guess = messages.ObjectHypothesisWithPose()
         guess.hypothesis.class_id, guess.hypothesis.score = (
-            shown.captions.get(each.goal_id, each.object_id),
+            caption_of(each, shown.captions),
             float(each.score),
         )
         found.append(messages.Detection2D(header=shown.header, results=[guess], bbox=box, id=each.object_id))

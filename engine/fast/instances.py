@@ -23,13 +23,13 @@ LEAST_AREA = 0.0005  # of the picture, and
 LEAST_SHARE = 0.08  # of the largest part of the union: less is a speck
 COVERED = 0.25  # of a part of the union, or twice that of the instance: the part is that instance's
 OWN_SHARE = 0.3  # of an instance's mask that has to be left when others' pixels are taken off
-TELLING = 0.1  # difference in what two instances had of the pixels that both claim, to decide by it
+SAME_THING = 0.7  # IoU of what two memories see
 SAME_AREA = 0.5  # ratio of two areas, for a part to be the same one as in the frame before
 WITHIN = 0.3  # of an instance's mask that has to be in the union
 SPILT_STEPS = 3  # frames with another's pixels before an instance is shown its own anew
 MISSED_STEPS = 2  # frames that a part may be away while it is not an instance yet
 LONGER = 3  # times as many frames, where it is not sure that a part is a new instance
-DUPLICATE_STEPS = 40  # frames on the pixels of an older one
+DUPLICATE_STEPS = 40  # frames in which two memories see the same, however often each is shown its own
 
 
 @dataclass(eq=False)
@@ -46,15 +46,16 @@ class Changes:
 
 @dataclass
 class _Known:
-    own: Mask | None = None  # where it was when it was last shown
+    own: Mask  # where it was when it was last shown
+    is_current: bool = True  # which was in the frame before
     twin_steps: int = 0  # frames in which its memory has seen only what is another's
-    is_duplicate: bool = False  # and it was there before: both are one thing
+    same_steps: int = 0  # frames in which an older one's memory has seen the same
     spilt_steps: int = 0
     parts_steps: int = 0  # frames in which it was in several parts
     outside_steps: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Candidate:
     mask: Mask
     steps: int = 1
@@ -87,8 +88,7 @@ class Instances:
         """Another union takes over: forget the instances that are not in it, and tell them."""
         gone = []
         for number, known in self._known.items():
-            own = known.own
-            if own is None or known.twin_steps or not _share(own & union, own) >= WITHIN:
+            if not known.is_current or _share(known.own & union, known.own) < WITHIN:
                 gone.append(number)
         for number in gone:
             del self._known[number]
@@ -102,61 +102,79 @@ class Instances:
             union: None while it is not sure: nothing begins then.
             seen: by number, what its memory sees of each instance; None: nothing.
         """
-        shown, lost_px = self._without_others(seen)
-        changes = Changes(shown)
+        masks = {number: mask for number in self.numbers if (mask := seen.get(number)) is not None and mask.any()}
+        changes = Changes(self._without_others(masks))
+        self._find_duplicates(masks, changes)
         for number, known in self._known.items():
-            self._judge(number, known, seen.get(number), lost_px.get(number), changes)
+            self._judge(number, known, masks.get(number), changes)
         parts = [] if union is None else components(union)
         if union is not None:
             self._judge_by_union(union, parts, changes)
             self._look_for_new(parts, changes)
-        for number, own in shown.items():
+        for number, own in changes.shown.items():
+            known = self._known[number]
+            known.is_current = own is not None
             if own is not None:
-                self._known[number].own = own
+                known.own = own
         return changes
 
-    def _without_others(self, seen: Mapping[int, Mask | None]) -> tuple[dict[int, Mask | None], dict[int, Mask]]:
-        """Each mask without the pixels that are another's, and those pixels."""
-        masks = {number: mask for number in self.numbers if (mask := seen.get(number)) is not None and mask.any()}
-        taken: dict[int, Mask] = {}
-        for (one, mask), (other, other_mask) in itertools.combinations(masks.items(), 2):
-            both = mask & other_mask
-            if both.any():
-                loser = other if self._was_there(one, both) + TELLING >= self._was_there(other, both) else one
-                taken[loser] = taken[loser] | both if loser in taken else both
+    def _without_others(self, masks: Mapping[int, Mask]) -> dict[int, Mask | None]:
+        """Each mask without the pixels that are another's: of several claims, that of the nearest in the last frame."""
         shown: dict[int, Mask | None] = dict.fromkeys(self._known)
-        for number, mask in masks.items():
-            shown[number] = mask & ~taken[number] if number in taken else mask
-        return shown, taken
+        shown.update(masks)
+        if len(masks) < 2:
+            return shown
+        claims = np.stack(list(masks.values()))
+        contested = claims.sum(axis=0) > 1
+        if not contested.any():
+            return shown
+        # How far each is away; one that was not seen in the last frame is far away, the younger the farther.
+        far = np.stack([self._distance_px(number, rank) for rank, number in enumerate(masks)])
+        owner = np.where(claims, far, np.inf).argmin(axis=0)
+        for rank, (number, mask) in enumerate(masks.items()):
+            shown[number] = mask & ~(contested & (owner != rank))
+        return shown
 
-    def _was_there(self, number: int, pixels: Mask) -> float:
+    def _distance_px(self, number: int, rank: int) -> np.ndarray:
         known = self._known[number]
-        return 0.0 if known.own is None or known.twin_steps else _share(known.own & pixels, pixels)
+        if not known.is_current:
+            return np.full(known.own.shape, 1e6 + rank, np.float32)
+        return cv2.distanceTransform((~known.own).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_3)
 
-    def _judge(self, number: int, known: _Known, seen: Mask | None, taken: Mask | None, changes: Changes) -> None:
+    def _find_duplicates(self, masks: Mapping[int, Mask], changes: Changes) -> None:
+        """Two things that touch are one again for a memory now and then; one thing with two ids is so for ever."""
+        same = set()
+        current = [number for number in masks if self._known[number].is_current]
+        for older, younger in itertools.combinations(current, 2):
+            both = np.count_nonzero(masks[older] & masks[younger])
+            if both and both >= SAME_THING * np.count_nonzero(masks[older] | masks[younger]):
+                same.add(younger)
+        for number in current:
+            known = self._known[number]
+            known.same_steps = known.same_steps + 1 if number in same else 0
+            if known.same_steps >= DUPLICATE_STEPS:
+                changes.drop.append(number)
+
+    def _judge(self, number: int, known: _Known, seen: Mask | None, changes: Changes) -> None:
         """What one memory sees beside its own object."""
         left = changes.shown[number]
         if seen is None or left is None:
-            known.spilt_steps = 0
-            known.twin_steps = 0 if seen is None else known.twin_steps
+            known.spilt_steps = known.twin_steps = 0
             return
-        if _share(left, seen) < OWN_SHARE:
-            if not known.twin_steps:
-                known.is_duplicate = taken is not None and self._was_there(number, taken) >= OWN_SHARE
+        share = _share(left, seen)
+        if share < OWN_SHARE:
             known.twin_steps += 1
             changes.shown[number] = None
-            is_younger = number != min(self._known)
-            if known.is_duplicate and is_younger and known.twin_steps >= DUPLICATE_STEPS:
-                changes.drop.append(number)
-            elif known.twin_steps % SPILT_STEPS == 0:
+            if known.twin_steps % SPILT_STEPS == 0:
                 changes.purge.append(number)
             return
         known.twin_steps = 0
-        known.spilt_steps = known.spilt_steps + 1 if taken is not None and _share(taken, seen) >= OWN_SHARE else 0
+        known.spilt_steps = known.spilt_steps + 1 if share < 1 - OWN_SHARE else 0
         if known.spilt_steps >= SPILT_STEPS:
             changes.move[number], known.spilt_steps = left, 0
 
     def _judge_by_union(self, union: Mask, parts: list[Mask], changes: Changes) -> None:
+        is_any_astray = any(known.twin_steps for known in self._known.values())
         for number, known in self._known.items():
             own = changes.shown[number]
             if own is None:
@@ -166,10 +184,11 @@ class Instances:
             if known.outside_steps > LONGER * self.confirm_steps:
                 changes.shown[number] = None
                 continue
-            # Two things that touched when it began and are apart now; or one thing behind a bar, so do not hurry.
+            # Two things that touched when it began and are apart now; or one thing behind a bar, so do not hurry. But
+            # where another is missing, it is likely to be the second part.
             own_parts = [part for part in parts if _share(part & own, part) >= 0.5 and _share(part & own, own) >= 0.2]
             known.parts_steps = known.parts_steps + 1 if len(own_parts) > 1 else 0
-            if known.parts_steps >= LONGER * self.confirm_steps:
+            if known.parts_steps >= (1 if is_any_astray else LONGER) * self.confirm_steps:
                 changes.move[number] = changes.shown[number] = max(own_parts, key=np.count_nonzero)
                 known.parts_steps = 0
 
@@ -236,7 +255,5 @@ def _share(part: Mask, whole: Mask) -> float:
     return np.count_nonzero(part) / area if area else 0.0
 
 
-def _distance(one: Mask | None, other: Mask) -> float:
-    if one is None or not one.any():
-        return float("inf")
+def _distance(one: Mask, other: Mask) -> float:
     return float(np.linalg.norm(np.argwhere(one).mean(axis=0) - np.argwhere(other).mean(axis=0)))

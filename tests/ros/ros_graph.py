@@ -113,7 +113,9 @@ class FakeSession:
         self._states: dict[str, Any] = {}
         self._numbered = 0
 
-    def set_goal(self, sentence: str, *, object_id: str = "", camera: str = "", replace: bool = False) -> Any:
+    def set_goal(
+        self, sentence: str, *, object_id: str = "", camera: str = "", replace: bool = False, max_instances: int = 0
+    ) -> Any:
         from virst_engine.errors import BadGoal
         from virst_engine.types import Goal
 
@@ -123,13 +125,25 @@ class FakeSession:
             self._goals.clear()
         self._numbered += 1
         goal_id = f"goal_{self._numbered}"
-        self._goals[goal_id] = Goal(goal_id, object_id or goal_id, sentence, camera, self._numbered)
+        self._goals[goal_id] = Goal(goal_id, object_id or goal_id, sentence, camera, self._numbered, max_instances or 1)
         return self._goals[goal_id]
 
     def goal_states(self, camera: str = "") -> dict[str, Any]:
         from virst_engine.types import ObjectState
 
         return {goal_id: self._states.get(goal_id, ObjectState.SEARCHING) for goal_id in self._goals}
+
+    def known_objects(self) -> dict[str, Any]:
+        from virst_engine.types import KnownObject
+
+        states = self.goal_states()
+        return {
+            goal.goal_id: (KnownObject(goal.object_id, goal.instance_id, states[goal.goal_id]),)
+            for goal in self.goals()
+        }
+
+    def remove_object(self, object_id: str) -> None:
+        self.clear_goal(next(goal.goal_id for goal in self.goals() if goal.object_id == object_id))
 
     def clear_goal(self, goal_id: str) -> None:
         from virst_engine.errors import UnknownGoal
