@@ -99,7 +99,7 @@ class TestOnTheNode:
         ],
     )
     def test_a_megabyte_of_text_is_refused_in_few_words(self, graph, node, kind, name, fields, monkeypatch):
-        # The fake session takes any id; the real one's book of goals says what is too long.
+        # The fake session takes any id; the real one's book of goals says what is too long, and that in few words.
         from virst_engine.config import GoalParameters
         from virst_engine.slow.goals import GoalBook
 
@@ -111,6 +111,7 @@ class TestOnTheNode:
             return original(sentence, **ids)
 
         monkeypatch.setattr(node.goals._engine().session, "set_goal", set_goal)
+        monkeypatch.setattr(node.goals._engine().session, "clear_goal", book.clear)
         answer = graph.call(kind, f"/segmenter/{name}", kind.Request(**fields))
         assert not answer.success
         assert 0 < len(answer.message) < 400
