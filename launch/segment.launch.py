@@ -298,10 +298,11 @@ def start(context: LaunchContext) -> list:
     processes = []
     if value["process_per_camera"] == "true":
         spaces = {camera: full_name(value["namespace"], camera) for camera in cameras}
-        agreed = parameters_in_file(file, f"{spaces[cameras[0]]}/segmenter") | parameters
+        has = {camera: parameters_in_file(file, f"{space}/segmenter") | parameters for camera, space in spaces.items()}
         for camera, space in spaces.items():
             alone = parameters | {"cameras": [""], "camera_name": camera}
-            processes.append(segmenter(value, alone, space, remappings(value, agreed, "", camera)))
+            processes.append(segmenter(value, alone, space, remappings(value, has[camera], "", camera)))
+        agreed = has[cameras[0]]
         outputs = {camera: f"{space}/segmenter" for camera, space in spaces.items()}
     elif cameras:
         agreed = in_file | parameters

@@ -374,6 +374,7 @@ def test_a_process_per_camera_has_its_own_namespace_and_device(launch_module: An
     file.write_text(
         "/**: {ros__parameters: {cameras: [left, right]}}\n"
         "/robot/left/segmenter: {ros__parameters: {model: {device: 'cuda:1'}}}\n"
+        "/robot/right/segmenter: {ros__parameters: {image_transport: compressed}}\n"
     )
     left, right, reasoner = all_processes(
         launch_module,
@@ -388,8 +389,9 @@ def test_a_process_per_camera_has_its_own_namespace_and_device(launch_module: An
         of_file, given = node.named["parameters"]
         assert of_file == str(file)
         assert given == {"cameras": [""], "camera_name": camera, "initial_goal": "the can"}
+        ending = {"left": "", "right": "/compressed"}[camera]
         assert node.named["remappings"] == [
-            ("image", f"/{camera}/color/image_raw"),
+            (f"image{ending}", f"/{camera}/color/image_raw{ending}"),
             ("camera_info", f"/{camera}/color/camera_info"),
         ]
     assert reasoner_options({"reasoner": reasoner})["--device"] == "cuda:1", "as the first segmenter"
