@@ -207,6 +207,37 @@ class TestIds:
         story.frame("right", 150, [Seen("goal_2", "can", BALL.instance_id)])
         assert story.found == {IDS_REUSED: 1}
 
+    def test_instances_come_and_go_while_their_goal_lives(self, story):
+        """Three values in turn for three instances; one that has gone gives its value to another object."""
+        life = story.checker.ask(100, "balls", is_split=True)
+        story.checker.was_set(life, 110, "goal_1", "balls")
+        union = Seen("goal_1", "balls", 1)
+        first, second = Seen("goal_1", "balls.1", 2, part_of="balls"), Seen("goal_1", "balls.2", 3, part_of="balls")
+        story.frame("left", 120, [union, first, second])
+        story.frame("left", 130, [union, second])
+        story.set_goal(Seen("goal_2", "can", 2), 140, 150)
+        story.frame("left", 160, [union, Seen("goal_2", "can", 2), second])
+        assert story.found == {}
+        story.frame("left", 170, [union, Seen("goal_2", "can", 2), Seen("goal_1", "balls.2", 4, part_of="balls")])
+        assert story.found == {IDS_REUSED: 1}, "one that stays keeps its value"
+
+    def test_an_instance_that_was_removed_does_not_come_back_and_its_goal_stays(self, story):
+        life = story.checker.ask(100, "balls", is_split=True)
+        story.checker.was_set(life, 110, "goal_1", "balls")
+        union, first = Seen("goal_1", "balls", 1), Seen("goal_1", "balls.1", 2, part_of="balls")
+        story.frame("left", 120, [union, first])
+        story.checker.instance_removed("goal_1", "balls.1", 130)
+        story.frame("left", 125, [union, first])
+        story.frame("left", 140, [union])
+        assert story.found == {}
+        story.frame("left", 150, [union, first])
+        assert story.found == {GOALS_NOT_SET: 1}
+
+    def test_a_goal_that_is_not_split_has_no_instances(self, story):
+        story.set_goal(BALL, 100, 110)
+        story.frame("left", 120, [BALL, Seen("goal_1", "ball.1", 5, part_of="ball")])
+        assert story.found == {GOALS_NOT_SET: 1}
+
     def test_a_value_may_come_back_when_its_owner_has_gone(self, story):
         story.end(story.set_goal(BALL, 100, 110), 120, 130)
         story.set_goal(CAN, 140, 150)

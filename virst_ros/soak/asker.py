@@ -36,6 +36,7 @@ SENTENCES = (
     "the yellow box",
     "the green box",
     "the white plate",
+    "the boxes",
     "the purple egg",
     "the black box",
 )
@@ -63,6 +64,7 @@ class Asker:
 
     Args:
         newest_ns: the stamp of the newest `objects` of a camera, 0 = none yet.
+        instances: those of all cameras in the newest `objects`.
         named: the segmenter knows its cameras by name; else there is one, and no goal names it.
         most_objects: the segmenter's tracking.max_objects.
     """
@@ -73,6 +75,7 @@ class Asker:
     cameras: dict[str, ReplayCamera]
     clock: SteadyClock
     newest_ns: Callable[[str], int]
+    instances: Callable[[], Sequence[Seen]]
     named: bool
     most_objects: int
     seed: int
@@ -142,6 +145,7 @@ class Asker:
             (4, self._point_again),
             (40 * crowd, self._clear_goal),
             (15 * crowd, self._remove_object),
+            (4, self._remove_instance),
             (15, self.list_goals),
             (6 if self._action is None else 1, self._start_action),
             (4, self._set_parameters),
@@ -175,9 +179,9 @@ class Asker:
         asked_ns = self.clock.now_ns()
         answer = self._call("list_goals", ListGoals.Request())
         goals = [
-            Seen(goal.goal_id, object_id, instance_id)
+            Seen(goal.goal_id, object_id, instance_id, part_of=goal.object_ids[0] if number else "")
             for goal in answer.goals
-            for object_id, instance_id in zip(goal.object_ids, goal.instance_ids, strict=True)
+            for number, (object_id, instance_id) in enumerate(zip(goal.object_ids, goal.instance_ids, strict=True))
         ]
         self.checker.listed(goals, asked_ns, self.clock.now_ns())
 
@@ -194,11 +198,14 @@ class Asker:
 
     def _set(self, times: int) -> None:
         """Several requests on their way at once."""
-        has_room = len(self.checker.lives()) + times <= self.most_objects
+        others = self.checker.lives()
+        # Instances take places, too, and how many is not known here.
+        has_room = len(others) + times <= self.most_objects and not any(life.is_split for life in others)
         sent = []
         for _ in range(times):
             request = self._goal_request()
-            life = self.checker.ask(self.clock.now_ns(), request.object_id, self._seen_by(request.camera))
+            life = self._ask(request)
+            has_room = has_room and (times == 1 or not life.is_split)
             sent.append((life, request, self._send("set_goal", request)))
         for life, request, future in sent:
             self._goal_answered(life, request, self._wait("set_goal", future), must_be_taken=has_room)
@@ -206,7 +213,7 @@ class Asker:
     def _replace(self) -> None:
         request, others = self._goal_request(), self.checker.lives()
         request.replace = True
-        life = self.checker.ask(self.clock.now_ns(), request.object_id, self._seen_by(request.camera))
+        life = self._ask(request)
         self.checker.ask_end(others, self.clock.now_ns())
         answer = self._wait("set_goal", self._send("set_goal", request))
         self._goal_answered(life, request, answer, must_be_taken=True)
@@ -225,6 +232,15 @@ class Asker:
             goal=self._random.choice(SENTENCES),
             object_id=self._random.choice(("", self._name())),
             camera=self._camera(),
+            max_instances=self._random.choice((1, 1, 1, 3)),
+        )
+
+    def _ask(self, request: Any) -> Life:
+        return self.checker.ask(
+            self.clock.now_ns(),
+            request.object_id,
+            self._seen_by(request.camera),
+            is_split=request.max_instances > 1,
         )
 
     # Pointing at objects
@@ -295,6 +311,18 @@ class Asker:
         if known:
             life = self._random.choice(known)
             self._end([life], "remove_object", RemoveObject.Request(object_id=life.object_id))
+
+    def _remove_instance(self) -> None:
+        """Alone: its goal goes on. It may have gone by itself since it was seen."""
+        known = self.instances()
+        if not known:
+            return
+        seen = self._random.choice(known)
+        answer = self._call("remove_object", RemoveObject.Request(object_id=seen.object_id))
+        if answer.success:
+            self.checker.instance_removed(seen.goal_id, seen.object_id, self.clock.now_ns())
+        else:
+            self._was_refused("remove_object", answer.message)
 
     def _clear_all(self) -> None:
         self._end(self.checker.lives(), "clear_goal", ClearGoal.Request())

@@ -39,12 +39,13 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Seen:
-    """One object of an `objects` message, or one goal of a list."""
+    """One object of an `objects` message, or of a goal of a list."""
 
     goal_id: str
     object_id: str
     instance_id: int
     is_tracked: bool = False  # its pixels may be in the mask
+    part_of: str = ""  # of an instance: the object id of its union
 
 
 @dataclass
@@ -54,16 +55,20 @@ class Life:
     Args:
         object_id: the name that was asked for; empty: the segmenter chooses one.
         cameras: those that have to show it.
+        is_split: it may own instances, which come and go while it lives.
     """
 
     object_id: str
     cameras: Collection[str]
     asked_ns: int
+    is_split: bool = False
     goal_id: str = ""
     set_ns: int | None = None  # its answer was here
     end_asked_ns: int | None = None
     ended_ns: int | None = None  # that answer was here
-    instance_ids: dict[str, int] = field(default_factory=dict)  # by object id, as first seen
+    # By object id, as first seen. An instance that has gone keeps its name, but another may get its value.
+    instance_ids: dict[str, int] = field(default_factory=dict)
+    removed_ns: dict[str, int] = field(default_factory=dict)  # instances that nobody wants any more
     is_lost: bool = False
 
     def owns(self, seen: Seen) -> bool:
@@ -107,9 +112,11 @@ class Checker:
         with self._lock:
             return [life for life in self._lives if life.ended_ns is None]
 
-    def ask(self, now_ns: int, object_id: str = "", cameras: Collection[str] | None = None) -> Life:
+    def ask(
+        self, now_ns: int, object_id: str = "", cameras: Collection[str] | None = None, *, is_split: bool = False
+    ) -> Life:
         """A goal is about to be asked for. Without cameras: it is for all of them."""
-        life = Life(object_id, self.cameras if cameras is None else cameras, now_ns)
+        life = Life(object_id, self.cameras if cameras is None else cameras, now_ns, is_split)
         with self._lock:
             self._lives.append(life)
         return life
@@ -140,6 +147,13 @@ class Checker:
             self._lives = [
                 life for life in self._lives if life.ended_ns is None or now_ns - life.ended_ns < KEPT_AFTER_END_NS
             ]
+
+    def instance_removed(self, goal_id: str, object_id: str, now_ns: int) -> None:
+        """One instance was ended alone, as was answered now."""
+        with self._lock:
+            for life in self._lives:
+                if life.goal_id == goal_id:
+                    life.removed_ns[object_id] = now_ns
 
     def listed(self, goals: Sequence[Seen], asked_ns: int, answered_ns: int) -> None:
         """What list_goals says, asked for and answered then."""
@@ -217,8 +231,13 @@ class Checker:
             life for life in self._lives if life.may_be_seen(stamp_ns) and (camera is None or camera in life.cameras)
         ]
         for each in seen:
-            if not any(life.owns(each) for life in may_be):
+            owners = [life for life in may_be if life.owns(each)]
+            if not owners:
                 self._violated(GOALS_NOT_SET, f"{each.goal_id}/{each.object_id} in {where} is not set there")
+            elif any(stamp_ns > life.removed_ns.get(each.object_id, stamp_ns) for life in owners):
+                self._violated(GOALS_NOT_SET, f"the instance {each.object_id} in {where} was removed")
+            elif each.part_of and not any(life.is_split for life in owners):
+                self._violated(GOALS_NOT_SET, f"{each.object_id} in {where} is an instance of a goal that is not split")
 
     def _check_distinct(self, seen: Sequence[Seen], where: str) -> None:
         for name in ("object_id", "instance_id"):
@@ -243,7 +262,7 @@ class Checker:
                 is_alive = life.set_ns is not None and (life.end_asked_ns is None or received_ns < life.end_asked_ns)
                 if not is_alive or life.owns(each):
                     continue
-                if each.object_id in life.instance_ids or each.instance_id in life.instance_ids.values():
+                if each.object_id in life.instance_ids or each.instance_id == life.instance_ids.get(life.object_id):
                     self._violated(
                         IDS_REUSED,
                         f"{each.goal_id}/{each.object_id} ({each.instance_id}) in {where} has an id of "

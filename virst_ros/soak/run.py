@@ -75,6 +75,7 @@ class _Listener:
     def __init__(self, node: Any, checker: Checker, clock: SteadyClock, prefixes: Mapping[str, str]) -> None:
         self._checker, self._clock = checker, clock
         self.newest_ns = dict.fromkeys(prefixes, 0)
+        self.newest: dict[str, list[Seen]] = {camera: [] for camera in prefixes}
         self.ages_ms = {camera: array("f") for camera in prefixes}
         self.dropped = dict.fromkeys(prefixes, 0)
         self.told: dict[str, Any] = {}  # newest status by name
@@ -100,9 +101,10 @@ class _Listener:
     def _on_objects(self, camera: str, message: SegmentedObjectArray) -> None:
         received_ns, stamp_ns = self._clock.now_ns(), conversions.stamp_ns(message.header.stamp)
         objects = [
-            Seen(each.goal_id, each.object_id, each.instance_id, each.state == SegmentedObject.TRACKING)
+            Seen(each.goal_id, each.object_id, each.instance_id, each.state == SegmentedObject.TRACKING, each.part_of)
             for each in message.objects
         ]
+        self.newest[camera] = objects
         self._checker.objects_came(camera, stamp_ns, objects, received_ns)
         self.newest_ns[camera] = stamp_ns
         self.ages_ms[camera].append(message.timings.age_ms)
@@ -239,6 +241,7 @@ class _Soak:
             dict(cameras),
             self._clock,
             lambda camera: listener.newest_ns[camera],
+            lambda: [seen for objects in list(listener.newest.values()) for seen in objects if seen.part_of],
             self._named,
             EngineConfig().tracking.max_objects,
             self._settings.seed,
