@@ -263,11 +263,14 @@ FAULTS = (
     ),
     _refused("goal_object_taken", "a goal for an object that another goal has", _same_object_twice, "belongs to goal"),
     _refused("goals_hundred", "100 goals", _hundred_goals, "goals are set; clear one"),
-    _refused(
+    Fault(
         "requests_flood",
         "300 requests to one service as fast as they are answered",
         _asked(ClearGoal, "clear_goal", *[ClearGoal.Request(goal_id="no such goal")] * 300),
-        "more than .* times per second",
+        Masks.OF_GOAL,
+        log="more than .* times per second",
+        diagnostics="requests refused by limits: [1-9]",
+        answer="more than .* times per second",
     ),
     Fault("goals_churn", "40 goals are set and cleared at once", _goal_churn, Masks.OF_GOAL),
     Fault(
