@@ -7,10 +7,12 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.lifecycle import LifecycleNode
 
 from virst_engine import Frame, FrameResult, Goal
+from virst_ros import qos
 from virst_ros.depth_outputs import DepthOutputs
 from virst_ros.diagnostics import Diagnostics, Surroundings
 from virst_ros.frame_inbox import FrameInbox
 from virst_ros.inputs import CameraInputs, Received
+from virst_ros.object_masks import ObjectMasks
 from virst_ros.outputs import FrameOutputs, Publishers, SegmentedFrame, choose_target
 from virst_ros.parameters import NodeParameters
 from virst_ros.vision_outputs import VisionOutputs
@@ -35,6 +37,7 @@ class Camera:
         self._frame_outputs: FrameOutputs | None = None
         self._depth_outputs: DepthOutputs | None = None
         self.vision_outputs: VisionOutputs | None = None
+        self._object_masks: ObjectMasks | None = None
         # Made in activate, unless images are paused:
         self.inputs: CameraInputs | None = None
 
@@ -53,12 +56,18 @@ class Camera:
         if settings.use_depth:
             self._depth_outputs = DepthOutputs(self.outputs, self.diagnostics, self._settings)
         self.vision_outputs = VisionOutputs.make(self.outputs, settings)
+        if settings.object_masks:
+            results = qos.profile(settings.output_qos, settings.output_depth)
+            self._object_masks = ObjectMasks(self._node, f"~/{self._prefix}", results)
 
     def destroy_outputs(self) -> None:
         for part in (self._frame_outputs, self._depth_outputs):
             if part is not None:
                 part.stop()
         self._frame_outputs = self._depth_outputs = self.vision_outputs = None
+        if self._object_masks is not None:
+            self._object_masks.destroy()
+            self._object_masks = None
         if self.outputs is not None:
             self.outputs.destroy()
             self.outputs = None
@@ -130,6 +139,8 @@ class Camera:
         info = inputs.camera_info_for(width, height) if inputs is not None else None
         self._frame_outputs.publish(shown, info, overlay=settings.overlay)
         shown.age_s = (self._node.get_clock().now().nanoseconds - frame.stamp_ns) * 1e-9
+        if self._object_masks is not None:
+            self._object_masks.publish(shown)
         if self.vision_outputs is not None:
             self.vision_outputs.publish(shown)
         if self._depth_outputs is not None:

@@ -128,6 +128,9 @@ class NodeParameters:
         "publish detections and label_info, which need vision_msgs; auto = where it is installed",
         choices=(AUTO, ON, OFF),
     )
+    object_masks: bool = parameter(
+        False, "publish the mask of each object on objects/<object_id>/mask, a topic that comes and goes with it"
+    )
     segment_timeout_s: float = parameter(
         30.0,
         "time that the action segment waits for a mask when its goal does not say",
