@@ -262,7 +262,7 @@ FAULTS = (
         "goal_for_other_camera", "a goal for a camera that is not there", _goal("the blue can", camera="rear"), "rear"
     ),
     _refused("goal_object_taken", "a goal for an object that another goal has", _same_object_twice, "belongs to goal"),
-    _refused("goals_hundred", "100 goals", _hundred_goals, "goals are set; clear one"),
+    _refused("goals_hundred", "100 goals, one after the other", _hundred_goals, "goals are set; clear one"),
     Fault(
         "requests_flood",
         "300 requests to one service as fast as they are answered",
