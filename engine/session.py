@@ -364,7 +364,7 @@ class Session:
         self._use_level()
         for stream, frame in zip(streams, frames, strict=True):
             stream.begin(frame)
-        timer = StageTimer(self._device)
+        timer = StageTimer(self._device, self._clock_s)
         tracked = step_together([stream.tracker for stream in streams], frames, timer)
         objects = [
             stream.finish(frame, seen, timer) for stream, frame, seen in zip(streams, frames, tracked, strict=True)

@@ -4,7 +4,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,7 +17,9 @@ class StageTimer:
     On a GPU the stages are timed by events: a host clock around kernel launches measures nothing. `ms` waits for them.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", clock_s: Callable[[], float] = time.perf_counter) -> None:
+        """`clock_s`: a steady clock, seconds; not used on a GPU."""
+        self._clock_s = clock_s
         self._on_gpu = torch.device(device).type == "cuda"
         self._host_ms: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -31,9 +33,9 @@ class StageTimer:
             end.record()
             self._events.append((name, begin, end))
         else:
-            begin_s = time.perf_counter()
+            begin_s = self._clock_s()
             yield
-            self._host_ms[name] = self._host_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - begin_s)
+            self._host_ms[name] = self._host_ms.get(name, 0.0) + 1e3 * (self._clock_s() - begin_s)
 
     def ms(self) -> dict[str, float]:
         """Stage -> milliseconds so far, in the order in which stages first ended."""
