@@ -32,11 +32,11 @@ class SegmenterServices:
     def __init__(self, node: Any, segmenter: str, timeout_s: float) -> None:
         self._node, self._segmenter, self._timeout_s = node, f"/{segmenter.strip('/')}", timeout_s
 
-    def set_goal(self, sentence: str, *, object_id: str = "", replace: bool = False) -> Any:
+    def set_goal(self, sentence: str, *, object_id: str = "", replace: bool = False, max_instances: int = 0) -> Any:
         """The response of set_goal. Raises NoAnswer and Refused."""
         from virst_msgs.srv import SetGoal
 
-        request = SetGoal.Request(goal=sentence, object_id=object_id, replace=replace)
+        request = SetGoal.Request(goal=sentence, object_id=object_id, replace=replace, max_instances=max_instances)
         return self._accepted(self._call(SetGoal, "set_goal", request))
 
     def clear_goal(self, goal_id: str) -> Any:
@@ -106,14 +106,22 @@ def _command(
     node: Annotated[str, typer.Option(help="Full name of the segmenter.")] = "/segmenter",
     object_id: Annotated[str, typer.Option(help="Your name for the object; empty = that of the goal.")] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Clear all other goals first.")] = False,
+    instances: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=254,
+            help="Split the goal into at most so many single objects; 1 = one object; 0 = as goal.split_plurals says.",
+        ),
+    ] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait, for the segmenter and its answer.")] = 10.0,
 ) -> None:
     """Tell a running segmenter what to segment. Prints the id of the new goal."""
     chosen = [bool(sentence.strip()), bool(clear), clear_all, list_goals]
     if sum(chosen) != 1:
         raise typer.BadParameter("give one of: a sentence, --clear ID, --all, --list")
-    if (object_id or replace) and not chosen[0]:
-        raise typer.BadParameter("--object-id and --replace belong to a sentence")
+    if (object_id or replace or instances) and not chosen[0]:
+        raise typer.BadParameter("--object-id, --replace and --instances belong to a sentence")
 
     def act(segmenter: SegmenterServices) -> None:
         if list_goals:
@@ -123,7 +131,8 @@ def _command(
         elif clear or clear_all:
             typer.echo(segmenter.clear_goal(clear).message)
         else:
-            typer.echo(segmenter.set_goal(sentence, object_id=object_id, replace=replace).goal_id)
+            answer = segmenter.set_goal(sentence, object_id=object_id, replace=replace, max_instances=instances)
+            typer.echo(answer.goal_id)
 
     try:
         _with_segmenter(act, node, timeout)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from virst_engine.types import FrameResult, ObjectResult, ObjectState
-from virst_engine.visualize import PALETTE, colour_of, draw_overlay
+from virst_engine.visualize import PALETTE, caption_of, colour_of, draw_overlay
 
 
 def result_of(*states: ObjectState, height: int = 240, width: int = 320) -> FrameResult:
@@ -28,6 +30,23 @@ def test_masks_get_their_colour_and_the_rest_of_the_image_stays() -> None:
     assert np.allclose(drawn[140, 75], expected, atol=1)
     assert np.array_equal(drawn[100:, 130:], GREY_IMAGE[100:, 130:])  # nothing is drawn of what is lost
     assert not np.array_equal(drawn[:40], GREY_IMAGE[:40])  # the labels
+
+
+def test_an_instance_has_its_own_colour_and_its_union_the_rest() -> None:
+    (union,) = result_of(ObjectState.TRACKING).objects
+    mask = union.mask.copy()
+    mask[:, 75:] = False
+    part = replace(union, object_id="o1.1", instance_id=2, mask=mask, part_of="o1")
+    drawn = draw_overlay(GREY_IMAGE, FrameResult(0, 0, "camera", (union, part), {}))
+    for column, number in ((67, 1), (82, 0)):
+        assert np.allclose(drawn[140, column], 0.6 * 100 + 0.4 * np.array(PALETTE[number]), atol=1)
+
+
+def test_captions_number_instances() -> None:
+    (union,) = result_of(ObjectState.TRACKING).objects
+    part = replace(union, object_id="o1.12", part_of="o1")
+    assert [caption_of(each, {"g1": "the balls"}) for each in (union, part)] == ["the balls", "the balls 12"]
+    assert [caption_of(each, {}) for each in (union, part)] == ["o1", "o1.12"]
 
 
 def test_without_objects_the_image_comes_back() -> None:

@@ -107,6 +107,7 @@ def test_a_segmenter_that_hangs_is_not_waited_for(graph):
         (("--all", "--clear", "goal_1"), "give one of"),
         (("--clear", ""), "give one of"),
         (("--list", "--replace"), "belong to a sentence"),
+        (("--list", "--instances", "3"), "belong to a sentence"),
         (("--timeout", "0", "the cup"), "timeout"),
     ],
 )
@@ -125,5 +126,5 @@ def test_a_name_that_no_node_can_have(graph):
 def test_the_help_names_every_option():
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    for option in ("--clear", "--all", "--list", "--node", "--object-id", "--replace", "--timeout"):
+    for option in ("--clear", "--all", "--list", "--node", "--object-id", "--replace", "--instances", "--timeout"):
         assert option in result.output

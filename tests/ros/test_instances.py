@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A goal that is split, over the real middleware: the real session on a fake network that tells twins apart by place."""
+"""A goal that is split, over the real middleware: the real session on a fake network that knows places."""
 
 import numpy as np
 import pytest

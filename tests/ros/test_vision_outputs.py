@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detections and labels in vision_msgs: with stand-ins everywhere, over middleware where the package is installed."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +118,24 @@ def test_a_detection_has_the_box_the_sentence_the_score_and_the_objects_name():
 def test_labels_name_every_goal_also_those_that_are_not_seen():
     message = vision_outputs.label_info(STAND_INS, shown())
     assert [(each.class_id, each.class_name) for each in message.class_map] == [(3, "the red cup"), (4, "can")]
+
+
+def test_instances_have_detections_and_labels_of_their_own():
+    frame = shown()
+    (seen, lost) = frame.result.objects
+    part = replace(seen, object_id="cup.1", instance_id=9, part_of="cup")
+    frame.result = replace(frame.result, objects=(seen, part, lost))
+    found = vision_outputs.detections(STAND_INS, frame).detections
+    assert [(each.id, each.results[0].hypothesis.class_id) for each in found] == [
+        ("cup", "the red cup"),
+        ("cup.1", "the red cup 1"),
+    ]
+    labels = vision_outputs.label_info(STAND_INS, frame).class_map
+    assert [(each.class_id, each.class_name) for each in labels] == [
+        (3, "the red cup"),
+        (4, "can"),
+        (9, "the red cup 1"),
+    ]
 
 
 def test_the_stand_ins_have_the_fields_of_the_real_messages():

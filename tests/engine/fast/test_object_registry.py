@@ -31,6 +31,62 @@ def test_an_id_in_use_is_refused() -> None:
         registry.assign("a")
 
 
+def test_instances_get_the_highest_free_slots_of_the_camera_that_found_them() -> None:
+    registry = ObjectRegistry(3, ("left", "right"))
+    union = registry.assign("balls")
+    found = [registry.assign_instance("balls", camera) for camera in ("left", "right", "left", "left", "right")]
+    assert union.slots == {"left": 0, "right": 0}
+    assert [each and (each.object_id, each.slots) for each in found] == [
+        ("balls.1", {"left": 2}),
+        ("balls.2", {"right": 2}),
+        ("balls.3", {"left": 1}),
+        None,
+        ("balls.4", {"right": 1}),
+    ]
+    assert len({each.instance_id for each in (union, *found) if each is not None}) == 5
+    with pytest.raises(BadGoal, match="all 3 objects are in use, 2 of them by instances"):
+        registry.assign("can")
+    registry.release("balls.1")
+    assert registry.assign("can", ["left"]).slots == {"left": 2}
+    assert [each.object_id for each in registry.instances("balls")] == ["balls.2", "balls.3", "balls.4"]
+
+
+def test_a_number_of_an_instance_never_comes_again_while_its_union_lives() -> None:
+    registry = ObjectRegistry(3)
+    registry.assign("balls")
+    for number in range(1, 5):
+        found = registry.assign_instance("balls", "")
+        assert found is not None
+        assert found.object_id == f"balls.{number}"
+        registry.release(found.object_id)
+
+
+def test_a_hidden_instance_keeps_what_it_has_and_is_not_told_of() -> None:
+    registry = ObjectRegistry(2)
+    registry.assign("balls")
+    found = registry.assign_instance("balls", "")
+    assert found is not None
+    registry.hide(found.object_id)
+    assert registry.find(found.object_id) is None
+    assert registry.instances("balls") == []
+    assert registry.instances("balls", hidden=True) == [found]
+    assert registry.assign_instance("balls", "") is None
+    assert registry.release(found.object_id) == found
+
+
+def test_when_all_values_of_the_mask_are_in_use_there_is_no_instance_and_no_goal() -> None:
+    cameras = [str(i) for i in range(3)]
+    registry = ObjectRegistry(100, cameras)
+    registry.assign("balls")
+    found = [registry.assign_instance("balls", camera) for camera in cameras for _ in range(99)]
+    assert len([each for each in found if each is not None]) == 253
+    registry = ObjectRegistry(254, cameras)
+    for i in range(254):
+        registry.assign(str(i), [cameras[i % 3]])
+    with pytest.raises(BadGoal, match="all 254 values of the mask image"):
+        registry.assign("one more")
+
+
 def test_more_slots_than_instance_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="254"):
         ObjectRegistry(255)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,12 @@ def test_overlapping_pixels_go_to_the_higher_score_and_to_the_first_of_equals() 
     assert instance_map([found(9, right, 0.5), found(7, left, 0.5)], 2, 4)[0].tolist() == [7, 9, 9, 9]
     lost = found(7, left, 0.8, ObjectState.LOST)
     assert instance_map([lost, found(9, right, 0.4)], 2, 4)[0].tolist() == [0, 9, 9, 9]
+
+
+def test_instances_lie_on_their_union_whatever_the_scores() -> None:
+    everything, part = np.array([[1, 1, 1, 0]], bool), np.array([[0, 1, 0, 0]], bool)
+    instance = replace(found(9, part, 0.3), part_of="o")
+    assert instance_map([found(7, everything, 0.9), instance], 1, 4)[0].tolist() == [7, 9, 7, 0]
 
 
 def test_no_object_is_background() -> None:
