@@ -38,7 +38,7 @@ from virst_ros.spinning import spin_until_shutdown
 
 GOAL, OBJECT_NUMBER = "the red ball", 0  # of the recorded run
 START_S = 60.0  # for loading models on a busy machine
-CALL_S = 10.0
+CALL_S, REPEAT_S = 10.0, 2.0
 GOOD_IOU, GOOD_MASKS = 0.5, 3  # masks in a row that overlap the truth by this: the object is followed
 TRANSITIONS = {
     "configure": Transition.TRANSITION_CONFIGURE,
@@ -253,9 +253,20 @@ class Harness:
     # Requests
 
     def call(
-        self, kind: type, service: str, request: Any, segmenter: Segmenter | None = None, timeout_s: float = CALL_S
+        self,
+        kind: type,
+        service: str,
+        request: Any,
+        segmenter: Segmenter | None = None,
+        timeout_s: float = CALL_S,
+        *,
+        repeat: bool = False,
     ) -> Any:
-        """The response of a service; its message is noted among `answers`. Raises FaultError when none comes."""
+        """The response of a service; its message is noted among `answers`. Raises FaultError when none comes.
+
+        `repeat`: ask again while nobody answers. The request may have gone to a process that was killed, which the
+        middleware believes alive for a while, or its answer come before the middleware has joined both ends.
+        """
         segmenter = segmenter or self.segmenter
         name = f"/{segmenter.name}/{service}"
         if name not in self._clients:
@@ -263,8 +274,10 @@ class Harness:
         client = self._clients[name]
         if not wait_until(lambda: client.service_is_ready() or not segmenter.is_alive, timeout_s):
             raise FaultError(f"nobody offers {name}")
-        future = client.call_async(request)
-        wait_until(lambda: future.done() or not segmenter.is_alive, timeout_s, period_s=0.005)
+        end_s = time.monotonic() + timeout_s
+        future = _asked(client, request, segmenter, min(timeout_s, REPEAT_S) if repeat else timeout_s)
+        while repeat and not future.done() and segmenter.is_alive and time.monotonic() < end_s:
+            future = _asked(client, request, segmenter, REPEAT_S)
         if not future.done():
             reason = f"has not answered within {timeout_s:g} s" if segmenter.is_alive else "cannot answer: it has died"
             raise FaultError(f"{name} {reason}; see {segmenter.log}")
@@ -281,7 +294,7 @@ class Harness:
         response = self.set_goal(GOAL, segmenter)
         if not response.success:
             raise FaultError(f"the goal {GOAL!r} was refused: {response.message}")
-        goals = self.call(ListGoals, "list_goals", ListGoals.Request(), segmenter).goals
+        goals = self.call(ListGoals, "list_goals", ListGoals.Request(), segmenter, repeat=True).goals
         own = next(goal for goal in goals if goal.goal_id == response.goal_id)
         segmenter.judge(response.goal_id, own.instance_ids[0])
 
@@ -292,17 +305,25 @@ class Harness:
                 self.call(ClearGoal, "clear_goal", ClearGoal.Request(goal_id=goal_id))
 
     def goal_ids(self, segmenter: Segmenter) -> list[str]:
-        return [goal.goal_id for goal in self.call(ListGoals, "list_goals", ListGoals.Request(), segmenter).goals]
+        response = self.call(ListGoals, "list_goals", ListGoals.Request(), segmenter, repeat=True)
+        return [goal.goal_id for goal in response.goals]
 
     def state(self, segmenter: Segmenter) -> str:
         """The lifecycle state's label. Raises FaultError while nobody answers."""
-        response = self.call(GetState, "get_state", GetState.Request(), segmenter, timeout_s=START_S)
+        response = self.call(GetState, "get_state", GetState.Request(), segmenter, timeout_s=START_S, repeat=True)
         return str(response.current_state.label)
 
     def change_state(self, segmenter: Segmenter, transition: str) -> bool:
         """Whether the transition succeeded."""
         request = ChangeState.Request(transition=Transition(id=TRANSITIONS[transition]))
         return bool(self.call(ChangeState, "change_state", request, segmenter, timeout_s=START_S).success)
+
+
+def _asked(client: Any, request: Any, segmenter: Segmenter, wait_s: float) -> Any:
+    """The future of one request, after waiting for its answer as long as it may come."""
+    future = client.call_async(request)
+    wait_until(lambda: future.done() or not segmenter.is_alive, wait_s, period_s=0.005)
+    return future
 
 
 def end_process(process: "subprocess.Popen[bytes]") -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from virst_engine.errors import VirstError
 from virst_ros.faults.fault import RECOVERY_S, Fault, FaultError, Masks, SeenMask, Verdict
-from virst_ros.faults.harness import Harness
+from virst_ros.faults.harness import START_S, Harness
 from virst_ros.faults.segmenter import Segmenter, wait_until
 
 logger = logging.getLogger(__name__)
@@ -92,10 +92,11 @@ def _matches(pattern: str, answers: list[str]) -> bool:
 def _wait_for_end(fault: Fault, subject: Segmenter, verdict: Verdict) -> None:
     assert subject.process is not None
     told_s = time.monotonic()
+    wait_s = LONGEST_RECOVERY_S if fault.ends == 0 else START_S
     try:
-        status = subject.process.wait(LONGEST_RECOVERY_S)
+        status = subject.process.wait(wait_s)
     except subprocess.TimeoutExpired:
-        verdict.problems.append(f"it has not ended within {LONGEST_RECOVERY_S:g} s")
+        verdict.problems.append(f"it has not ended within {wait_s:g} s")
         subject.process.kill()
         subject.process.wait()
         return
