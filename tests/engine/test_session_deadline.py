@@ -316,12 +316,12 @@ def overlaps(some: FrameResult, others: FrameResult) -> list[float]:
 
 def test_real_masks_are_nearly_the_same_when_less_is_remembered_or_seen() -> None:
     recording = load_recording()
-    full, less = follow_recording(recording, 0, 140), follow_recording(recording, 1, WATCHED.stop)
-    smaller = follow_recording(recording, 2, 140)
+    full, less = follow_recording(recording, 0, 120), follow_recording(recording, 1, WATCHED.stop)
+    smaller = follow_recording(recording, 2, 120)
     assert not any(result.degradation for result in full)
     for results, words, least_iou in ((less, "remembers fewer", 0.95), (smaller, "96 px", 0.75)):
         assert all(words in results[t].degradation for t in WATCHED)
         assert min(min(overlaps(full[t], results[t])) for t in WATCHED) > least_iou
-    # Back at full quality: what smaller images had left in the memory of recent frames is gone soon.
-    assert smaller[-1].degradation == ""
-    assert min(overlaps(full[-1], smaller[-1])) > 0.98
+    # Back at the model's own size: what smaller images had left in the memory of recent frames is gone soon.
+    assert "px" not in smaller[-1].degradation
+    assert min(overlaps(full[-1], smaller[-1])) > 0.95
