@@ -30,7 +30,10 @@ def faults(
         Path | None, typer.Option(metavar="FOLDER", help="Keep the logs of all processes in this new folder.")
     ] = None,
 ) -> None:
-    """Do to a segmenter what happens on robots, and say what it survives. Status 1 when it does not survive all."""
+    """Do to a segmenter what happens on robots, and say what it survives. Status 1 when it does not survive all.
+
+    Ctrl-C ends it early, with the figures of what was tried.
+    """
     # Here, so that the program's help needs no ROS.
     from virst_ros.faults.catalogue import FAULTS
     from virst_ros.faults.harness import Harness
@@ -56,6 +59,8 @@ def faults(
                     typer.echo(f"{'survived' if verdict.survived else 'FAILED':8s} {came_back}  {fault.name}")
                     for problem in verdict.problems:
                         typer.echo(f"{'':19s}{problem}")
+        except KeyboardInterrupt:
+            typer.echo("virst faults: ended early", err=True)
         except (VirstError, OSError) as error:
             typer.echo(f"virst faults: {error}", err=True)
             raise typer.Exit(1) from error
@@ -68,7 +73,7 @@ def faults(
         json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if report is not None:
         report.write_text(table(verdicts), encoding="utf-8")
-    if told["survived"] < told["tried"]:
+    if told["survived"] < len(chosen):
         raise typer.Exit(1)
 
 
