@@ -328,6 +328,7 @@ def start(context: LaunchContext) -> list:
                     parameters=[scene | sim_time],
                     ros_arguments=["--log-level", value["log_level"]],
                     output="screen",
+                    sigterm_timeout=PATIENCE_S,
                 )
             )
     if value["rviz"] == "true":
