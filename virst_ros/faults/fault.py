@@ -23,8 +23,8 @@ class FaultError(VirstError):
 class Masks(Enum):
     """What the masks do while a fault lasts."""
 
-    OF_GOAL = "go on"  # the object's, with the stamps of their images
-    COME = "go on without the object"  # every image has its mask, but the object cannot be in it
+    OF_GOAL = "follow the object"  # with the stamps of their images
+    COME = "go on"  # every image has its mask, but the object cannot be expected in it
     NONE = "pause"  # no image can be used
     ANY = "not judged"
 

@@ -29,7 +29,12 @@ def table(verdicts: Sequence[Verdict]) -> str:
     ]
     for verdict in verdicts:
         recovery = f"{verdict.recovery_s:.1f}" if math.isfinite(verdict.recovery_s) else "none"
-        said = verdict.diagnostics or _without_prefix(verdict.log_line) or verdict.answer or "nothing: no fault of it"
+        said = (
+            verdict.diagnostics
+            or _without_prefix(verdict.log_line)
+            or verdict.answer
+            or "nothing: there is nothing that it could know"
+        )
         if verdict.problems:
             said = f"**not survived:** {'; '.join(verdict.problems)}"
         cells = (f"`{verdict.name}`", verdict.what, said, verdict.masks, verdict.goals, recovery)

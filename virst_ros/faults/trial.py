@@ -46,7 +46,7 @@ def _try(harness: Harness, fault: Fault, verdict: Verdict) -> None:
         if fault.ends is not None:
             _wait_for_end(fault, subject, verdict)
         heard = _listen(harness, fault, subject, verdict, offset, begin_s)
-        time.sleep(max(0.0, begin_s + fault.least_s - time.monotonic()))
+        time.sleep(max(0.0, injected_s + fault.least_s - time.monotonic()))
         masks, until_s = subject.masks_since(injected_s), time.monotonic()
     ended_s = harness.ended_s or time.monotonic()
     verdict.lasted_s = ended_s - begin_s
