@@ -7,6 +7,8 @@ from typing import Any
 
 from virst_ros.faults.fault import Verdict
 
+NOTHING = "nothing: there is nothing that it could know"
+
 
 def figures(verdicts: Sequence[Verdict], seconds: float, seed: int) -> dict[str, Any]:
     """What --json writes."""
@@ -29,12 +31,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
     ]
     for verdict in verdicts:
         recovery = f"{verdict.recovery_s:.1f}" if math.isfinite(verdict.recovery_s) else "none"
-        said = (
-            verdict.diagnostics
-            or _without_prefix(verdict.log_line)
-            or verdict.answer
-            or "nothing: there is nothing that it could know"
-        )
+        said = verdict.diagnostics or _without_prefix(verdict.log_line) or verdict.answer or NOTHING
         if verdict.problems:
             said = f"**not survived:** {'; '.join(verdict.problems)}"
         cells = (f"`{verdict.name}`", verdict.what, said, verdict.masks, verdict.goals, recovery)
