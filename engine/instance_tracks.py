@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from jaxtyping import Bool
 
 from virst_engine.config import TrackingParameters
 from virst_engine.errors import VirstError
@@ -258,5 +259,5 @@ class InstanceTracks:
         )
 
 
-def _at_size(mask: Mask, height: int, width: int) -> Mask:
+def _at_size(mask: Mask, height: int, width: int) -> Bool[np.ndarray, "height width"]:
     return cv2.resize(mask.view(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).view(np.bool_)

@@ -75,6 +75,16 @@ def test_in_the_mask_image_instances_win_over_their_union() -> None:
     assert [set(ids[truth].tolist()) for truth in truths(video, 11)] == [{found[0]}, {found[1]}, {goal.instance_id}]
 
 
+def test_masks_have_the_cameras_size() -> None:
+    video = Video(TWO_REDS.squares, scale=(2, 3))
+    session = session_of()
+    session.set_goal("red", max_instances=4)
+    found = parts(run(session, video, range(8))[-1])
+    for each, truth in zip(found.values(), truths(video, 7), strict=True):
+        expected = np.kron(truth, np.ones((2, 3), bool))
+        assert (each.mask & expected).sum() > 0.9 * (each.mask | expected).sum()
+
+
 @pytest.mark.parametrize(
     ("sentence", "split_plurals", "asked", "is_split"),
     [

@@ -69,6 +69,17 @@ def pixels(image):
     return np.frombuffer(image.data, np.uint8).reshape(image.height, image.width)
 
 
+def is_of(mask, *numbers):
+    """Whether a mask is that of these squares: their edges are those of a coarse mask, enlarged."""
+    expected = np.logical_or.reduce([truth(number) for number in numbers])
+    return (mask & expected).sum() > 0.9 * (mask | expected).sum()
+
+
+def inside(number):
+    """Where a square is, without its edge."""
+    return truth(number) & np.roll(truth(number), 2, (0, 1)) & np.roll(truth(number), -2, (0, 1))
+
+
 def truth(number):
     small = VIDEO.truth(0, number)
     return np.kron(small, np.ones((2, 2), bool))
@@ -84,10 +95,10 @@ def test_instances_reach_every_output_and_go_one_by_one_or_with_their_goal(graph
     assert {each.goal for each in found.values()} == {"the red squares"}
     values = {name: each.instance_id for name, each in found.items()}
     mask = pixels(setup.masks[-1])
-    assert np.array_equal(mask == values["reds.1"], truth(0))
-    assert np.array_equal(mask == values["reds.2"], truth(1))
-    assert np.array_equal(pixels(setup.targets[-1]) == 255, truth(0) | truth(1))
-    assert found["reds"].area_px == found["reds.1"].area_px + found["reds.2"].area_px
+    assert is_of(mask == values["reds.1"], 0)
+    assert is_of(mask == values["reds.2"], 1)
+    assert is_of(pixels(setup.targets[-1]) == 255, 0, 1)
+    assert found["reds"].area_px == pytest.approx(found["reds.1"].area_px + found["reds.2"].area_px, rel=0.05)
 
     (goal,) = setup.call(ListGoals, "list_goals").goals
     assert list(goal.object_ids) == ["reds", "reds.1", "reds.2"]
@@ -98,7 +109,7 @@ def test_instances_reach_every_output_and_go_one_by_one_or_with_their_goal(graph
     assert list(left.object_ids) == ["reds", "reds.2"]
     assert list(left.object_indices) == [values["reds"], values["reds.2"]]
     assert list(setup.send(8)) == ["reds", "reds.2"]
-    assert set(pixels(setup.masks[-1])[truth(0)].tolist()) == {values["reds"]}
+    assert set(pixels(setup.masks[-1])[inside(0)].tolist()) == {values["reds"]}
     (goal,) = setup.call(ListGoals, "list_goals").goals
     assert list(goal.object_ids) == ["reds", "reds.2"]
     setup.call(ClearGoal, "clear_goal")
@@ -114,16 +125,17 @@ def test_a_topic_of_its_own_comes_and_goes_with_each_object(graph, engine):
     setup.send(6)
     for name in names:
         wait_until(lambda name=name: graph.node.count_publishers(f"/segmenter/objects/{name}/mask") == 1)
-    expected = {"reds": truth(0) | truth(1), "reds_1": truth(0), "reds_2": truth(1)}
+    expected = {"reds": (0, 1), "reds_1": (0,), "reds_2": (1,)}
 
     def all_came():
         setup.send()
         return all(masks.values())
 
     wait_until(all_came)
-    for name, mask in expected.items():
+    for name, numbers in expected.items():
         assert masks[name][-1].encoding == "mono8"
-        assert np.array_equal(pixels(masks[name][-1]), np.where(mask, 255, 0))
+        assert set(np.unique(pixels(masks[name][-1]))) == {0, 255}
+        assert is_of(pixels(masks[name][-1]) > 0, *numbers)
     setup.call(RemoveObject, "remove_object", object_id="reds.2")
     setup.send(2)
     wait_until(lambda: graph.node.count_publishers("/segmenter/objects/reds_2/mask") == 0)
@@ -156,7 +168,7 @@ def test_the_action_splits_its_goal_and_returns_the_union(graph, engine):
     result = done.result().result
     assert result.success, result.message
     assert (result.object.object_id, result.object.part_of) == ("reds", "")
-    assert np.array_equal(pixels(result.mask) == 255, truth(0) | truth(1))
+    assert is_of(pixels(result.mask) == 255, 0, 1)
     assert list(setup.send(6)) == ["reds", "reds.1", "reds.2"]
 
 

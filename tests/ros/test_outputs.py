@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is made of an image alone: target_mask, PNG and JPEG, calibration; and what nobody reads costs nothing."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -181,10 +183,12 @@ def found(goal, score, object_id="", state=ObjectState.TRACKING):
     return ObjectResult(object_id or goal, goal, 1, state, np.ones((1, 1), bool), score, 0.0, 0.0)
 
 
-def test_the_target_is_the_newest_goals_best_object_unless_it_is_named():
+def test_the_target_is_the_newest_goals_union_unless_another_object_is_named():
     goals = [Goal("old", "old", "the old"), Goal("new", "new", "the new")]
-    objects = [found("old", 0.9), found("new", 0.3, "a"), found("new", 0.4, "b")]
-    assert choose_target(objects, goals, "").object_id == "b"
+    union, part = found("new", 0.3, "a"), replace(found("new", 0.4, "a.1"), part_of="a")
+    objects = [found("old", 0.9), union, part]
+    assert choose_target(objects, goals, "").object_id == "a"
+    assert choose_target(objects, goals, "a.1").object_id == "a.1"
     assert choose_target(objects, goals, "old").object_id == "old"
     assert choose_target(objects, goals, "nobody") is None
     assert choose_target(objects[:1], goals, "").object_id == "old", "the newest has none yet"

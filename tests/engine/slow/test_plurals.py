@@ -84,6 +84,6 @@ def test_any_text_is_taken(text: str) -> None:
     assert is_plural(text) in (True, False)
 
 
-@pytest.mark.parametrize("words", itertools.product(["find", "please show me", ""], ["balls", "ball"]))
+@pytest.mark.parametrize("words", list(itertools.product(["find", "please show me", ""], ["balls", "ball"])))
 def test_a_request_before_it_changes_nothing(words: tuple[str, str]) -> None:
     assert is_plural(" the ".join(words)) == (words[1] == "balls")
