@@ -218,6 +218,7 @@ class TestIds:
         story.set_goal(Seen("goal_2", "can", 2), 140, 150)
         story.frame("left", 160, [union, Seen("goal_2", "can", 2), second])
         assert story.found == {}
+        assert story.checker.instances_found == 2
         story.frame("left", 170, [union, Seen("goal_2", "can", 2), Seen("goal_1", "balls.2", 4, part_of="balls")])
         assert story.found == {IDS_REUSED: 1}, "one that stays keeps its value"
 
@@ -418,6 +419,7 @@ def test_the_command_writes_its_files_and_its_status_tells_of_broken_bounds(tmp_
         "goals_set": 3,
         "goals_cleared": 2,
         "masks_compared": 6,
+        "instances_found": 1,
         "requests": {"set_goal": 3},
         "cameras": {"left": {"images": 8, "frames": 7, "rate_hz": 9.9, "age_ms": None}},
         "details": ["x: y"],

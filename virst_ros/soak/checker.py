@@ -98,7 +98,7 @@ class Checker:
         self.masks: Counter[str] = Counter()
         self.objects: Counter[str] = Counter()
         self.masks_compared = 0
-        self.goals_set = self.goals_cleared = 0
+        self.goals_set = self.goals_cleared = self.instances_found = 0
         self._lives: list[Life] = []
         self._sent: dict[str, OrderedDict[int, None]] = {camera: OrderedDict() for camera in cameras}
         self._newest_ns: dict[tuple[str, str], int] = {}  # by topic and camera
@@ -252,6 +252,7 @@ class Checker:
             owners = [life for life in self._lives if life.owns(each) and life.may_be_seen(stamp_ns)]
             owner = next((life for life in owners if life.goal_id or life.object_id), None)
             if owner is not None:
+                self.instances_found += bool(each.part_of) and each.object_id not in owner.instance_ids
                 known = owner.instance_ids.setdefault(each.object_id, each.instance_id)
                 if known != each.instance_id:
                     owner.instance_ids[each.object_id] = each.instance_id

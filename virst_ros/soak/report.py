@@ -29,8 +29,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{result['minutes']:g} minutes, {result['frames']} frames, {result['goals_set']} goals set, "
-        f"{result['goals_cleared']} cleared, {result['masks_compared']} masks compared with `objects`, "
-        f"{sum(result['requests'].values())} requests.",
+        f"{result['goals_cleared']} cleared, {result['instances_found']} instances found, "
+        f"{result['masks_compared']} masks compared with `objects`, {sum(result['requests'].values())} requests.",
         "",
         "| camera | images | frames | frames/s | age p50 | p95 | p99, ms |",
         "|---|---:|---:|---:|---:|---:|---:|",
