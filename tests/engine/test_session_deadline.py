@@ -314,6 +314,7 @@ def overlaps(some: FrameResult, others: FrameResult) -> list[float]:
     return [float((one & other).sum() / (one | other).sum()) for one, other in pairs]
 
 
+@pytest.mark.slow
 def test_real_masks_are_nearly_the_same_when_less_is_remembered_or_seen() -> None:
     recording = load_recording()
     full, less = follow_recording(recording, 0, 120), follow_recording(recording, 1, WATCHED.stop)

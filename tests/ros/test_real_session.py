@@ -19,6 +19,7 @@ pytest.importorskip("virst_msgs.msg")
 
 import zmq
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.parameter import Parameter
 from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import Image
 from virst_msgs.msg import Point2D, SegmentedObject, SegmentedObjectArray
@@ -140,6 +141,24 @@ def reasoner(live):
     made = ReasonerProcess(live.endpoint)
     yield made
     made.end_all()
+
+
+def test_what_the_deadline_leaves_out_is_on_diagnostics_and_masks_go_on(live, reasoner):
+    reasoner.start()
+    assert live.set_goal().success
+    live.wait_for_state(SegmentedObject.TRACKING)
+    live.wait_for_status("output", DiagnosticStatus.OK)
+    assert live.node.set_parameters([Parameter("tracking.deadline_ms", value=0.001)])[0].successful
+    live.wait_for_status(
+        "output", DiagnosticStatus.WARN, "tracking.deadline_ms is 0.001: remembers fewer frames", "no more to leave out"
+    )
+    output = next(status for status in live.diagnostics[-1].status if status.name == "segmenter: output")
+    told = {pair.key: pair.value for pair in output.values}
+    assert told["degradation"] == output.message
+    assert told["frames left out"] == "0"  # the camera is slow: frames do not wait for each other
+    live.assert_masks_go_on()
+    assert live.node.set_parameters([Parameter("tracking.deadline_ms", value=0.0)])[0].successful
+    live.wait_for_status("output", DiagnosticStatus.OK)
 
 
 class TestReasoner:
