@@ -173,10 +173,10 @@ def goal_taken_away(harness):
             Fault("unanswered", "nothing", nothing_wrong, Masks.ANY, answer="never"),
             "the answer does not name the cause",
         ),
+        (Fault("unmasked", "the camera stops", camera_stopped, Masks.OF_GOAL, least_s=3.0), "masks did not go on"),
         (Fault("goalless", "its goal is cleared", goal_taken_away, Masks.ANY, most_s=1.0), "no recovery|is gone"),
         (Fault("killed", "SIGKILL", killed, Masks.ANY), "has died"),
         (Fault("killed_in_the_end", "SIGKILL", killed, Masks.ANY, ends=0), "status -9, not 0"),
-        (Fault("unmasked", "the camera stops", camera_stopped, Masks.OF_GOAL, least_s=3.0), "masks did not go on"),
     ],
     ids=lambda value: value.name if isinstance(value, Fault) else "",
 )

@@ -263,15 +263,6 @@ FAULTS = (
     ),
     _refused("goal_object_taken", "a goal for an object that another goal has", _same_object_twice, "belongs to goal"),
     _refused("goals_hundred", "100 goals, one after the other", _hundred_goals, "goals are set; clear one"),
-    Fault(
-        "requests_flood",
-        "300 requests to one service as fast as they are answered",
-        _asked(ClearGoal, "clear_goal", *[ClearGoal.Request(goal_id="no such goal")] * 300),
-        Masks.OF_GOAL,
-        log="more than .* times per second",
-        diagnostics="requests refused by limits: [1-9]",
-        answer="more than .* times per second",
-    ),
     Fault("goals_churn", "40 goals are set and cleared at once", _goal_churn, Masks.OF_GOAL),
     Fault(
         "goal_while_inactive",
@@ -370,6 +361,15 @@ FAULTS = (
         "deactivate and activate under load, 5 times",
         _cycles("deactivate", "activate", times=5),
         Masks.ANY,
+    ),
+    Fault(
+        "requests_flood",
+        "300 requests to one service as fast as they are answered",
+        _asked(ClearGoal, "clear_goal", *[ClearGoal.Request(goal_id="no such goal")] * 300),
+        Masks.OF_GOAL,
+        log="more than .* times per second",
+        diagnostics="requests refused by limits: [1-9]",
+        answer="more than .* times per second",
     ),
     Fault(
         "configuration_cycles",
