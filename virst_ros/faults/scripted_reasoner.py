@@ -14,9 +14,15 @@ import zmq
 
 from virst_engine.slow.zmq_server import QUEUED_PER_PEER
 
+RELEASE_S = 0.1  # between late answers when their fault has ended
+
 Parts = list[bytes]
 # What is sent in place of one message of the reasoner: for each, the delay in seconds and its parts.
 Change = Callable[[Parts], Iterable[tuple[float, Parts]]]
+
+
+def _due_s(late: tuple[float, int, bytes, Parts]) -> float:
+    return late[0]
 
 
 def kind_of(parts: Parts) -> str:
@@ -145,7 +151,12 @@ class ScriptedReasoner:
     def _send_due(self) -> None:
         with self._lock:
             floods, is_released, self._is_released = list(self._floods), self._is_released, False
-        while self._later and (is_released or self._later[0][0] <= time.monotonic()):
+        if is_released:  # one after the other, as a reasoner answers; of many at once, a client would get the first few
+            now_s = time.monotonic()
+            self._later = [
+                (now_s + RELEASE_S * place, *late[1:]) for place, late in enumerate(sorted(self._later, key=_due_s))
+            ]
+        while self._later and self._later[0][0] <= time.monotonic():
             *_, client, parts = heapq.heappop(self._later)
             self._front.send_multipart([client, *parts])
         for client in self._clients if floods else ():
