@@ -18,7 +18,7 @@ from virst_engine.errors import BadFrame, BadGoal, BadPrompt, UnknownGoal, Virst
 from virst_engine.fast.deadline import Deadline, levels, smaller_sizes
 from virst_engine.fast.object_registry import ObjectRegistry
 from virst_engine.fast.preprocess import check_image
-from virst_engine.fast.tracker import step_together
+from virst_engine.fast.tracker import step_together, warm_up
 from virst_engine.slow.goals import GoalBook
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.timing import StageTimer
@@ -106,7 +106,7 @@ class Session:
             EndpointError: the reasoner's address can never work. An absent reasoner is no error: it may come later.
         """
         # Imported here: a session with other stages or another client needs neither.
-        from virst_engine.weights import is_sam2, load_stages, weights_identity
+        from virst_engine.weights import load_stages, reasoner_identity, understands_sentences
 
         config = EngineConfig() if config is None else config
         if reasoner is not None and cameras:
@@ -116,14 +116,14 @@ class Session:
             return cls(config, stages, reasoner)
 
         def client() -> ReasonerClient:
-            if is_sam2(config.model):
+            if not understands_sentences(config.model, config.reasoner.method):
                 return NoReasoner()
             from virst_engine.slow.zmq_client import ZmqReasonerClient
 
             return ZmqReasonerClient(
                 config.reasoner.endpoint,
                 curve_keys=config.reasoner.curve_keys,
-                model=weights_identity(config.model),
+                model=reasoner_identity(config.model, config.reasoner.method),
             )
 
         return cls(config, stages, {camera: client() for camera in cameras or (ANY_CAMERA,)})
@@ -320,6 +320,14 @@ class Session:
             self._book.reconfigure(config.goal)
             for stream in self._streams.values():
                 stream.reconfigure(config)
+
+    def warm_up(self) -> None:
+        """Do now what the first frames would spend time and memory on: allocate, compile, fill caches.
+
+        Takes as long as a few frames with all objects; with `engine.compiled`, minutes. Nothing is seen or remembered.
+        """
+        with self._before_others():
+            warm_up([stream.tracker for stream in self._streams.values()])
 
     def close(self) -> None:
         """Give back the reasoner's connections. May be called twice."""

@@ -12,7 +12,13 @@ from virst_engine.errors import BadPrompt
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
-from virst_engine.weights import is_sam2, load_goal_check, load_stages, weights_identity, weights_path
+from virst_engine.weights import (
+    load_goal_check,
+    load_stages,
+    reasoner_identity,
+    understands_sentences,
+    weights_path,
+)
 from virst_ros.diagnostics import LoadedModel
 from virst_ros.prompts import PromptedObject
 
@@ -42,9 +48,11 @@ def load_engine(config: EngineConfig, cameras: Sequence[str] = ()) -> LoadedEngi
         EndpointError: the reasoner's address can never work.
     """
     path = weights_path(config.model)
-    stages, check_goal = load_stages(config.model, config.engine, config.memory), load_goal_check(config.model)
+    stages = load_stages(config.model, config.engine, config.memory)
+    check_goal = load_goal_check(config.model, config.reasoner.method)
     reasoners = {camera: _reasoner(config) for camera in cameras or ("",)}
     session = Session(config, stages, reasoners)
+    session.warm_up()  # no frame of a robot is late for what can be done now
     return LoadedEngine(
         session=session,
         reasoners=reasoners,
@@ -55,10 +63,12 @@ def load_engine(config: EngineConfig, cameras: Sequence[str] = ()) -> LoadedEngi
 
 
 def _reasoner(config: EngineConfig) -> ReasonerClient:
-    if is_sam2(config.model):
+    if not understands_sentences(config.model, config.reasoner.method):
         return NoReasoner()
     return ZmqReasonerClient(
-        config.reasoner.endpoint, curve_keys=config.reasoner.curve_keys, model=weights_identity(config.model)
+        config.reasoner.endpoint,
+        curve_keys=config.reasoner.curve_keys,
+        model=reasoner_identity(config.model, config.reasoner.method),
     )
 
 

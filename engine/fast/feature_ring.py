@@ -45,8 +45,17 @@ class FeatureRing:
         self._steps = [NO_STEP] * rows
         self._stamps_ns = [0] * capacity
         self._image_sizes = [(0, 0)] * capacity
-        self._masks = torch.zeros((rows, slots, mask_side, mask_side), dtype=torch.bool, device=device)
+        self._masks = torch.empty((rows, slots, mask_side, mask_side), dtype=torch.bool, device=device).zero_()
         self._is_known = np.zeros((rows, slots), dtype=np.bool_)
+
+    def allocate(self, features: ImageFeatures) -> None:
+        """Make the buffers for features like these, unless they are there. All of their memory is taken at once."""
+        for name in CACHED:
+            if name not in self._buffers:
+                like = getattr(features, name)
+                shape = (len(self._steps), *like.shape[1:])
+                # Written to: pages of `zeros` would be taken one by one, as slots are first used.
+                self._buffers[name] = torch.empty(shape, dtype=like.dtype, device=like.device).zero_()
 
     def push(
         self, step: int, stamp_ns: int, features: ImageFeatures, image_size: tuple[int, int] = (0, 0)
@@ -56,12 +65,9 @@ class FeatureRing:
         `image_size`: height and width of the camera's image.
         """
         row = step % self._capacity
+        self.allocate(features)
         for name in CACHED:
-            new = getattr(features, name)
-            if name not in self._buffers:
-                shape = (len(self._steps), *new.shape[1:])
-                self._buffers[name] = torch.zeros(shape, dtype=new.dtype, device=new.device)
-            self._buffers[name][row].copy_(new[0])
+            self._buffers[name][row].copy_(getattr(features, name)[0])
         self._steps[row], self._stamps_ns[row], self._image_sizes[row] = step, stamp_ns, image_size
         self._is_known[row] = False
         return self._view(row)

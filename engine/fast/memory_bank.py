@@ -66,7 +66,7 @@ class MemoryBank:
         shape = (rows, columns, sizes.memory_channels, sizes.grid, sizes.grid)
         # SAM2VideoPredictor rounds memories to bfloat16 (_run_single_frame_inference), whatever it computes in.
         kept = torch.bfloat16 if self._read_by_step else dtype
-        self._dtype, self._spatial = dtype, torch.zeros(shape, device=device, dtype=kept)
+        self._dtype, self._spatial = dtype, torch.empty(shape, device=device, dtype=kept).zero_()  # taken at once
         self._pointer = torch.zeros((rows, self._anchors + self._pointers, sizes.channels), device=device, dtype=dtype)
         self._is_approved = np.zeros((rows, self._anchors), dtype=np.bool_)
         self._anchor_steps = np.full((rows, self._anchors), EMPTY, dtype=np.int64)

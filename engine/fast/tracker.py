@@ -27,7 +27,7 @@ from virst_engine.errors import BadPrompt
 from virst_engine.fast.feature_ring import FeatureRing
 from virst_engine.fast.memory_bank import MemoryBank
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
-from virst_engine.fast.prompts import check_prompt, decode_prompt
+from virst_engine.fast.prompts import check_prompt, decode_boxes, decode_prompt
 from virst_engine.timing import StageTimer
 from virst_engine.types import (
     ClickPrompt,
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch", ImageFeatures, MemoryTensors)
 
+WARM_OBJECTS = (4, 8)  # numbers of objects for which backends have code of their own
 BELIEVED_LOGIT = 10.0  # of a cached mask, which is kept as bits
 
 
@@ -155,19 +156,33 @@ class Tracker:
         return sighting if sighting is not None and sighting.step == self._step else None
 
     @torch.inference_mode()
-    def decode_anchors(self, slot: int, steps: Sequence[int], prompts: Float[Tensor, "k n c"]) -> DecodedAnchors | None:
+    def decode_anchors(
+        self,
+        slot: int,
+        steps: Sequence[int],
+        prompts: Float[Tensor, "k n c"] | None,
+        boxes: Float[np.ndarray, "k m 4"] | None = None,
+    ) -> DecodedAnchors | None:
         """Decode the reasoner's prompts whose frames are still cached; None when none is. Nothing is remembered yet.
 
         Args:
             steps: each prompt's frame, ascending.
-            prompts: embeddings that stand in place of points.
+            prompts: embeddings that stand in place of points; or else:
+            boxes: of a detector; in shares of the image's width and height.
         """
         kept = [i for i, step in enumerate(steps) if self._ring.has(step) or self._ring.has_pinned(slot, step)]
         if not kept:
             return None
         kept_steps = tuple(steps[i] for i in kept)
         features = self._ring.gather(kept_steps, slot)
-        prediction = _own(self._stages.mask_decoder(features, None, PromptTokens(prompts[kept].to(self._device))))
+        if prompts is not None:
+            decoded = self._stages.mask_decoder(features, None, PromptTokens(prompts[kept].to(self._device)))
+        elif boxes is not None:
+            of_boxes = self._ring.gather([step for step in kept_steps for _ in range(boxes.shape[1])], slot)
+            decoded = decode_boxes(self._stages, of_boxes, boxes[kept], self._device)
+        else:
+            raise AssertionError("an anchor needs a prompt")
+        prediction = _own(decoded)
         sightings = self._look(prediction, kept_steps)
         return DecodedAnchors(
             steps=kept_steps,
@@ -442,6 +457,25 @@ def step_together(
     return tracked
 
 
+@torch.inference_mode()
+def warm_up(trackers: Sequence[Tracker]) -> None:
+    """Run the stages once for one object and for as many as there can be, of trackers that share them.
+
+    Whatever is made at first use is made now: buffers, compiled code, caches of libraries. Nothing is remembered.
+    """
+    first = trackers[0]
+    stages, slots = first._stages, first._slots
+    side = stages.sizes.image_size
+    frames = len(trackers) if stages.takes_several_frames else 1
+    for count in sorted({1, frames}):
+        features = stages.image_encoder(torch.zeros((count, 3, side, side), device=first._device))
+        one = ImageFeatures(**{name: value[:1].clone() for name, value in vars(features).items()})
+        for tracker in trackers:
+            tracker._ring.allocate(one)
+        for objects in sorted({1, slots, *(bucket for bucket in WARM_OBJECTS if bucket < slots)}):
+            _run_stages([_Work(tracker, 0, one, range(objects)) for tracker in trackers[:count]])
+
+
 def _encode(stages: Stages, pixels: Sequence[Tensor], timer: StageTimer) -> Iterator[ImageFeatures]:
     """The features of each image (b = 1), to be used up before the next are asked for."""
     if len(pixels) > 1 and stages.takes_several_frames:
@@ -456,23 +490,19 @@ def _encode(stages: Stages, pixels: Sequence[Tensor], timer: StageTimer) -> Iter
         yield encoded
 
 
+def _run_stages(works: Sequence[_Work]) -> None:
+    """All stages but the image encoder, on what is remembered, whatever it is."""
+    stages = works[0].tracker._stages
+    features, conditioned = _condition(works)
+    stages.memory_encoder(features, stages.mask_decoder(features, conditioned, None))
+
+
 def _propagate(works: Sequence[_Work], timer: StageTimer) -> None:
     """Memory -> mask -> memory, for all objects of all works in one call of each stage."""
     first = works[0].tracker
     stages = first._stages
-    counts = [len(work.rows) for work in works]
     with timer.stage("memory_attention"):
-        memory = _joined([work.tracker._memory.read(work.step, work.rows) for work in works])
-        features, frame_of = works[0].features, None
-        if len(works) > 1:
-            features = _joined([work.features for work in works])
-            frame_of = torch.repeat_interleave(torch.tensor(counts)).to(first._device)
-        if frame_of is None:
-            conditioned = stages.memory_attention(features, memory)
-        else:
-            conditioned = stages.memory_attention(features, memory, frame_of)
-    if frame_of is not None:  # from here on a frame per object
-        features = ImageFeatures(**{name: value[frame_of] for name, value in vars(features).items()})
+        features, conditioned = _condition(works)
     with timer.stage("mask_decoder"):
         prediction = stages.mask_decoder(features, conditioned, None)
     entry = None
@@ -491,8 +521,20 @@ def _propagate(works: Sequence[_Work], timer: StageTimer) -> None:
             for i, ((work, row), sighting) in enumerate(zip(rows, sightings, strict=True)):
                 if sighting.is_remembered:  # a hidden object must not overwrite what we remember of it
                     work.tracker._memory.remember_recent(row, work.step, entry, i)
-    for work, end in zip(works, itertools.accumulate(counts), strict=True):
+    for work, end in zip(works, itertools.accumulate(len(work.rows) for work in works), strict=True):
         work.tracker._remember(work.step, work.rows, sightings[end - len(work.rows) : end])
+
+
+def _condition(works: Sequence[_Work]) -> tuple[ImageFeatures, Float[Tensor, "o c h w"]]:
+    """Memory attention; and the features to go on with: one frame for all objects, or a frame for each."""
+    stages = works[0].tracker._stages
+    memory = _joined([work.tracker._memory.read(work.step, work.rows) for work in works])
+    if len(works) == 1:
+        return works[0].features, stages.memory_attention(works[0].features, memory)
+    features = _joined([work.features for work in works])
+    frame_of = torch.repeat_interleave(torch.tensor([len(work.rows) for work in works])).to(memory.spatial.device)
+    conditioned = stages.memory_attention(features, memory, frame_of)
+    return ImageFeatures(**{name: value[frame_of] for name, value in vars(features).items()}), conditioned
 
 
 def _joined(parts: Sequence[Batch]) -> Batch:

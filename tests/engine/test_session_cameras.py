@@ -28,7 +28,7 @@ from virst_engine.model.config import sam2_1
 from virst_engine.model.sam2 import Sam2
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import NoReasoner
-from virst_engine.types import ClickPrompt, Frame, FrameResult, ImageFeatures, MemoryTensors, ObjectState
+from virst_engine.types import ClickPrompt, Frame, FrameResult, ImageFeatures, MaskPrompt, MemoryTensors, ObjectState
 
 LEFT = Video([moving_square(RED), moving_square(BLUE, row=7)])
 RIGHT = Video([moving_square(RED, row=6), moving_square(GREEN, row=1)], start_ns=1_020_000_000)
@@ -247,3 +247,40 @@ def test_objects_of_several_frames_are_conditioned_each_on_its_own() -> None:
             MemoryTensors(**{name: value[row : row + 1] for name, value in vars(memory).items()}),
         )
         assert torch.allclose(together[row], alone[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("cameras", [("",), ("left", "right")])
+def test_warming_up_changes_nothing_that_is_seen(cameras: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    stages = TorchStages(Sam2(sam2_1("tiny", 64)))
+    logits = []
+    for is_warm in (False, True):
+        with Session(small_config(), stages, {camera: NoReasoner() for camera in cameras}) as session:
+            if is_warm:
+                session.warm_up()
+            names = [camera or "camera" for camera in cameras]
+            session.step_together([frame_of_size(name, 0) for name in names])
+            mask = np.zeros((64, 64), bool)
+            mask[20:40, 20:40] = True
+            session.add_object(MaskPrompt(mask), camera=cameras[-1])
+            for t in range(1, 4):
+                session.step_together([frame_of_size(name, t) for name in names])
+            sighting = session._streams[cameras[-1]].tracker.sighting(0)
+            assert sighting is not None
+            logits.append(sighting.mask_logits)
+    assert torch.equal(*logits)
+
+
+def frame_of_size(camera: str, t: int) -> Frame:
+    pixels = np.random.default_rng(t).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return Frame(pixels, 1_000_000_000 * (t + 1), camera)
+
+
+def test_what_a_session_needs_is_allocated_when_it_is_warm() -> None:
+    stages = TorchStages(Sam2(sam2_1("tiny", 64)))
+    session = Session(small_config(), stages, {camera: NoReasoner() for camera in VIDEOS})
+    session.warm_up()
+    for stream in session._streams.values():
+        assert set(stream.tracker.ring._buffers) == {"top", "high_res_s0", "high_res_s1"}
+        assert stream.tracker.ring.oldest_step() == -1
+        assert stream.tracker.memory.is_empty(0)
