@@ -154,19 +154,14 @@ class Diagnostics:
             self._image_s = self._now_s()
             self._images.add(self._image_s)
 
-    def image_decoded(self, size: str) -> str:
-        """The newest message could be read; `size` is for people, for example "640x480 rgb8".
-
-        Returns what changed since the last one; empty when nothing did.
-        """
+    def image_decoded(self, size: str) -> None:
+        """The newest message could be read; `size` is for people, for example "640x480 rgb8"."""
         with self._lock:
             before, self._image_size = self._image_size, size
-            if before in ("", size):
-                return ""
-            self._size_changes += 1
-            self._size_change_s = self._now_s()
-            self._size_change = f"the image changed from {before} to {size}; masks follow it"
-            return self._size_change
+            if before not in ("", size):
+                self._size_changes += 1
+                self._size_change_s = self._now_s()
+                self._size_change = f"the image changed from {before} to {size}; masks follow it"
 
     def stamp_went_back(self, back_s: float) -> None:
         """An image carries an older time than the one before it: the session begins anew."""

@@ -137,11 +137,13 @@ def test_silence_tells_since_when(diagnostics, clock):
     assert "no images on /image since 4.5 s" in subject(diagnostics, "input").message
 
 
-def test_a_changed_size_is_told_once(diagnostics):
-    assert diagnostics.image_decoded("2x2 rgb8") == ""
-    assert diagnostics.image_decoded("2x2 rgb8") == ""
-    assert "changed from 2x2 rgb8 to 4x4 rgb8" in diagnostics.image_decoded("4x4 rgb8")
-    assert diagnostics.image_decoded("4x4 rgb8") == ""
+def test_a_changed_size_is_told_and_counted_once(diagnostics):
+    diagnostics.image_received()
+    for size, changes in (("2x2 rgb8", 0), ("2x2 rgb8", 0), ("4x4 rgb8", 1), ("4x4 rgb8", 1)):
+        diagnostics.image_decoded(size)
+        status = subject(diagnostics, "input")
+        assert values(status)["changes of size or encoding"] == str(changes)
+        assert ("changed from 2x2 rgb8 to 4x4 rgb8" in status.message) == bool(changes)
 
 
 def test_time_that_goes_back_is_a_warning_for_a_while(diagnostics, clock):
