@@ -23,10 +23,11 @@ from virst_ros import conversions
 from virst_ros.soak.cameras import ReplayCamera, SteadyClock
 from virst_ros.soak.checker import Checker, Life, Seen
 
+HOLD_TIMES = 25  # requests while all objects are there: some ten seconds, in which the reasoner answers for all of them
 ANSWER_S = 10.0  # for an answer of the node, which should take milliseconds
 LEAST_AREA_PX = 150  # of a simulated object that is pointed at
 PAUSES_S = (0.3, 1.5)  # images are off for so long
-# The first are of the recorded scene, the last mean nothing there: those goals are searched for, and never found.
+FOUND_SENTENCES = 8  # of those that follow; the last two mean nothing in the recorded scene, and are never found
 SENTENCES = (
     "the red ball",
     "the blue can",
@@ -40,6 +41,7 @@ SENTENCES = (
     "the purple egg",
     "the black box",
 )
+MOST_REPLAY_STEPS = 8
 NONSENSE = ("", "   ", "x" * 5000, "the red\nball", "\u0000")
 
 
@@ -100,19 +102,29 @@ class Asker:
             )
         }
         self._segment = ActionClient(self.node, Segment, f"{self.segmenter}/segment")
-        # Everything once at the beginning: what it allocates for good is there before memory is compared.
-        self._first: list[Callable[[], None]] = [
-            self._fill,
-            self._point_again,
+        self._first = self._opening()
+
+    def _opening(self) -> list[Callable[[], None]]:
+        """What is asked first: all objects at once, found in all cameras, then everything else once.
+
+        What that allocates for good is so there before memory is compared: a batch of the most objects takes more than
+        all others, and the allocator keeps it.
+        """
+        hold = [self._hold] * HOLD_TIMES
+        return [
+            self._replay_most,
+            self._full_house,
+            *hold,
+            self._reset,
+            *hold,
             self._set_parameters,
+            self._pause,
             self._ask_nonsense,
             self._clear_all,
             self._set_goal,
             self._point_at_new,
-            self._pause,
             self._replace,
             self.list_goals,
-            self._reset,
             self._remove_object,
             self._clear_goal,
             self._fill,
@@ -195,6 +207,21 @@ class Asker:
 
     def _fill(self) -> None:
         self._set(max(1, self.most_objects - len(self.checker.lives())))
+
+    def _full_house(self) -> None:
+        """As many objects as there can be, in all cameras, of sentences that mean something in the scene."""
+        for number in range(self.most_objects):
+            request = SetGoal.Request(goal=SENTENCES[number % FOUND_SENTENCES], max_instances=1)
+            life = self._ask(request)
+            answer = self._wait("set_goal", self._send("set_goal", request))
+            self._goal_answered(life, request, answer, must_be_taken=True)
+
+    def _hold(self) -> None:
+        """Something that ends no goal."""
+        self._random.choice((self.list_goals, self._point_again, self._point_again))()
+
+    def _replay_most(self) -> None:
+        self._set_parameter("tracking.replay_steps", MOST_REPLAY_STEPS)
 
     def _set(self, times: int) -> None:
         """Several requests on their way at once."""
@@ -386,7 +413,7 @@ class Asker:
     def _set_parameters(self) -> None:
         name, value = self._random.choice(
             (
-                ("tracking.replay_steps", self._random.randint(2, 8)),
+                ("tracking.replay_steps", self._random.randint(2, MOST_REPLAY_STEPS)),
                 ("tracking.lost_after_steps", self._random.randint(1, 6)),
                 ("reasoner.period_s", self._random.uniform(0.5, 2.0)),
                 ("reasoner.retry_s", self._random.uniform(0.2, 0.6)),
