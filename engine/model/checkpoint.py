@@ -50,10 +50,10 @@ def load_sam2(size: str, path: str | Path, image_size: int = 1024, sha256: str =
     try:
         if sha256:
             _check_sha256(file, sha256)
-        state = _state(_read(file), model.state_dict(), size)
+        state = sam2_state(read_tensors(file), model.state_dict(), size)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}); {_remedy(size)}") from error
-    except _Flaw as flaw:
+    except Flaw as flaw:
         raise CheckpointError(f"{file} {flaw}; {_remedy(size)}") from flaw
     model.load_state_dict(state, strict=True, assign=True)
     try:
@@ -100,8 +100,8 @@ def _remedy(size: str) -> str:
     )
 
 
-class _Flaw(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its path; `load_sam2` adds the remedy."""
+class Flaw(Exception):
+    """What is wrong with a file, as the end of a sentence that begins with its path; who catches it adds the remedy."""
 
 
 def _check_sha256(file: Path, wanted: str) -> None:
@@ -111,43 +111,43 @@ def _check_sha256(file: Path, wanted: str) -> None:
             digest.update(block)
     found = digest.hexdigest()
     if not re.fullmatch(r"[0-9a-fA-F]{64}", wanted):
-        raise _Flaw(f"has the SHA-256 {found}; {wanted!r} is none, it needs 64 hexadecimal digits")
+        raise Flaw(f"has the SHA-256 {found}; {wanted!r} is none, it needs 64 hexadecimal digits")
     if found != wanted.lower():
-        raise _Flaw(f"is not the file that was asked for: its SHA-256 is {found}, wanted {wanted.lower()}")
+        raise Flaw(f"is not the file that was asked for: its SHA-256 is {found}, wanted {wanted.lower()}")
 
 
-def _read(file: Path) -> Mapping[str, Tensor]:
-    """All tensors of a file, mapped."""
+def read_tensors(file: Path, under: str = "model", kind: str = "SAM 2") -> Mapping[str, Tensor]:
+    """All tensors of a file, mapped; in a file of torch.save they are `under` this key. Raises Flaw and OSError."""
     with file.open("rb") as opened:
         start = opened.read(64)
     if start.startswith(b"PK\x03\x04"):
-        return _read_torch(file)
+        return _read_torch(file, under, kind)
     if start[8:9] == b"{":
         return _read_safetensors(file)
     if not start:
-        raise _Flaw("is empty")
+        raise Flaw("is empty")
     if start.startswith(b"version https://git-lfs"):
-        raise _Flaw("is a Git LFS pointer instead of the weights (`git lfs pull` brings them)")
+        raise Flaw("is a Git LFS pointer instead of the weights (`git lfs pull` brings them)")
     if start.startswith(b"\x80"):
-        raise _Flaw("is a bare pickle, which may hold code and is not opened")
-    raise _Flaw("is no checkpoint, neither of torch.save nor safetensors")
+        raise Flaw("is a bare pickle, which may hold code and is not opened")
+    raise Flaw("is no checkpoint, neither of torch.save nor safetensors")
 
 
-def _read_torch(file: Path) -> Mapping[str, Tensor]:
+def _read_torch(file: Path, under: str, kind: str) -> Mapping[str, Tensor]:
     if not zipfile.is_zipfile(file):  # the table of contents is at the end
-        raise _Flaw(f"is truncated: it ends after {file.stat().st_size} bytes without its table of contents")
+        raise Flaw(f"is truncated: it ends after {file.stat().st_size} bytes without its table of contents")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch and its unpickler say many things to a file that was tampered with
         if code := re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error)):
-            raise _Flaw(f"holds code ({code[1]}), which was not executed") from error
-        raise _Flaw(f"is damaged ({type(error).__name__} of torch.load)") from error
-    weights = content.get("model") if isinstance(content, dict) else None
+            raise Flaw(f"holds code ({code[1]}), which was not executed") from error
+        raise Flaw(f"is damaged ({type(error).__name__} of torch.load)") from error
+    weights = content.get(under) if isinstance(content, dict) else None
     if not isinstance(weights, dict):
-        raise _Flaw('is no checkpoint of SAM 2: it has no weights under "model"')
+        raise Flaw(f'is no checkpoint of {kind}: it has no weights under "{under}"')
     other = [name for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if other:
-        raise _Flaw(f"holds other things than weights, for example {other[0]!r}")
+        raise Flaw(f"holds other things than weights, for example {other[0]!r}")
     return weights
 
 
@@ -156,7 +156,7 @@ def _read_safetensors(file: Path) -> Mapping[str, Tensor]:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in list(opened.keys())}
     except Exception as error:  # SafetensorError, and whatever torch says to a type that it does not have
-        raise _Flaw(f"is truncated or damaged ({error})") from error
+        raise Flaw(f"is truncated or damaged ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -184,31 +184,31 @@ TRANSFORMERS_NAMING = _Naming(
 )
 
 
-def _state(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], size: str) -> dict[str, Tensor]:
-    """The file's tensors under sam2's names, as float32. Every one of them has to be one of `expected`."""
+def sam2_state(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], size: str) -> dict[str, Tensor]:
+    """The file's tensors under sam2's names, as float32. Every one has to be one of `expected`; otherwise Flaw."""
     if any(name.startswith(SAM2_NAMING.decoder) for name in tensors):
         _check_model(tensors, SAM2_NAMING, size)
-        _check_names_and_shapes(tensors, expected)
+        check_names_and_shapes(tensors, expected)
     elif any(name.startswith(TRANSFORMERS_NAMING.decoder) for name in tensors):
         _check_model(tensors, TRANSFORMERS_NAMING, size)
         tensors = _with_both_position_matrices(tensors)
-        _check_names_and_shapes(tensors, to_transformers(expected))
+        check_names_and_shapes(tensors, to_transformers(expected))
         tensors = from_transformers(tensors, expected)
     else:
-        raise _Flaw(f"holds another model than SAM 2: {', '.join(sorted(tensors)[:3]) or 'no tensors'}")
-    _check_values(tensors)
+        raise Flaw(f"holds another model than SAM 2: {', '.join(sorted(tensors)[:3]) or 'no tensors'}")
+    check_values(tensors)
     return {name: value.float() for name, value in tensors.items()}
 
 
 def _check_model(tensors: Mapping[str, Tensor], naming: _Naming, size: str) -> None:
-    """Name the likely confusions; `_check_names_and_shapes` finds the others."""
+    """Name the likely confusions; `check_names_and_shapes` finds the others."""
     if not any(name.startswith("memory_attention.") for name in tensors):
-        raise _Flaw("has no memory attention: it holds a model for single images")
+        raise Flaw("has no memory attention: it holds a model for single images")
     if not any(name in tensors for name in naming.new_in_2_1):
-        raise _Flaw(f"holds SAM 2, not SAM 2.1: it lacks {', '.join(naming.new_in_2_1)}")
+        raise Flaw(f"holds SAM 2, not SAM 2.1: it lacks {', '.join(naming.new_in_2_1)}")
     found = _size_of(tensors, naming.trunk)
     if found and found != size:
-        raise _Flaw(f"holds SAM 2.1 {found}, not {size} (set model.name to sam2.1-{found} to use it)")
+        raise Flaw(f"holds SAM 2.1 {found}, not {size} (set model.name to sam2.1-{found} to use it)")
 
 
 def _size_of(tensors: Mapping[str, Tensor], trunk: str) -> str:
@@ -227,11 +227,12 @@ def _with_both_position_matrices(tensors: Mapping[str, Tensor]) -> dict[str, Ten
     """They are one matrix in sam2; transformers stores it twice, or once while they are tied."""
     found = [tensors[name] for name in POSITION_MATRICES if name in tensors]
     if len(found) == 2 and not torch.equal(found[0], found[1]):
-        raise _Flaw(f"holds two different matrices {' and '.join(POSITION_MATRICES)}, where SAM 2 has one")
+        raise Flaw(f"holds two different matrices {' and '.join(POSITION_MATRICES)}, where SAM 2 has one")
     return {**dict.fromkeys(POSITION_MATRICES, found[0]), **tensors} if found else dict(tensors)
 
 
-def _check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise Flaw unless both have the same names and shapes; nothing is read."""
     wrong = {
         "lacks": expected.keys() - tensors.keys(),
         "has unknown": tensors.keys() - expected.keys(),
@@ -241,25 +242,27 @@ def _check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str
             if name in expected and value.shape != expected[name].shape
         },
     }
-    flaws = [_listed(kind, names) for kind, names in wrong.items() if names]
+    flaws = [listed(kind, names) for kind, names in wrong.items() if names]
     if flaws:
-        raise _Flaw("; ".join(flaws))
+        raise Flaw("; ".join(flaws))
 
 
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Raise Flaw unless all are finite floating-point numbers; reads everything."""
     other = {
         f"{name} {value.dtype}"
         for name, value in tensors.items()
         if value.dtype not in FLOATS or value.layout != torch.strided
     }
     if other:
-        raise _Flaw(f"{_listed('has the wrong type for', other)}; float32, float16 or bfloat16 is needed")
+        raise Flaw(f"{listed('has the wrong type for', other)}; float32, float16 or bfloat16 is needed")
     broken = {name for name, value in tensors.items() if not bool(torch.isfinite(value).all())}
     if broken:
-        raise _Flaw(f"is damaged: it {_listed('has numbers that are not finite in', broken)}")
+        raise Flaw(f"is damaged: it {listed('has numbers that are not finite in', broken)}")
 
 
-def _listed(kind: str, names: set[str]) -> str:
+def listed(kind: str, names: set[str]) -> str:
+    """`kind`, how many there are and the first of them; all of them in the log."""
     first = sorted(names)
     if len(first) > NAMED_AT_MOST:
         log.error("a checkpoint %s %d tensors: %s", kind, len(first), ", ".join(first))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`virst-7b` with every part at widths that run in milliseconds, its tokenizer, and its published files in small."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -55,3 +57,64 @@ def write_tokenizer(folder: Path) -> Path:
 
 def byte_vocabulary() -> dict[str, int]:
     return {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+RANK = 2  # of the adapters in small
+
+
+def published_state(model: Virst7b, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What VIRST's training would have saved of `model` (one shared row of E_ST), before its adapters are merged.
+
+    Merging the adapters gives the weights of `model` again, but for rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name == "st_embedding":
+            continue
+        value = value.clone()
+        if name == "language_model.embed_tokens.weight":
+            value[-1] = model.st_embedding[0]
+        theirs = name if name.startswith("lm_head.") else f"model.{name}"
+        theirs = theirs.replace("model.language_model.", "model.")
+        theirs = theirs.replace("model.vision_tower.", "model.vision_tower.vision_tower.encoder.")
+        theirs = f"base_model.model.{theirs}"
+        if name.startswith("language_model.layers.") and name.endswith("_proj.weight"):
+            a = torch.randn(RANK, value.shape[1], generator=generator) * 0.1
+            b = torch.randn(value.shape[0], RANK, generator=generator) * 0.1
+            state[theirs.replace(".weight", ".lora_A.default.weight")] = a
+            state[theirs.replace(".weight", ".lora_B.default.weight")] = b
+            value = value - 0.25 * b @ a
+        state[theirs] = value
+    return state
+
+
+def base_state(model: Virst7b, rows: int = VOCABULARY + 13) -> dict[str, torch.Tensor]:
+    """The base model's tensors, embeddings with rows of no token."""
+    parts = ("language_model.", "vision_tower.", "mm_projector.", "lm_head.")
+    state = {}
+    for name, value in model.state_dict().items():
+        if not name.startswith(parts):
+            continue
+        if value.shape[0] == VOCABULARY and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            value = torch.cat((value, torch.zeros(rows - VOCABULARY, value.shape[1])))
+        theirs = name if name.startswith("lm_head.") else f"model.{name}"
+        theirs = theirs.replace("model.language_model.", "model.")
+        state[theirs.replace("model.vision_tower.", "model.vision_tower.vision_tower.encoder.")] = value
+    return state
+
+
+def write_base(folder: Path, model: Virst7b, shards: int = 2, dtype: torch.dtype = torch.float32) -> Path:
+    """The base model's folder: shards, their index, and a tokenizer."""
+    state = base_state(model)
+    names = sorted(state)
+    write_tokenizer(folder)
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        own = names[number::shards]
+        save_file({name: state[name].to(dtype).contiguous() for name in own}, folder / file)
+        weight_map |= dict.fromkeys(own, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder

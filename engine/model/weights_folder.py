@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of `virst-7b` on disk: a folder of safetensors files (shards), a manifest.json, and the tokenizer's files.
+
+Both writing and loading go tensor by tensor: a shard is the most that is held besides the model itself. Nothing that a
+folder contains is executed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from virst_engine.errors import WeightsError
+from virst_engine.model.checkpoint import FLOATS, listed, parameters_without_numbers
+from virst_engine.model.sam2 import Sam2
+from virst_engine.model.virst_7b import Virst7b
+from virst_engine.model.virst_7b_config import Virst7bConfig
+
+FORMAT = "virst-folder-1"
+MANIFEST = "manifest.json"
+SHARD_BYTES = 1 << 30
+REMEDY = "convert the published files again with `virst weights convert`"
+SEGMENTER = "seg_model."
+NOT_OF_THE_REASONER = (SEGMENTER, "lm_head.")  # lm_head writes answers in words, which prompts do not need
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    shard: str
+    dtype: str  # torch's name, without "torch."
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds. `facts`: where it comes from, for people and reports."""
+
+    config: Virst7bConfig
+    tensors: dict[str, StoredTensor]
+    shards: dict[str, dict[str, Any]]  # file -> bytes, sha256
+    facts: dict[str, Any]
+
+
+def write_folder(
+    out: Path,
+    config: Virst7bConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    facts: dict[str, Any],
+    copied: Iterable[Path] = (),
+    shard_bytes: int = SHARD_BYTES,
+    written: Callable[[int], None] = lambda _bytes: None,
+) -> Manifest:
+    """Write `tensors` as they come, and copies of the files `copied`; `out` appears when everything is there.
+
+    `written` is told the bytes of every shard. Raises WeightsError where `out` already holds something, or cannot be
+    written; then nothing is left behind.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WeightsError(f"{out} already holds something and is not overwritten; give another folder with --out")
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        stored: dict[str, StoredTensor] = {}
+        shards: dict[str, dict[str, Any]] = {}
+        for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
+            name = f"model-{number:05d}.safetensors"
+            for tensor, value in shard.items():
+                stored[tensor] = StoredTensor(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+            save_file(shard, partial / name)
+            size = (partial / name).stat().st_size
+            shards[name] = {"bytes": size, "sha256": _sha256(partial / name)}
+            written(size)
+        for file in copied:
+            shutil.copyfile(file, partial / file.name)
+        manifest = Manifest(config, stored, shards, facts)
+        content = {
+            "format": FORMAT,
+            "config": json.loads(config.to_json()),
+            "facts": facts,
+            "shards": shards,
+            "tensors": {name: vars(tensor) for name, tensor in stored.items()},
+        }
+        (partial / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise WeightsError(f"{out} cannot be written ({error}); make room or give another folder with --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises WeightsError for a folder without one, or with one that this version did not write."""
+    file = folder / MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}, wanted {FORMAT!r}")
+        tensors = {
+            name: StoredTensor(raw["shard"], raw["dtype"], tuple(raw["shape"]))
+            for name, raw in content["tensors"].items()
+        }
+        config = Virst7bConfig.from_json(json.dumps(content["config"]))
+        return Manifest(config, tensors, content["shards"], content["facts"])
+    except OSError as error:
+        raise WeightsError(f"the weights of virst-7b are missing: no file {file} ({error}); {REMEDY}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{file} is no manifest that this version can read ({error!r}); {REMEDY}") from error
+
+
+def load_reasoner_model(folder: Path, device: str = "cpu", budget_gib: float = 0.0) -> Virst7b:
+    """Everything of the folder that turns a clip and a sentence into prompts, on `device`, in evaluation mode.
+
+    `seg_model` and `lm_head` stay without numbers. `budget_gib`: device memory that the model may take, 0 = any.
+    Raises WeightsError for a folder that is damaged or of another model, and a budget that is too small.
+    """
+    manifest = read_manifest(folder)
+    model = Virst7b.without_numbers(manifest.config)
+    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(NOT_OF_THE_REASONER)}
+    _check_budget(manifest, wanted, budget_gib)
+    _fill(model, folder, manifest, wanted, device)
+    rotary = model.language_model.rotary_emb
+    for module in (rotary, model.vision_tower):
+        for name, table in module.named_buffers(recurse=False):
+            setattr(module, name, table.to(device))
+    return model
+
+
+def load_segmenter_model(folder: Path, device: str = "cpu") -> Sam2:
+    """SAM 2 alone out of the folder, in evaluation mode. Raises WeightsError as `load_reasoner_model` does."""
+    manifest = read_manifest(folder)
+    holder = nn.Module()
+    with parameters_without_numbers():
+        model = Sam2(manifest.config.sam2)
+    holder.add_module(SEGMENTER[:-1], model)
+    _fill(holder, folder, manifest, holder.state_dict(), device)
+    return model.eval().to(device)
+
+
+def working_bytes(config: Virst7bConfig) -> int:
+    """About what one answer takes besides the weights: the widest activations of each part."""
+    vision, language, sam2 = config.vision, config.language, config.sam2
+    clip = vision.clip_frames * vision.grid**2 * (vision.feedforward + 8 * vision.channels) * 2
+    sequence = vision.max_frames * vision.tokens_per_frame + 512
+    words = sequence * (3 * language.feedforward + 8 * language.hidden) * 2
+    maps = config.seg_frames * sam2.grid**2 * sam2.channels * 4 * 3
+    return max(clip, words, maps)
+
+
+def _check_budget(manifest: Manifest, wanted: dict[str, Tensor], budget_gib: float) -> None:
+    if not budget_gib:
+        return
+    weights = sum(manifest.tensors[name].bytes for name in wanted if name in manifest.tensors)
+    needed = (weights + working_bytes(manifest.config)) / 2**30
+    if needed > budget_gib:
+        raise WeightsError(
+            f"virst-7b needs {needed:.2f} GiB of device memory ({weights / 2**30:.2f} of them for weights), the budget "
+            f"is {budget_gib:.2f} GiB; allow more, use a larger GPU, or convert the weights with --dtype bfloat16"
+        )
+
+
+def _fill(model: nn.Module, folder: Path, manifest: Manifest, wanted: dict[str, Tensor], device: str) -> None:
+    """Put the folder's tensors `wanted` into the model, shard by shard."""
+    _check_tensors(folder, manifest, wanted)
+    for shard in sorted({manifest.tensors[name].shard for name in wanted}):
+        file = folder / shard
+        names = [name for name in wanted if manifest.tensors[name].shard == shard]
+        _check_shard(file, manifest)
+        try:
+            with safe_open(file, framework="pt", device=device) as opened:
+                state = {name: opened.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{file} is damaged ({error}); {REMEDY}") from error
+        except (RuntimeError, AssertionError) as error:  # of torch
+            raise WeightsError(f"the model cannot be put on device {device!r} ({error}); set model.device") from error
+        for name, value in state.items():
+            stored = manifest.tensors[name]
+            if (str(value.dtype), tuple(value.shape)) != (f"torch.{stored.dtype}", stored.shape):
+                raise WeightsError(
+                    f"{file} is not the file that the manifest describes: {name} is {value.dtype} "
+                    f"{list(value.shape)}, wanted {stored.dtype} {list(stored.shape)}; {REMEDY}"
+                )
+        model.load_state_dict(state, strict=False, assign=True)
+
+
+def _check_tensors(folder: Path, manifest: Manifest, wanted: dict[str, Tensor]) -> None:
+    stored, floats = manifest.tensors, {str(dtype).removeprefix("torch.") for dtype in FLOATS}
+    wrong = {
+        "lacks": wanted.keys() - stored.keys(),
+        "has wrong shapes for": {
+            f"{name} {list(stored[name].shape)} instead of {list(value.shape)}"
+            for name, value in wanted.items()
+            if name in stored and stored[name].shape != tuple(value.shape)
+        },
+        "has the wrong type for": {
+            f"{name} {stored[name].dtype}" for name in wanted if name in stored and stored[name].dtype not in floats
+        },
+    }
+    flaws = [listed(kind, names) for kind, names in wrong.items() if names]
+    if flaws:
+        raise WeightsError(f"{folder} {'; '.join(flaws)}; {REMEDY}")
+
+
+def _check_shard(file: Path, manifest: Manifest) -> None:
+    wanted = manifest.shards.get(file.name, {}).get("bytes")
+    if not file.is_file():
+        raise WeightsError(f"a shard is missing: no file {file}; copy the whole folder, or {REMEDY}")
+    found = file.stat().st_size
+    if found != wanted:
+        raise WeightsError(
+            f"{file} is truncated or another file: it has {found} bytes, wanted {wanted}; copy it again, or {REMEDY}"
+        )
+
+
+def verify_folder(folder: Path) -> None:
+    """Read every shard and compare its SHA-256. Raises WeightsError for the first that differs."""
+    manifest = read_manifest(folder)
+    for name, shard in manifest.shards.items():
+        _check_shard(folder / name, manifest)
+        found = _sha256(folder / name)
+        if found != shard["sha256"]:
+            raise WeightsError(
+                f"{folder / name} is damaged: its SHA-256 is {found}, wanted {shard['sha256']}; {REMEDY}"
+            )
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """Groups of at most `most` bytes; a larger tensor is a group of its own. A group is dropped before the next."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, value in tensors:
+        if shard and size + value.nbytes > most:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = value.clone(memory_format=torch.contiguous_format)  # sources may share memory, files may not
+        size += value.nbytes
+    if shard:
+        yield shard
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
