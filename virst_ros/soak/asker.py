@@ -23,7 +23,6 @@ from virst_ros import conversions
 from virst_ros.soak.cameras import ReplayCamera, SteadyClock
 from virst_ros.soak.checker import Checker, Life, Seen
 
-HOLD_TIMES = 25  # requests while all objects are there: some ten seconds, in which the reasoner answers for all of them
 ANSWER_S = 10.0  # for an answer of the node, which should take milliseconds
 LEAST_AREA_PX = 150  # of a simulated object that is pointed at
 PAUSES_S = (0.3, 1.5)  # images are off for so long
@@ -69,6 +68,7 @@ class Asker:
         instances: those of all cameras in the newest `objects`.
         named: the segmenter knows its cameras by name; else there is one, and no goal names it.
         most_objects: the segmenter's tracking.max_objects.
+        hold_times: requests at the beginning while all objects are there.
     """
 
     node: Any
@@ -80,6 +80,7 @@ class Asker:
     instances: Callable[[], Sequence[Seen]]
     named: bool
     most_objects: int
+    hold_times: int
     seed: int
     asked: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -110,7 +111,7 @@ class Asker:
         What that allocates for good is so there before memory is compared: a batch of the most objects takes more than
         all others, and the allocator keeps it.
         """
-        hold = [self._hold] * HOLD_TIMES
+        hold = [self._hold] * self.hold_times
         return [
             self._replay_most,
             self._full_house,

@@ -37,11 +37,12 @@ from virst_ros.soak.asker import Asker
 from virst_ros.soak.cameras import Film, ReplayCamera, SteadyClock
 from virst_ros.soak.checker import KINDS, Checker, Seen
 from virst_ros.soak.logs import LogWatch
-from virst_ros.soak.memory import MemorySamples
+from virst_ros.soak.memory import WARM_UP_S, MemorySamples
 from virst_ros.spinning import spin_until_shutdown
 
 START_S = 120.0  # for loading models on a slow machine
 BETWEEN_REQUESTS_S = 0.4  # on average
+HOLD_TIMES = 25  # twice some ten seconds, in which the reasoner answers for all objects
 CAMERA_NAMES = ("left", "right", "wrist", "back")
 SEGMENTER = "/segmenter"
 
@@ -244,6 +245,7 @@ class _Soak:
             lambda: [seen for objects in list(listener.newest.values()) for seen in objects if seen.part_of],
             self._named,
             EngineConfig().tracking.max_objects,
+            HOLD_TIMES if self._settings.minutes * 60.0 > 2 * WARM_UP_S else 2,
             self._settings.seed,
         )
 
