@@ -18,6 +18,7 @@ from rclpy.executors import (
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.impl.rcutils_logger import RcutilsLogger
 
+from virst_ros.heap import use_one_heap
 from virst_ros.log_bridge import LogBridge
 
 RCLError = rclpy_implementation.RCLError
@@ -36,6 +37,7 @@ class OwnNode(Protocol):
 
 def run_node(make: Callable[[], OwnNode], name: str, arguments: list[str] | None) -> int:
     """Run one node until it is told to stop. The exit status is 1 when it failed, or its arguments cannot be used."""
+    use_one_heap()
     try:
         rclpy.init(args=arguments)
     except (RCLError, RCLInvalidROSArgsError) as error:
