@@ -7,7 +7,7 @@ M_ARENA_MAX = -8  # malloc.h of glibc
 
 
 def use_one_heap() -> bool:
-    """Let all threads of this process share one heap; before the first of them starts. False where that is not possible.
+    """Let all threads of this process share one heap, to be called before they start. False where that cannot be.
 
     By default each thread gets one of its own. Messages are made by one thread and freed by another, so that heaps grow
     at different times, and resident memory goes up in steps for an hour. Python's lock lets threads take turns anyway.
