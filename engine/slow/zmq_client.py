@@ -75,7 +75,8 @@ class ZmqReasonerClient:
         self._answers: list[ReasonerAnswer] = []
         self._is_connected = False
         self._has_said_hello = False  # since it connected; a pool must know us before it takes requests
-        self._problem = ""  # what the other side said or did wrong; cleared by a good message
+        self._problem = ""  # what the other side said or did wrong; cleared by a heartbeat after it was told
+        self._problem_is_told = False  # or one that comes right behind an answer that was dropped would hide it
         self._heartbeat: wire.Heartbeat | None = None
         self._next_hello_s = clock()
         self._unheard_since_s: float | None = None  # the first hello that nothing has followed yet
@@ -136,6 +137,7 @@ class ZmqReasonerClient:
                 return "the connection to the reasoner is closed"
             self._exchange()
             if self._problem:
+                self._problem_is_told = True
                 return self._problem
             if not self._is_connected:
                 return f"no reasoner answers at {self._endpoint}; start virst-reasoner"
@@ -208,7 +210,7 @@ class ZmqReasonerClient:
             if self._is_connected or was_connected:
                 self._problem = ""
             if event & REFUSED:
-                self._problem = (
+                self._complain(
                     f"the reasoner at {self._endpoint} does not accept our keys; set reasoner.curve_keys to the folder "
                     "that it was started with"
                 )
@@ -225,21 +227,25 @@ class ZmqReasonerClient:
             except WireError as error:
                 self.dropped += 1
                 self._complaints.warning("dropped a message of the reasoner: %s", error)
-                self._problem = f"the reasoner at {self._endpoint} sends what we do not understand: {error}"
+                self._complain(f"the reasoner at {self._endpoint} sends what we do not understand: {error}")
 
     def _accept(self, message: wire.Message) -> None:
         match message:
             case wire.Heartbeat():
                 self._heartbeat = message
-                self._problem = ""
+                if self._problem_is_told:
+                    self._problem = ""
             case ReasonerAnswer():
                 self._check_answer(message)
                 self._answers.append(message)
             case wire.Refusal():
                 self._complaints.warning("the reasoner refused a message: %s", message.error)
-                self._problem = f"the reasoner at {self._endpoint} refuses our messages: {message.error}"
+                self._complain(f"the reasoner at {self._endpoint} refuses our messages: {message.error}")
             case _:
                 raise WireError(f"kind: a reasoner does not send {type(message).__name__}")
+
+    def _complain(self, problem: str) -> None:
+        self._problem, self._problem_is_told = problem, False
 
     def _check_answer(self, answer: ReasonerAnswer) -> None:
         asked = self._asked.get(answer.request_id)

@@ -126,6 +126,8 @@ class Harness:
                 f"the segmenter does not follow {GOAL!r} within {START_S:g} s even without a fault; see "
                 f"{self.segmenter.log}"
             )
+        # What is not over yet would be told of this fault, or not be told again.
+        wait_until(lambda: not (self.segmenter.reasoner_problem or self.segmenter.goal_problem), CALL_S)
 
     def is_followed(self, segmenter: Segmenter, since_s: float) -> bool:
         return self.followed_s(segmenter, since_s) is not None

@@ -265,7 +265,7 @@ PROCESS_FAULTS = (
         _with_other_weights,
         Masks.OF_GOAL,
         log="runs other weights",
-        diagnostics="runs other weights .* restart it with --weights",
+        diagnostics="runs other weights .* restart it with",
         refreshes=True,
     ),
     Fault(

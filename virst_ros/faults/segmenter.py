@@ -53,7 +53,7 @@ class Segmenter:
         self._masks: list[SeenMask] = []
         self._told: list[_Told] = []
         self._sightings: list[_Sighting] = []
-        self.reasoner_problem = ""
+        self.goal_problem = self.reasoner_problem = ""  # as told last
         self.reasoner_is_well_s = -math.inf  # when it became so, or -inf
         self._lock = threading.Lock()
         every = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
@@ -131,6 +131,7 @@ class Segmenter:
         with self._lock:
             for found in message.objects:
                 if found.goal_id == self.goal_id:
+                    self.goal_problem = found.message
                     is_tracked = found.state == SegmentedObject.TRACKING
                     _keep(self._sightings, _Sighting(received_s, is_tracked, found.prompt_age))
 

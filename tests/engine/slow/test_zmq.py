@@ -267,6 +267,22 @@ def test_garbage_from_a_reasoner_is_dropped_and_reported(endpoint, caplog):
             wait_until(lambda: client.status() == "")
 
 
+def test_a_heartbeat_right_behind_garbage_does_not_hide_it(endpoint):
+    """Who asks is told once: an answer may have been dropped, and its request must not wait until its time is over."""
+    valid = [bytes(part) for part in wire.encode(wire.Heartbeat("x", 0.0, 0))]
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, connected(endpoint) as client:
+        router.linger = 0
+        router.bind(endpoint)
+        wait_until(lambda: client.poll() or router.poll(0))
+        name = router.recv_multipart()[0]
+        router.send_multipart([name, b"garbage"])
+        router.send_multipart([name, *valid])
+        wait_until(lambda: client.poll() or client.heartbeat())
+        assert "header" in client.status()
+        router.send_multipart([name, *valid])
+        wait_until(lambda: client.status() == "")
+
+
 def test_nobody_listens_and_nobody_waits(endpoint):
     with connected(endpoint) as client:
         start = time.monotonic()
