@@ -261,7 +261,7 @@ class TwoProducts:
     """Stages whose cost is known: a matrix product, and an attention."""
 
     sizes: Any = None
-    takes_several_frames = False
+    takes_several_frames = takes_fewer_memories = False
 
     def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
         x = torch.ones(16, 32) @ torch.ones(32, 8)
@@ -271,7 +271,7 @@ class TwoProducts:
         q, k = torch.ones(2, 1, 10, 16), torch.ones(2, 1, 30, 16)
         return F.scaled_dot_product_attention(q, k, k)
 
-    mask_decoder = memory_encoder = click_tokens = mask_prediction = image_encoder
+    mask_decoder = memory_encoder = click_tokens = mask_prediction = at_image_size = image_encoder
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

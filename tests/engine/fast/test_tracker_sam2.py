@@ -30,6 +30,10 @@ class AlwaysVisible:
         self._stages = stages
         self.sizes: StageSizes = stages.sizes
         self.takes_several_frames = stages.takes_several_frames
+        self.takes_fewer_memories = stages.takes_fewer_memories
+
+    def at_image_size(self, image_size: int) -> None:
+        return None
 
     def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
         return self._stages.image_encoder(pixels)
