@@ -403,9 +403,9 @@ class _Steps:
     def run(self, frames: int) -> None:
         for _ in range(frames):
             frame = self._playback.frame(self._number, 1_000_000_000 + self._number * self._period_ns)
-            frames = [replace(frame, camera=camera) for camera in self._cameras]
+            at_once = [replace(frame, camera=camera) for camera in self._cameras]
             begin_s = time.perf_counter()
-            results = self._session.step_together(frames)
+            results = self._session.step_together(at_once)
             self.ms.append(1e3 * (time.perf_counter() - begin_s))
             self.stage_ms.append(results[0].timings_ms)
             found = [each for result in results for each in result.objects]
