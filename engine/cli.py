@@ -122,6 +122,11 @@ class Backend(str, enum.Enum):
     tensorrt = "tensorrt"
 
 
+class Preset(str, enum.Enum):
+    paper = "paper"
+    released = "released"
+
+
 class Precision(str, enum.Enum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -570,6 +575,42 @@ def weights_info(
     typer.echo(f"model       {loaded.config.name}")
     typer.echo(f"parameters  {sum(p.numel() for p in loaded.parameters()) / 1e6:.2f} M")
     for name, value in card.items():
+        typer.echo(f"{name:<11} {value}")
+
+
+@weights_app.command("convert")
+def weights_convert(
+    source: Annotated[
+        str, typer.Argument(help="VIRST's published checkpoint; empty = the base models alone, ST-Fusion untrained.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    base: Annotated[Path, typer.Option(help="Folder of VideoChat-Flash-Qwen2-7B_res448, at least its tokenizer.")],
+    sam2: Annotated[Path | None, typer.Option(help="sam2.1_hiera_large, where the checkpoint lacks it.")] = None,
+    preset: Annotated[Preset, typer.Option(help="Choices in which the paper and the released code differ.")] = (
+        Preset.released
+    ),
+    dtype: Annotated[str, typer.Option(help="Of the video language model: bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Turn VIRST's published files into one folder of safetensors, with every tensor accounted for."""
+    from virst_engine.model.virst_7b_config import Virst7bConfig, with_preset
+    from virst_engine.model.virst_checkpoint import Sources, convert
+
+    config = with_preset(Virst7bConfig(), preset.value)
+    with _values_as_usage(), _status("checking names and shapes") as tell:
+        done = 0
+
+        def written(size: int) -> None:
+            nonlocal done
+            done += size
+            tell(f"written {done / 2**30:.1f} GiB")
+
+        sources = Sources(base, Path(source) if source else None, sam2)
+        manifest = convert(sources, out, config, dtype, written=written)
+    typer.echo(f"folder      {out}")
+    typer.echo(f"size        {sum(shard['bytes'] for shard in manifest.shards.values()) / 2**30:.2f} GiB")
+    typer.echo(f"shards      {len(manifest.shards)}")
+    typer.echo(f"tensors     {len(manifest.tensors)}")
+    for name, value in manifest.facts.items():
         typer.echo(f"{name:<11} {value}")
 
 

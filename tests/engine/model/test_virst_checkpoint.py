@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from tests.engine.model.small_virst_7b import (
     RANK,
@@ -23,6 +24,7 @@ from tests.engine.model.small_virst_7b import (
     write_base,
     write_tokenizer,
 )
+from virst_engine.cli import app
 from virst_engine.errors import CheckpointError, WeightsError
 from virst_engine.model import virst_checkpoint
 from virst_engine.model.virst_7b import Virst7b
@@ -416,3 +418,26 @@ def test_the_tokenizers_two_older_files_are_taken_too(tmp_path: Path, base: Path
     convert(Sources(base, sam2=sam2), tmp_path / "out", RELEASED)
     assert read_manifest(tmp_path / "out").config == RELEASED
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_converts_and_tells_what_it_wrote(
+    tmp_path: Path, model: Virst7b, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"paper": with_preset(SMALL_7B, "paper"), "released": RELEASED}
+    monkeypatch.setattr("virst_engine.model.virst_7b_config.with_preset", lambda _config, preset: small[preset])
+    file, out = published_file(tmp_path, published_state(model)), tmp_path / "out"
+    arguments = ["weights", "convert", str(file), "--out", str(out), "--base", str(base)]
+    run = CliRunner().invoke(app, arguments)
+    assert run.exit_code == 0, run.output
+    manifest = read_manifest(out)
+    assert manifest.config == RELEASED  # the preset of the published checkpoint is the default
+    assert f"tensors     {len(manifest.tensors)}" in run.output
+    assert "merged adapters 14" in run.output
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, WeightsError)
+    wrong = CliRunner().invoke(app, [*arguments[:4], str(tmp_path / "new"), *arguments[5:], "--dtype", "int8"])
+    assert wrong.exit_code == 2
+    assert "dtype must be one of" in wrong.output
