@@ -189,7 +189,7 @@ class Instances:
             own_parts = [part for part in parts if _share(part & own, part) >= 0.5 and _share(part & own, own) >= 0.2]
             known.parts_steps = known.parts_steps + 1 if len(own_parts) > 1 else 0
             if known.parts_steps >= (1 if is_any_astray else LONGER) * self.confirm_steps:
-                changes.move[number] = changes.shown[number] = max(own_parts, key=np.count_nonzero)
+                changes.move[number] = changes.shown[number] = max(own_parts, key=np.count_nonzero) & own
                 known.parts_steps = 0
 
     def _look_for_new(self, parts: list[Mask], changes: Changes) -> None:
@@ -205,19 +205,20 @@ class Instances:
         # sees nothing may be about to see that part.
         astray = [n for n, known in self._known.items() if known.twin_steps and n not in changes.drop]
         is_any_hidden = any(own is None for own in changes.shown.values())
+        claimed = np.logical_or.reduce(claims) if claims else None
         for candidate in list(self._candidates):
-            if candidate.missed or candidate.steps < self.confirm_steps:
+            own = candidate.mask if claimed is None else candidate.mask & ~claimed
+            if candidate.missed or candidate.steps < self.confirm_steps or not own.any():
                 continue
             if astray:
                 number = min(astray, key=lambda n: _distance(self._known[n].own, candidate.mask))
                 astray.remove(number)
-                changes.move[number] = candidate.mask
-                changes.shown[number] = candidate.mask
+                changes.move[number] = changes.shown[number] = own
                 self._known[number].twin_steps = 0
                 if number in changes.purge:
                     changes.purge.remove(number)
             elif not is_any_hidden or candidate.steps >= LONGER * self.confirm_steps:
-                changes.begin.append(candidate.mask)
+                changes.begin.append(own)
             else:
                 continue
             self._candidates.remove(candidate)

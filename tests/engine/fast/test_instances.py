@@ -174,7 +174,8 @@ def test_whatever_is_seen(frames: list[tuple[Mask | None, list[Mask | None]]]) -
         for begin in changes.begin:
             assert union is not None
             assert not (begin & ~union).any()
-            assert (claims[begin] > 0).mean() < 0.5
+            assert begin.any()
+            assert not claims[begin].any()
         for number in set(changes.drop):
             policy.remove(number)
         for begin in changes.begin:
