@@ -74,7 +74,7 @@ class Graph:
         return self.node.create_publisher(kind, topic, qos)
 
     def action_client(self, kind: type, name: str) -> Any:
-        """Of a node of its own, which is spun once the client is made: rclpy shows an unfinished one to the executor."""
+        """Of a node of its own, spun once the client is made: rclpy shows an unfinished one to the executor."""
         import rclpy
         from rclpy.action import ActionClient
 

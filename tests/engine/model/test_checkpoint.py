@@ -32,7 +32,7 @@ from tests.engine.model.sam2_peers import (
 )
 from tests.engine.model.small_models import liven
 from virst_engine.errors import CheckpointError, WeightsError
-from virst_engine.model.checkpoint import parameters_without_numbers, checkpoint_file, load_sam2, official_name
+from virst_engine.model.checkpoint import checkpoint_file, load_sam2, official_name, parameters_without_numbers
 from virst_engine.model.config import SAM2_1_SIZES, Sam2Config, sam2_1
 from virst_engine.model.sam2 import Sam2
 from virst_engine.model.sam2_names import POSITION_MATRICES, from_transformers, to_transformers
