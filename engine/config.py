@@ -178,8 +178,17 @@ class TrackingParameters:
         check_fields("tracking", self)
 
 
+METHODS = ("virst", "grounding")
+
+
 @dataclass(frozen=True)
 class ReasonerParameters:
+    method: str = parameter(
+        "virst",
+        "how sentences become prompts: virst = the model's own reasoner; grounding = an object detector finds plain "
+        "noun phrases, for any model (virst-reasoner --method grounding)",
+        choices=METHODS,
+    )
     endpoint: str = parameter("ipc:///tmp/virst_reasoner", "ZeroMQ address of the reasoner process")
     curve_keys: str = parameter("", "folder of CURVE keys, needed for tcp:// (virst-reasoner --make-curve-keys FOLDER)")
     period_s: float = parameter(
@@ -193,16 +202,24 @@ class ReasonerParameters:
     )
     clip_frames: int = parameter(8, "T_seg: frames of a clip", low=1, high=100)
     clip_spacing_s: float = parameter(0.3, "time between the frames of a clip", low=0.0, high=60.0)
+    detector_side: int = parameter(
+        800, "grounding: longer side of the frame that the detector sees, pixels; none is enlarged", low=32, high=2048
+    )
 
     def __post_init__(self) -> None:
         check_fields("reasoner", self)
+
+    @property
+    def frames_asked(self) -> int:
+        """T_seg, or 1 where each frame is understood alone: a detector knows no time."""
+        return 1 if self.method == "grounding" else self.clip_frames
 
 
 @dataclass(frozen=True)
 class GoalParameters:
     max_length: int = parameter(300, "characters of a goal", low=1, high=100_000)
     split_plurals: bool = parameter(
-        False,
+        True,
         "split a goal in the plural ('the balls', 'two boxes') into its instances where the request does not say "
         "whether to",
         live=True,

@@ -73,7 +73,7 @@ class Playback:
 
     def set_goals(self, session: Session, count: int) -> None:
         for number in range(count):
-            session.set_goal(self.sentences[number % len(self.sentences)])
+            session.set_goal(self.sentences[number % len(self.sentences)], max_instances=1)
 
 
 def run_bench(

@@ -122,7 +122,7 @@ def _stream(
         for number, frame in enumerate(frames):
             if number == goal_frame:
                 for sentence in sentences:
-                    session.set_goal(sentence)
+                    session.set_goal(sentence, max_instances=1)  # truth is the union
             result = session.step(frame)
             if number >= goal_frame:
                 masks.append(np.stack([found.mask for found in result.objects]))
@@ -142,7 +142,7 @@ def _realtime(
     with Session(system.config, system.stages, client) as session:
         for number, frame in enumerate(frames):
             if number >= goal_frame and not session.goals():
-                session.set_goal(sentence)
+                session.set_goal(sentence, max_instances=1)  # truth is the union
             if number in starts_s:
                 delayed.advance(round(starts_s[number] * 1e9))
                 result = session.step(frame)
