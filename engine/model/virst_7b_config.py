@@ -6,18 +6,14 @@ The video encoder is that of VideoChat-Flash-Qwen2-7B_res448 (arXiv 2501.00574),
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
 
 from virst_engine.model.config import FusionConfig, LanguageModelConfig, Sam2Config, from_fields
 
 SEG_TOKEN = "[SEG]"  # the checkpoint's name for [ST]
 BASE_VOCABULARY = 152064  # rows of the base model's embeddings; VIRST keeps those of real tokens, and one for [SEG]
 
-Preset = Literal["paper", "released"]
-FrameSampling = Literal["uniform", "random"]
-AnchorRule = Literal["nearest", "bracketing"]
-FRAME_SAMPLINGS: tuple[FrameSampling, ...] = ("uniform", "random")
-ANCHOR_RULES: tuple[AnchorRule, ...] = ("nearest", "bracketing")
+FRAME_SAMPLINGS = ("uniform", "random")
+ANCHOR_RULES = ("nearest", "bracketing")
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ class Virst7bConfig:
     language: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     fusion: FusionConfig = field(default_factory=lambda: FusionConfig(shared_st_embedding=False))
     seg_frames: int = 32  # T_seg at most
-    seg_sampling: FrameSampling = "uniform"
-    anchor_rule: AnchorRule = "nearest"
+    seg_sampling: str = "uniform"
+    anchor_rule: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.seg_sampling not in FRAME_SAMPLINGS:
@@ -100,7 +96,7 @@ class Virst7bConfig:
         return config
 
 
-def with_preset(config: Virst7bConfig, preset: Preset) -> Virst7bConfig:
+def with_preset(config: Virst7bConfig, preset: str) -> Virst7bConfig:
     """`config` with the choices of the paper, or those of the released code and its commands. ValueError for others."""
     if preset == "paper":
         fusion = replace(config.fusion, shared_st_embedding=False, initial_fusion=True)

@@ -22,7 +22,6 @@ from virst_engine.errors import WeightsError
 from virst_engine.model.chat_tokenizer import ChatTokenizer
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst_7b import FusionMaps, Virst7b
-from virst_engine.model.virst_7b_config import FrameSampling
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
 CAMERAS = 8  # whose windows are kept; one camera more and the one that was not asked about for longest is forgotten
@@ -165,7 +164,7 @@ def arrange_short_clips(
     return kept + [tuple(rest[start : start + length]) for start in range(0, len(rest), length)]
 
 
-def choose_seg_frames(count: int, most: int, sampling: FrameSampling) -> list[int]:
+def choose_seg_frames(count: int, most: int, sampling: str) -> list[int]:
     """Positions, ascending, of the frames of ST-Fusion among `count`: all of them, or `most`.
 
     Evenly from the first to the last, or at random: always the same for the same count, unlike the released code.

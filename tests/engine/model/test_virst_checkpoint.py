@@ -144,7 +144,7 @@ def full_size_index() -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_full_size_accounts_for_every_tensor_of_the_published_checkpoint(preset: str) -> None:
-    config = with_preset(Virst7bConfig(), preset)  # type: ignore[arg-type]
+    config = with_preset(Virst7bConfig(), preset)
     shapes = published_shapes(config)
     segmenter = {name for name in shapes if name.startswith("base_model.model.model.seg_model.")}
     assert {name: tuple(shape) for name, shape in shapes.items() if name not in segmenter} == full_size_index()
@@ -159,7 +159,7 @@ def test_full_size_accounts_for_every_tensor_of_the_published_checkpoint(preset:
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_a_full_size_checkpoint_without_numbers_has_nothing_missing_unexpected_or_mis_shaped(preset: str) -> None:
     """The check that a real file goes through, on tensors of the meta device."""
-    config = with_preset(Virst7bConfig(), preset)  # type: ignore[arg-type]
+    config = with_preset(Virst7bConfig(), preset)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in full_size_index().items()}
     with torch.device("meta"):
         sam2 = Virst7b(config).seg_model.state_dict()
