@@ -47,7 +47,7 @@ def faults(
         return
     begin_s, verdicts = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="virst_faults_") as temporary:
-        folder = Path(temporary) if logs is None else logs
+        folder = Path(temporary) if logs is None else logs.resolve()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with Harness(folder, seed) as harness:
