@@ -50,6 +50,7 @@ setup(
     extras_require={
         "sim": ["mujoco"],
         "demo": ["imageio-ffmpeg"],
+        "grounding": ["scipy"],  # what transformers needs for OWLv2; other detectors need nothing more
         "bag": ["rosbags"],  # `virst segment` on rosbag2 and MCAP files
         "train": ["tensorboard"],
         "plot": ["matplotlib"],

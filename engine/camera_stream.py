@@ -20,7 +20,7 @@ from virst_engine.config import EngineConfig
 from virst_engine.errors import BadPrompt, VirstError
 from virst_engine.fast.object_registry import ONLY_CAMERA, ObjectRegistry
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
-from virst_engine.fast.preprocess import resize_image
+from virst_engine.fast.preprocess import fit_image, resize_image
 from virst_engine.fast.prompts import check_prompt
 from virst_engine.fast.tracker import DecodedAnchors, Sighting, TrackedFrame, Tracker
 from virst_engine.instance_tracks import InstanceTracks
@@ -134,9 +134,9 @@ class CameraStream:
             config.memory,
             config.tracking,
             device=device,
-            pins=2 * anchor_count(config.reasoner.clip_frames) if self._has_reasoner else 1,
+            pins=2 * anchor_count(config.reasoner.frames_asked) if self._has_reasoner else 1,
         )
-        self._window = FrameWindow(config.reasoner.clip_frames, config.reasoner.clip_spacing_s)
+        self._window = FrameWindow(config.reasoner.frames_asked, config.reasoner.clip_spacing_s)
         self._tracks: dict[str, _Track] = {}  # by goal id
         self.camera = camera
         self._newest_ns: int | None = None
@@ -368,6 +368,10 @@ class CameraStream:
     def _remember_for_reasoner(self, frame: Frame, tracked: TrackedFrame) -> None:
         if len(self._window) == 0:
             self._window.clear(frame.camera)
+        if self._config.reasoner.method == "grounding":  # a detector wants pixels, and reads no features of ours
+            seen_rgb_u8 = fit_image(frame.image_rgb_u8, self._config.reasoner.detector_side)
+            self._window.push(tracked.step, frame.stamp_ns, seen_rgb_u8, np.zeros((1, 1, 1), np.float16))
+            return
         small_rgb_u8, size = tracked.square_rgb_u8, self._sizes.video_size
         if small_rgb_u8.shape[0] != size:
             small_rgb_u8 = resize_image(frame.image_rgb_u8, size)
@@ -476,6 +480,18 @@ class CameraStream:
     def _what_is_wrong(self, prompts: tuple[Prompt, ...]) -> str:
         if not prompts:
             return "the reasoner's answer has no prompts; restart it with this version"
+        if not all(0.0 <= prompt.confidence <= 1.0 for prompt in prompts):  # False for NaN
+            return "the reasoner's confidences are not within 0 and 1; check its weights"
+        boxes = [prompt.boxes for prompt in prompts if prompt.boxes is not None]
+        if (len(boxes) == len(prompts)) != (self._config.reasoner.method == "grounding"):
+            is_told = f"reasoner.method is {self._config.reasoner.method}"
+            return f"the reasoner answers by another method than was asked for: {is_told}, start it with that --method"
+        if boxes:
+            are_boxes = all(each.ndim == 2 and each.size and np.isfinite(each).all() for each in boxes)
+            is_one_shape = len({each.shape for each in boxes}) == 1 and boxes[0].shape[1] == 4
+            return (
+                "" if are_boxes and is_one_shape else "the reasoner's boxes make no sense; restart it with this version"
+            )
         shapes = {prompt.embeddings.shape for prompt in prompts}
         if len(shapes) > 1 or next(iter(shapes))[1] != self._sizes.channels:
             return (
@@ -484,8 +500,6 @@ class CameraStream:
             )
         if not all(np.isfinite(prompt.embeddings).all() for prompt in prompts):
             return "the reasoner's prompts are not finite numbers; check its weights"
-        if not all(0.0 <= prompt.confidence <= 1.0 for prompt in prompts):  # False for NaN
-            return "the reasoner's confidences are not within 0 and 1; check its weights"
         return ""
 
     def _apply(self, track: _Track, prompts: tuple[Prompt, ...], request: OpenRequest) -> None:
@@ -538,8 +552,12 @@ class CameraStream:
             track.instances.watch(union if is_sure else None, step, frame.stamp_ns, height, width)
 
     def _decode(self, track: _Track, prompts: Sequence[Prompt]) -> DecodedAnchors | None:
+        steps = [prompt.step for prompt in prompts]
+        boxes = [prompt.boxes for prompt in prompts if prompt.boxes is not None]
+        if boxes:
+            return self.tracker.decode_anchors(track.slot, steps, None, np.stack(boxes))
         embeddings = torch.from_numpy(np.stack([prompt.embeddings for prompt in prompts]).astype(np.float32))
-        return self.tracker.decode_anchors(track.slot, [prompt.step for prompt in prompts], embeddings)
+        return self.tracker.decode_anchors(track.slot, steps, embeddings)
 
     def _repeats_claim(self, track: _Track, prompts: tuple[Prompt, ...]) -> bool:
         """Whether the answer points at what the dispute is about, judged in the frame nearest in time."""

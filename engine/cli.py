@@ -110,6 +110,11 @@ class Mode(str, enum.Enum):
     realtime = "realtime"
 
 
+class Method(str, enum.Enum):
+    virst = "virst"
+    grounding = "grounding"
+
+
 class Answers(str, enum.Enum):
     instant = "instant"
     realtime = "realtime"
@@ -188,6 +193,16 @@ def segment(
     ] = 0.0,
     model: Annotated[str, typer.Option(help="Model that segments and understands.")] = "tabletop-tiny",
     weights: Annotated[str, typer.Option(help="File of the weights; empty = the shipped one.")] = "",
+    method: Annotated[
+        Method,
+        typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases."),
+    ] = Method.virst,
+    detector: Annotated[
+        str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded.")
+    ] = "",
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="grounding: score from which an object is there; 0 = the usual one.")
+    ] = 0.0,
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
     stages: Annotated[str, typer.Option(metavar="DIR", help="Stages of `virst export`; empty = torch.")] = "",
@@ -195,7 +210,7 @@ def segment(
     replace: Annotated[bool, typer.Option("--replace", help="Replace the results that DIR holds.")] = False,
 ) -> None:
     """Segment what sentences mean in a recorded video: masks as PNG, a video with overlay, figures as JSON."""
-    from virst_engine.config import EngineConfig, EngineParameters
+    from virst_engine.config import EngineConfig, EngineParameters, ReasonerParameters
     from virst_engine.video.command import SegmentSettings, run_segment
 
     if delay_ms is not None and answers is Answers.instant:
@@ -206,6 +221,7 @@ def segment(
         config = EngineConfig(
             model=ModelParameters(name=model, weights=weights, device=device, threads=threads),
             engine=EngineParameters(path=stages),
+            reasoner=ReasonerParameters(method=method.value),
         )
         settings = SegmentSettings(
             video=video,
@@ -217,6 +233,8 @@ def segment(
             delay_s=None if delay_ms is None else delay_ms / 1e3,
             topic=topic,
             rate_hz=rate,
+            detector=detector,
+            threshold=threshold,
             overlay=not no_overlay,
             replace=replace,
         )

@@ -121,12 +121,19 @@ class ReasonerRequest:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Embeddings that stand in place of SAM's point prompts, for one frame and no other."""
+    """Embeddings that stand in place of SAM's point prompts, for one frame and no other; or boxes in their place."""
 
     step: int
     stamp_ns: int
-    embeddings: Float[np.ndarray, "n c"]  # float32
+    embeddings: Float[np.ndarray, "n c"]  # float32; (0, 0) where there are boxes
     confidence: float = 1.0  # 0..1, the reasoner's own: that the target is visible in this frame
+    # float32; left, top, right, bottom in shares of the image's width and height. The object is what all of them show.
+    boxes: Float[np.ndarray, "k 4"] | None = None
+
+    @classmethod
+    def of_boxes(cls, step: int, stamp_ns: int, boxes: Float[np.ndarray, "k 4"], confidence: float = 1.0) -> "Prompt":
+        """Boxes (k >= 1) in place of embeddings."""
+        return cls(step, stamp_ns, np.zeros((0, 0), np.float32), confidence, boxes)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class ReasonerAnswer:
     request_id: int
     epoch: int
     goal_id: str
-    prompts: tuple[Prompt, ...]  # one per frame of the clip, oldest first
+    prompts: tuple[Prompt, ...]  # at most one per frame of the clip, oldest first; all of one kind
     error: str = ""
     timings_ms: dict[str, float] = field(default_factory=dict)
 

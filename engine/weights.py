@@ -25,6 +25,7 @@ from virst_engine.model.config import VirstConfig
 from virst_engine.model.sam2 import Sam2
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
+from virst_engine.slow.grounding_reasoner import IDENTITY, GroundingReasoner, phrase_of
 from virst_engine.slow.reasoner import Reasoner
 from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
 
@@ -53,6 +54,16 @@ def weights_identity(parameters: ModelParameters) -> str:
     The segmenter and the reasoner compare it: an answer means nothing to other weights than those that gave it.
     """
     return f"{parameters.name} {weights_sha256(parameters)[:12]}"
+
+
+def reasoner_identity(parameters: ModelParameters, method: str = "virst") -> str:
+    """Of the reasoner that a segmenter of these parameters can use. Boxes mean the same to any. Raises WeightsError."""
+    return IDENTITY if method == "grounding" else weights_identity(parameters)
+
+
+def understands_sentences(parameters: ModelParameters, method: str = "virst") -> bool:
+    """Whether there is a reasoner by this method for this model."""
+    return method == "grounding" or not is_sam2(parameters)
 
 
 def weights_sha256(parameters: ModelParameters) -> str:
@@ -164,12 +175,24 @@ def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
-def load_goal_check(parameters: ModelParameters) -> Callable[[str], None]:
-    """A function that raises BadGoal for a sentence that this model's reasoner could not read. Raises WeightsError."""
+def load_goal_check(parameters: ModelParameters, method: str = "virst") -> Callable[[str], None]:
+    """A function that raises BadGoal for a sentence that this model's reasoner could not read. Raises WeightsError.
+
+    What a detector (`method` grounding) can read is known to the detector alone: it says so when it is asked.
+    """
+    if method == "grounding":
+
+        def has_words(sentence: str) -> None:
+            phrase_of(sentence)
+
+        return has_words
     if is_sam2(parameters):
 
         def refuse(sentence: str) -> None:
-            raise BadGoal(f"{parameters.name} understands no sentences; point objects out with a box, points or a mask")
+            raise BadGoal(
+                f"{parameters.name} understands no sentences; point objects out with a box, points or a mask, or let a "
+                "detector find them (reasoner.method grounding)"
+            )
 
         return refuse
     path = weights_path(parameters)
@@ -257,10 +280,30 @@ def stages_of(model: Virst) -> TorchStages:
 def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
     """The reasoner on `parameters.device`; `second_fusion` False: the ablation of table 4. Raises WeightsError."""
     if is_sam2(parameters):
-        raise WeightsError(f"{parameters.name} has no reasoner; choose a model that has one: tabletop-tiny")
+        raise WeightsError(
+            f"{parameters.name} has no reasoner; choose a model that has one (tabletop-tiny), or --method grounding"
+        )
     _limit_threads(parameters)
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, second_fusion=second_fusion)
+
+
+def load_grounding(
+    detector: str, parameters: ModelParameters, *, threshold: float = 0.0, most_boxes: int = 1
+) -> GroundingReasoner:
+    """The method `grounding` with the detector in that folder, on `parameters.device`.
+
+    Raises:
+        WeightsError: there is none that can be used.
+        ValueError: of threshold or most_boxes, see GroundingReasoner.
+    """
+    from virst_engine.slow.transformers_detector import load_detector  # a session needs no language model
+
+    if not detector:
+        raise WeightsError("the method grounding needs --detector, the folder of a zero-shot object detector")
+    _limit_threads(parameters)
+    found = load_detector(Path(detector), device=parameters.device)
+    return GroundingReasoner(found, threshold=threshold, most_boxes=most_boxes)
 
 
 def _limit_threads(parameters: ModelParameters) -> None:

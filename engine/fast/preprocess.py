@@ -33,6 +33,18 @@ def resize_image(image_rgb_u8: UInt8[np.ndarray, "height width 3"], size: int) -
     return cv2.resize(image_rgb_u8, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
+def fit_image(
+    image_rgb_u8: UInt8[np.ndarray, "height width 3"], longer_side: int
+) -> UInt8[np.ndarray, "smaller_height smaller_width 3"]:
+    """The image shrunk until no side is longer, with its aspect; itself where it is small enough."""
+    height, width = image_rgb_u8.shape[:2]
+    scale = longer_side / max(height, width)
+    if scale >= 1.0:
+        return image_rgb_u8
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image_rgb_u8, size, interpolation=cv2.INTER_AREA)
+
+
 class Preprocess:
     """Keeps the normalisation constants on the device, so that only uint8 pixels travel to it."""
 

@@ -16,6 +16,8 @@ from virst_engine.errors import BadPrompt
 from virst_engine.model.sam2_prompts import BOX_CORNERS
 from virst_engine.types import ClickPrompt, ImageFeatures, MaskPrediction, MaskPrompt
 
+ABSENT_LOGIT = -10.0  # of a mask of nothing
+
 
 def decode_prompt(
     stages: Stages,
@@ -43,6 +45,38 @@ def decode_prompt(
     mask_logits = None if corrects is None else corrects[None].float()
     tokens = stages.click_tokens(points.to(device), labels.to(device), mask_logits)
     return stages.mask_decoder(features, None, tokens)
+
+
+def decode_boxes(
+    stages: Stages, features: ImageFeatures, boxes: Float[np.ndarray, "o k 4"], device: torch.device
+) -> MaskPrediction:
+    """The objects that a detector's boxes show, each the union of what its k boxes show.
+
+    Its predicted IoU and its pointer are those of the box whose object the decoder believes in most.
+
+    Args:
+        features: of the frame of each box (b = o x k, k rows of each object in turn).
+        boxes: left, top, right, bottom in shares of the image's width and height.
+    """
+    objects, count = boxes.shape[:2]
+    corners = torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).reshape(-1, 2, 2) * stages.sizes.image_size
+    labels = torch.tensor(BOX_CORNERS).expand(len(corners), 2)
+    tokens = stages.click_tokens(corners.to(device), labels.to(device))
+    each = stages.mask_decoder(features, None, tokens)
+    if count == 1:
+        return each
+    score, iou = (value.reshape(objects, count) for value in (each.object_score_logits, each.iou))
+    logits = each.mask_logits.reshape(objects, count, *each.mask_logits.shape[1:])
+    hidden = torch.full_like(logits, ABSENT_LOGIT)
+    shown = torch.where((score > 0)[..., None, None], logits, hidden)
+    best = (score.sigmoid() * iou).argmax(dim=1)
+    rows = torch.arange(objects, device=best.device)
+    return MaskPrediction(
+        mask_logits=shown.amax(dim=1),
+        iou=iou[rows, best],
+        object_score_logits=score[rows, best],
+        pointer=each.pointer.reshape(objects, count, -1)[rows, best],
+    )
 
 
 def check_prompt(prompt: ClickPrompt | MaskPrompt, image_size: tuple[int, int], most_tokens: int = 0) -> None:

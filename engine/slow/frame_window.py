@@ -67,6 +67,9 @@ class FrameWindow:
         """
         if self._order and 0 < self._longest_ns < stamp_ns - self._stamps_ns[self._order[-1]]:
             self._order.clear()
+        if self._frames is not None and self._frames.shape[1:] != frame_rgb_u8.shape:  # the camera's size has changed
+            self._order.clear()
+            self._frames = None
         if self._frames is None or self._fusion is None:
             self._frames = np.zeros((self._rows, *frame_rgb_u8.shape), dtype=np.uint8)
             self._fusion = np.zeros((self._rows, *fusion.shape), dtype=np.float16)

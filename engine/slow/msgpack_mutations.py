@@ -40,9 +40,13 @@ def sample_messages() -> list[wire.Message]:
         fusion=random_values.normal(size=(2, 3, 2, 2)).astype(np.float16),
     )
     prompts = tuple(Prompt(step, step * 300_000_000, np.full((3, 2), step, np.float32)) for step in range(2))
+    boxed = tuple(
+        Prompt.of_boxes(step, step * 300_000_000, np.array([[0.1, 0.2, 0.3, 0.4]], np.float32)) for step in range(2)
+    )
     return [
         ReasonerRequest(7, 1, "goal-1", "the red ball", clip),
         ReasonerAnswer(7, 1, "goal-1", prompts, timings_ms={"fusion": 1.5}),
+        ReasonerAnswer(7, 1, "goal-1", boxed, timings_ms={"detect": 1.5}),
         ReasonerAnswer(7, 1, "goal-1", (), "why"),
         wire.Hello("tabletop-tiny 0123"),
         wire.Heartbeat("tabletop-tiny 0123", 0.0, 0, "somewhere:1"),

@@ -15,7 +15,7 @@ class Reasoner(Protocol):
     """A sentence and a clip become prompts. Methods (VIRST, detectors, ...) differ behind this one call."""
 
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
-        """One prompt per frame of the clip. Pure and synchronous; a VirstError says why it cannot answer."""
+        """Prompts for frames of the clip. Pure and synchronous; a VirstError says why it cannot answer."""
         ...
 
 

@@ -3,7 +3,7 @@
 
 A message is a list of buffers (one ZeroMQ multipart message). The first is a msgpack map of at most MAX_HEADER_BYTES:
 
-    {"version": 3, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
+    {"version": 4, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
 
 and each tensor follows as one buffer, C order, little endian. A request's sentence is a tensor too (UTF-8 bytes), which
 keeps the header small. Everything is declared below and checked before anything is allocated; decoded arrays are
@@ -21,12 +21,13 @@ import numpy as np
 from virst_engine.errors import WireError
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 32 * 1024
 MAX_TENSOR_BYTES = 256 * 1024 * 1024
 MAX_TENSORS = 3
 MAX_PARTS = 1 + MAX_TENSORS
 MAX_FRAMES = 100
+MAX_BOXES = 64  # of one frame
 MAX_NAME_CHARACTERS = 1024  # goal ids, cameras, models, reasoners
 MAX_ERROR_CHARACTERS = 2000
 MAX_SENTENCE_BYTES = 400_000  # goal.max_length at its highest, in UTF-8
@@ -93,6 +94,7 @@ _SENTENCE = _Tensor("sentence", ("|u1",), ((1, MAX_SENTENCE_BYTES),))
 _FRAMES = _Tensor("frames", ("|u1",), ((1, MAX_FRAMES), (1, 2048), (1, 2048), (3, 3)))
 _FUSION = _Tensor("fusion", ("<f2", "<f4"), ((1, MAX_FRAMES), (1, 4096), (1, 512), (1, 512)))
 _PROMPTS = _Tensor("prompts", ("<f4",), ((1, MAX_FRAMES), (1, 256), (1, 8192)))
+_BOXES = _Tensor("boxes", ("<f4",), ((1, MAX_FRAMES), (1, MAX_BOXES), (4, 4)))  # in place of `prompts`
 
 
 def encode(message: Message) -> list[Buffer]:
@@ -186,9 +188,14 @@ def _encode_answer(answer: ReasonerAnswer) -> list[Buffer]:
     _prompts_or_error(len(answer.prompts), answer.error)
     if not answer.prompts:
         return _pack("answer", header)
-    if len({prompt.embeddings.shape for prompt in answer.prompts}) > 1:
-        raise WireError("prompts: all embeddings of an answer must have the same shape")
-    return _pack("answer", header, {_PROMPTS: _finite(np.stack([prompt.embeddings for prompt in answer.prompts]))})
+    boxes = [prompt.boxes for prompt in answer.prompts if prompt.boxes is not None]
+    if len(boxes) not in (0, len(answer.prompts)):
+        raise WireError("prompts: an answer has either embeddings or boxes")
+    rows = boxes or [prompt.embeddings for prompt in answer.prompts]
+    if len({each.shape for each in rows}) > 1:
+        raise WireError(f"prompts: all {'boxes' if boxes else 'embeddings'} of an answer must have the same shape")
+    stacked = np.stack(rows)
+    return _pack("answer", header, {_BOXES: _proper(stacked)} if boxes else {_PROMPTS: _finite(stacked)})
 
 
 def _decode_answer(header: dict[str, Any], buffers: Sequence[Buffer]) -> ReasonerAnswer:
@@ -201,10 +208,12 @@ def _decode_answer(header: dict[str, Any], buffers: Sequence[Buffer]) -> Reasone
     _prompts_or_error(len(steps), error)
     prompts: tuple[Prompt, ...] = ()
     if steps:
-        (embeddings,) = _tensors(header["tensors"], buffers, (_PROMPTS,))
-        _same_length(header, prompts=len(embeddings), confidences=len(confidences))
-        _finite(embeddings)
-        prompts = tuple(Prompt(*of_frame) for of_frame in zip(steps, stamps_ns, embeddings, confidences, strict=True))
+        has_boxes = _names_first(header["tensors"], _BOXES)
+        (rows,) = _tensors(header["tensors"], buffers, (_BOXES if has_boxes else _PROMPTS,))
+        _same_length(header, prompts=len(rows), confidences=len(confidences))
+        make = Prompt.of_boxes if has_boxes else Prompt
+        (_proper if has_boxes else _finite)(rows)
+        prompts = tuple(make(*of_frame) for of_frame in zip(steps, stamps_ns, rows, confidences, strict=True))
     else:
         _tensors(header["tensors"], buffers, ())
         _same_length(header, confidences=len(confidences))
@@ -308,6 +317,10 @@ def _tensors(specs: Any, buffers: Sequence[Buffer], declared: Sequence[_Tensor])
     return [_tensor(*item) for item in zip(specs, buffers, declared, strict=True)]
 
 
+def _names_first(specs: Any, declared: _Tensor) -> bool:
+    return isinstance(specs, list) and bool(specs) and isinstance(specs[0], list) and specs[0][:1] == [declared.name]
+
+
 def _tensor(spec: Any, buffer: Buffer, declared: _Tensor) -> np.ndarray:
     if not isinstance(spec, list) or len(spec) != 3 or spec[0] != declared.name:
         raise WireError(f"{declared.name}: [name, dtype, shape] expected, got {_show(spec)}")
@@ -409,6 +422,14 @@ def _finite(embeddings: np.ndarray) -> np.ndarray:
     if not np.isfinite(embeddings).all():
         raise WireError("prompts: embeddings must be finite, got NaN or infinity")
     return embeddings
+
+
+def _proper(boxes: np.ndarray) -> np.ndarray:
+    left, top, right, bottom = np.moveaxis(boxes, -1, 0)
+    inside = np.all((boxes >= 0.0) & (boxes <= 1.0))  # False for NaN
+    if not inside or not np.all((left < right) & (top < bottom)):
+        raise WireError("boxes: left < right and top < bottom within 0 and 1 were expected")
+    return boxes
 
 
 def _shorten(error: str) -> str:

@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 import zmq
 
-from virst_engine.config import ModelParameters, ReasonerParameters
+from virst_engine.config import METHODS, ModelParameters, ReasonerParameters
 from virst_engine.errors import VirstError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.pool import BEAT_S
@@ -364,6 +364,21 @@ def _command(
     ] = "",
     model: Annotated[str, typer.Option(help="model to run")] = ModelParameters().name,
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one")] = "",
+    method: Annotated[
+        str, typer.Option(metavar="METHOD", help=f"how sentences become prompts: {', '.join(METHODS)}")
+    ] = ReasonerParameters().method,
+    detector: Annotated[
+        str,
+        typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded"),
+    ] = "",
+    threshold: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="grounding: score from which an object is there; 0 = the usual one"),
+    ] = 0.0,
+    boxes: Annotated[
+        int,
+        typer.Option(min=1, max=wire.MAX_BOXES, help="grounding: most boxes that make up one object"),
+    ] = 1,
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = half of the cores, or all of --cpus")] = 0,
     nice: Annotated[
@@ -403,10 +418,13 @@ def _command(
             serve_pool(endpoint, pool, curve_keys=curve_keys)
         else:
             parameters = ModelParameters(name=model, weights=weights, device=device, threads=threads or _threads(cpus))
+            ReasonerParameters(method=method)  # ValueError for one that is none
+            if detector and method != "grounding":
+                raise ValueError("--detector is for --method grounding")
             has_ended = serve(
-                lambda: _load(parameters),
+                lambda: _load(parameters, method, detector, threshold, boxes),
                 join or endpoint,
-                identify=lambda: _identify(parameters),
+                identify=lambda: _identify(parameters, method),
                 curve_keys=curve_keys,
                 joins_pool=bool(join),
             )
@@ -428,16 +446,18 @@ def stay_on(cpus: str) -> None:
         raise ValueError(f"--cpus: {cpus!r} cannot be had ({error}); this process may use {there}") from error
 
 
-def _load(parameters: ModelParameters) -> Reasoner:
-    from virst_engine.weights import load_reasoner  # takes seconds; --help and a wrong endpoint should not
+def _load(parameters: ModelParameters, method: str, detector: str, threshold: float, boxes: int) -> Reasoner:
+    from virst_engine.weights import load_grounding, load_reasoner  # takes seconds; --help should not
 
+    if method == "grounding":
+        return load_grounding(detector, parameters, threshold=threshold, most_boxes=boxes)
     return load_reasoner(parameters)
 
 
-def _identify(parameters: ModelParameters) -> str:
-    from virst_engine.weights import weights_identity
+def _identify(parameters: ModelParameters, method: str) -> str:
+    from virst_engine.weights import reasoner_identity
 
-    return weights_identity(parameters)
+    return reasoner_identity(parameters, method)
 
 
 def main() -> None:

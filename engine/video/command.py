@@ -30,6 +30,8 @@ class SegmentSettings:
     delay_s: float | None = None  # None: measured, when it is needed
     topic: str = ""
     rate_hz: float = 0.0
+    detector: str = ""  # folder, for the method grounding
+    threshold: float = 0.0
     overlay: bool = True
     replace: bool = False
 
@@ -38,6 +40,10 @@ class SegmentSettings:
             raise ValueError("there is no goal; give at least one sentence")
         if self.is_offline and self.is_realtime:
             raise ValueError("the whole-video mode asks once: no answer can be late")
+        if self.is_offline and self.config.reasoner.method == "grounding":
+            raise ValueError("--offline needs a method that understands a whole video: virst")
+        if self.detector and self.config.reasoner.method != "grounding":
+            raise ValueError("--detector is for --method grounding")
 
 
 def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None, str], None]) -> list[str]:
@@ -49,18 +55,25 @@ def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None
     Raises:
         VirstError: the video, the weights or a sentence cannot be used, or the results cannot be written.
     """
-    from virst_engine.weights import load_goal_check, load_reasoner, load_stages
+    from virst_engine.weights import load_goal_check, load_grounding, load_reasoner, load_stages
 
     recording = open_recording(settings.video, rate_hz=settings.rate_hz, topic=settings.topic)
     config = settings.config
-    check = load_goal_check(config.model)
+    method = config.reasoner.method
+    check = load_goal_check(config.model, method)
     for sentence in settings.goals:
         check(sentence)
     on_step(0, None, "loading the model")
-    stages, reasoner = load_stages(config.model, config.engine, config.memory), load_reasoner(config.model)
+    reasoner: Reasoner
+    if method == "grounding":
+        reasoner = load_grounding(settings.detector, config.model, threshold=settings.threshold)
+    else:
+        reasoner = load_reasoner(config.model)
+    stages = load_stages(config.model, config.engine, config.memory)
     description: dict[str, Any] = {
         "video": str(settings.video),
         "model": config.model.name,
+        "method": method,
         "mode": "offline" if settings.is_offline else "stream",
     }
     total = recording.expected_frames

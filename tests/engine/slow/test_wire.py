@@ -66,6 +66,10 @@ def requests(draw):
     return ReasonerRequest(draw(INTEGERS), draw(INTEGERS), draw(NAMES), sentence, clip)
 
 
+def boxed(boxes):
+    return Prompt.of_boxes(0, 0, np.array(boxes, np.float32))
+
+
 @st.composite
 def answers(draw):
     identity = (draw(INTEGERS), draw(INTEGERS), draw(NAMES))
@@ -75,6 +79,10 @@ def answers(draw):
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     finite = arrays.arrays(np.float32, shape, elements=st.floats(-(2.0**99), 2.0**99, width=32))
     prompts = st.builds(Prompt, step=INTEGERS, stamp_ns=INTEGERS, embeddings=finite, confidence=st.floats(0.0, 1.0))
+    if draw(st.booleans()):
+        low = arrays.arrays(np.float32, (shape[0], 2), elements=st.floats(0, 0.5, width=32))
+        boxes = low.map(lambda corner: np.concatenate((corner, corner + np.float32(0.25)), axis=1))
+        prompts = st.builds(Prompt.of_boxes, step=INTEGERS, stamp_ns=INTEGERS, boxes=boxes, confidence=st.floats(0, 1))
     return ReasonerAnswer(*identity, tuple(draw(st.lists(prompts, min_size=1, max_size=9))), "", timings)
 
 
@@ -100,6 +108,13 @@ def test_answers_arrive_as_they_left(answer):
     assert named[0] == named[1]
     for got, sent in zip(arrived.prompts, answer.prompts, strict=True):
         assert (got.embeddings.dtype, got.embeddings.tobytes()) == (np.float32, sent.embeddings.tobytes())
+        assert (got.boxes is None) == (sent.boxes is None)
+        if sent.boxes is not None:
+            assert (got.boxes.dtype, got.boxes.shape, got.boxes.tobytes()) == (
+                np.float32,
+                sent.boxes.shape,
+                sent.boxes.tobytes(),
+            )
 
 
 @pytest.mark.parametrize(
