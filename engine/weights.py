@@ -218,7 +218,10 @@ def load_stages(
     """
     engine = EngineParameters() if engine is None else engine
     _limit_threads(parameters)
-    digest = weights_sha256(parameters) if engine.path else ""
+    digest = ""
+    if engine.path:  # exported stages are run without a look at the weights
+        digest = weights_sha256(parameters)
+        _check_sha256(parameters, digest)
     video_size = VIDEO_SIZE
     if not is_sam2(parameters):
         config = read_config(weights_path(parameters))
@@ -253,10 +256,8 @@ def load_segmenter(parameters: ModelParameters) -> tuple[Sam2, int]:
         image_size = parameters.image_size or SAM2_IMAGE_SIZE
         sam2 = load_sam2(size, parameters.weights, image_size, parameters.sha256, parameters.device)
         return sam2, -1
-    if parameters.sha256 and parameters.sha256.lower() != (digest := weights_sha256(parameters)):
-        raise WeightsError(
-            f"the weights have the SHA-256 {digest}, model.sha256 asks for {parameters.sha256}; {REMEDY}"
-        )
+    if parameters.sha256:
+        _check_sha256(parameters, weights_sha256(parameters))
     model = load_model(weights_path(parameters), device=parameters.device)
     side = model.config.sam2.image_size
     if parameters.image_size not in (0, side):
@@ -264,6 +265,13 @@ def load_segmenter(parameters: ModelParameters) -> tuple[Sam2, int]:
             f"{parameters.name} sees images of {side} px, model.image_size is {parameters.image_size}; set it to 0"
         )
     return model.seg_model, model.config.fusion.feature_level
+
+
+def _check_sha256(parameters: ModelParameters, digest: str) -> None:
+    if parameters.sha256 and parameters.sha256.lower() != digest:
+        raise WeightsError(
+            f"the weights have the SHA-256 {digest}, model.sha256 asks for {parameters.sha256}; {REMEDY}"
+        )
 
 
 def is_sam2(parameters: ModelParameters) -> bool:

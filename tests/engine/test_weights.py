@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights go to disk and back unharmed, and nothing else is taken for weights."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -13,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.engine.model.small_models import SMALL, small_virst
+from virst_engine import weights
 from virst_engine.backends.base import Stages
-from virst_engine.config import ModelParameters
+from virst_engine.config import EngineParameters, ModelParameters
 from virst_engine.errors import WeightsError
 from virst_engine.model.config import VirstConfig
 from virst_engine.model.virst import Virst
@@ -263,6 +265,24 @@ def test_stages_and_reasoner_are_made_of_the_file(path: Path, model: Virst) -> N
     features = stages.image_encoder(pixels)
     assert features.fusion.shape[-1] == 16  # fusion.feature_level 0 is the stride-4 level
     assert torch.allclose(features.top, stages_of(load_model(path)).image_encoder(pixels).top)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "onnxruntime", "tensorrt"])
+def test_weights_of_another_checksum_are_refused_whatever_runs_them(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Exported stages run without a look at the weights file, so it is looked at before they are chosen."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(weights, "choose_stages", lambda *args, torch_stages, **named: torch_stages())
+    engine = EngineParameters(backend=backend, path=str(tmp_path))
+    for right in (digest, digest.upper()):
+        assert load_stages(ModelParameters(weights=str(path), sha256=right), engine)
+    wrong = ModelParameters(weights=str(path), sha256="ab" * 32)
+    with pytest.raises(WeightsError, match=rf"SHA-256 {digest}, model\.sha256 asks for abab.*model\.weights"):
+        load_stages(wrong)
+    monkeypatch.setattr(weights, "choose_stages", lambda *args, **named: pytest.fail("the stages were chosen"))
+    with pytest.raises(WeightsError, match=rf"SHA-256 {digest}, model\.sha256 asks for abab.*model\.weights"):
+        load_stages(wrong, engine)
 
 
 def test_the_number_of_threads_is_the_parameters(path: Path) -> None:
