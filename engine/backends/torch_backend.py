@@ -19,7 +19,7 @@ from virst_engine.types import (
     StageSizes,
 )
 
-OBJECT_BUCKETS = (1, 4, 8)  # numbers of objects that compiled code is made for; more are compiled for as they come
+OBJECT_BUCKETS = (1, 4, 8)  # numbers of objects that compiled code is made for; then multiples of the last
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_IN_FP16 = ("image_encoder", "memory_attention")  # in the others fp16 errors grow through the recurrent memory
 
@@ -41,8 +41,8 @@ class TorchStages:
         precision: str = "fp32",
         compiled: bool = False,
     ) -> None:
-        """`compiled`: by torch.compile, with CUDA graphs on a GPU. The first frames with 1, with up to 4 and with up to
-        8 objects take minutes; prompts are decoded as they come, not compiled.
+        """`compiled`: by torch.compile, with CUDA graphs on a GPU. The first frames with 1, with up to 4, with up to 8
+        and with up to each further multiple of 8 objects take minutes; prompts are decoded as they come, not compiled.
 
         Raises BackendError for a precision that this device has only emulated.
         """
@@ -152,11 +152,11 @@ class TorchStages:
         return self._prompts.mask_as_output(mask, decoded)
 
     def _filled(self, x: Tensor) -> Tensor:
-        """Compiled code is made for 1, 4 and 8 objects: repeat the last row up to the next of these."""
+        """Compiled code is made for some numbers of objects: repeat the last row up to the next of these."""
         objects = x.shape[0]
         if not self._is_compiled:
             return x
-        bucket = next((size for size in OBJECT_BUCKETS if size >= objects), objects)
+        bucket = object_bucket(objects)
         return torch.cat((x, x[-1:].expand(bucket - objects, *x.shape[1:]))) if bucket > objects else x
 
     def _out(self, values: Any, objects: int | None = None) -> dict[str, Tensor]:
@@ -175,6 +175,12 @@ class TorchStages:
         if dtype is torch.float16 and stage not in SAFE_IN_FP16:
             dtype = None
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def object_bucket(objects: int) -> int:
+    """The number of objects that compiled code serves this many with."""
+    most = OBJECT_BUCKETS[-1]
+    return next((size for size in OBJECT_BUCKETS if size >= objects), -(-objects // most) * most)
 
 
 def without_empty_slots(memory: MemoryTensors) -> MemoryTensors:

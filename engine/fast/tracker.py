@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch", ImageFeatures, MemoryTensors)
 
-WARM_OBJECTS = (4, 8)  # numbers of objects for which backends have code of their own
+WARM_OBJECTS = (1, 4, 8)  # numbers of objects for which backends have code of their own; then multiples of the last
 BELIEVED_LOGIT = 10.0  # of a cached mask, which is kept as bits
 
 
@@ -459,7 +459,7 @@ def step_together(
 
 @torch.inference_mode()
 def warm_up(trackers: Sequence[Tracker]) -> None:
-    """Run the stages once for one object and for as many as there can be, of trackers that share them.
+    """Run the stages once for each number of objects that has code of its own, of trackers that share them.
 
     Whatever is made at first use is made now: buffers, compiled code, caches of libraries. Nothing is remembered.
     """
@@ -467,12 +467,15 @@ def warm_up(trackers: Sequence[Tracker]) -> None:
     stages, slots = first._stages, first._slots
     side = stages.sizes.image_size
     frames = len(trackers) if stages.takes_several_frames else 1
+    sizes = {slots, *(size for size in WARM_OBJECTS if size < slots)}
+    if not stages.takes_fewer_memories:  # compiled: for numbers of objects, too
+        sizes.update(range(WARM_OBJECTS[-1], slots, WARM_OBJECTS[-1]))
     for count in sorted({1, frames}):
         features = stages.image_encoder(torch.zeros((count, 3, side, side), device=first._device))
         one = ImageFeatures(**{name: value[:1].clone() for name, value in vars(features).items()})
         for tracker in trackers:
             tracker._ring.allocate(one)
-        for objects in sorted({1, slots, *(bucket for bucket in WARM_OBJECTS if bucket < slots)}):
+        for objects in sorted(sizes):
             _run_stages([_Work(tracker, 0, one, range(objects)) for tracker in trackers[:count]])
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.fakes import BLUE, COLOURS, RED, SIDE, SIZES, FakeStages, Square, Video, moving_square, read_code
+from virst_engine.backends.torch_backend import object_bucket
 from virst_engine.config import MemoryParameters, TrackingParameters
 from virst_engine.errors import BadFrame
 from virst_engine.fast.postprocess import mask_at_size
 from virst_engine.fast.preprocess import Preprocess
-from virst_engine.fast.tracker import DecodedAnchors, Tracker
+from virst_engine.fast.tracker import DecodedAnchors, Tracker, warm_up
 from virst_engine.types import Frame, ImageFeatures, MemoryEntry, MemoryTensors, PromptTokens
 
 Colour = tuple[float, float, float]
@@ -360,3 +361,32 @@ def test_a_restart_forgets_all_but_the_count_of_steps() -> None:
     assert tracker.step(video.frame(0)).step == 1
     assert tracker.sighting(0) is None
     assert not tracker.ring.has(0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "compiled", "warmed"),
+    [
+        (3, True, [1, 3]),
+        (8, True, [1, 4, 8]),
+        (12, True, [1, 4, 8, 12]),
+        (27, True, [1, 4, 8, 16, 24, 27]),
+        (27, False, [1, 4, 8, 27]),
+    ],
+)
+def test_warming_up_meets_every_number_of_objects_that_code_is_compiled_for(
+    slots: int, compiled: bool, warmed: list[int]
+) -> None:
+    class Counting(FakeStages):
+        takes_fewer_memories = not compiled
+
+        def memory_attention(
+            self, features: ImageFeatures, memory: MemoryTensors, frame_of: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            self.object_batches.append(len(memory.spatial))
+            return torch.zeros(len(memory.spatial), SIZES.channels, self.sizes.grid, self.sizes.grid)
+
+    stages = Counting()
+    warm_up([tracker_of(stages, max_objects=slots)])
+    assert stages.object_batches == warmed
+    buckets = {object_bucket(objects) for objects in range(1, slots + 1)}
+    assert not compiled or buckets == {object_bucket(objects) for objects in warmed}
