@@ -509,7 +509,7 @@ def _propagate(works: Sequence[_Work], timer: StageTimer) -> None:
     with timer.stage("mask_decoder"):
         prediction = stages.mask_decoder(features, conditioned, None)
     entry = None
-    if first._device.type == "cuda":  # queued before `_look` waits for the GPU: the one wait of a frame
+    if first._device.type == "cuda":  # queued before `_look` waits for the GPU, so that it goes on meanwhile
         with timer.stage("memory_encoder"):
             entry = stages.memory_encoder(features, prediction)
     with timer.stage("mask_decoder"):
