@@ -227,8 +227,8 @@ def load_stages(
         config = read_config(weights_path(parameters))
         video_size = config.video.image_size
 
-    def torch_stages() -> TorchStages:
-        sam2, fusion_level = load_segmenter(parameters)
+    def torch_stages(image_size: int) -> TorchStages:
+        sam2, fusion_level = load_segmenter(replace(parameters, image_size=image_size))
         if engine.pooled_keys:
             sam2.pool_memory(2)
         return TorchStages(

@@ -30,14 +30,14 @@ def choose_stages(
     *,
     weights_sha256: str,
     video_size: int,
-    torch_stages: Callable[[], Stages],
+    torch_stages: Callable[[int], Stages],
 ) -> Stages:
     """The stages of a model, on the backend that `engine` asks for. The log says which one it is, and why.
 
     Args:
         weights_sha256: of the weights file: stages that were exported from another one are refused.
         video_size: `StageSizes.video_size`.
-        torch_stages: loads the model and runs it by torch.
+        torch_stages: loads the model for images of that size (0: what it was trained at) and runs it by torch.
 
     Raises:
         BackendError: that backend cannot run here. `auto` then takes the next one.
@@ -46,7 +46,7 @@ def choose_stages(
     if not engine.path or engine.backend == "torch":
         why = "engine.backend asks for it" if engine.backend == "torch" else "no stages are exported (engine.path)"
         logger.info("%s runs by torch on %s: %s", model.name, model.device, why)
-        return torch_stages()
+        return torch_stages(model.image_size)
     folder = Path(engine.path).expanduser()
     manifest = read_manifest(folder)
     _check_origin(folder, manifest, model, weights_sha256)
@@ -80,8 +80,9 @@ def choose_stages(
         stages = _onnxruntime(folder, model, video_size)
     except BackendError as error:
         reasons.append(f"not by ONNX Runtime ({error})")
-        logger.warning("%s runs by torch on %s: %s", model.name, model.device, "; ".join(reasons))
-        return torch_stages()
+        size = manifest.image_size  # as the other backends would have: what was measured at it stays true
+        logger.warning("%s runs by torch on %s at %d px: %s", model.name, model.device, size, "; ".join(reasons))
+        return torch_stages(size)
     why = "; ".join(reasons) or f"{folder} holds its stages, and {model.device} is no GPU for TensorRT"
     logger.info("%s runs by ONNX Runtime on %s: %s", model.name, model.device, why)
     return stages

@@ -19,6 +19,7 @@ from virst_engine.backends.base import Stages
 from virst_engine.config import EngineParameters, ModelParameters
 from virst_engine.errors import WeightsError
 from virst_engine.model.config import VirstConfig
+from virst_engine.model.sam2 import Sam2
 from virst_engine.model.virst import Virst
 from virst_engine.slow.reasoner import Reasoner
 from virst_engine.weights import (
@@ -273,7 +274,7 @@ def test_weights_of_another_checksum_are_refused_whatever_runs_them(
 ) -> None:
     """Exported stages run without a look at the weights file, so it is looked at before they are chosen."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(weights, "choose_stages", lambda *args, torch_stages, **named: torch_stages())
+    monkeypatch.setattr(weights, "choose_stages", lambda *args, torch_stages, **named: torch_stages(0))
     engine = EngineParameters(backend=backend, path=str(tmp_path))
     for right in (digest, digest.upper()):
         assert load_stages(ModelParameters(weights=str(path), sha256=right), engine)
@@ -283,6 +284,22 @@ def test_weights_of_another_checksum_are_refused_whatever_runs_them(
     monkeypatch.setattr(weights, "choose_stages", lambda *args, **named: pytest.fail("the stages were chosen"))
     with pytest.raises(WeightsError, match=rf"SHA-256 {digest}, model\.sha256 asks for abab.*model\.weights"):
         load_stages(wrong, engine)
+
+
+def test_torch_takes_the_size_that_it_is_given_in_place_of_the_parameters(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = weights.load_segmenter
+
+    def load(parameters: ModelParameters) -> tuple[Sam2, int]:
+        seen.append(parameters.image_size)
+        return real(parameters)
+
+    monkeypatch.setattr(weights, "load_segmenter", load)
+    monkeypatch.setattr(weights, "choose_stages", lambda *args, torch_stages, **named: torch_stages(64))
+    assert load_stages(ModelParameters(weights=str(path))).sizes.image_size == 64
+    assert seen == [64]
 
 
 def test_the_number_of_threads_is_the_parameters(path: Path) -> None:

@@ -23,9 +23,10 @@ SMALL = MemoryParameters(anchors_attended=2, anchor_slots=2, recent_frames=2, po
 class Built(FakeStages):
     """Stands for the stages of one backend."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, image_size: int = -1) -> None:
+        """`image_size`: what torch was asked for."""
         super().__init__()
-        self.name = name
+        self.name, self.asked_size = name, image_size
 
 
 @pytest.fixture
@@ -54,14 +55,25 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
     return refusals
 
 
+def choose(
+    engine: EngineParameters, model: ModelParameters = MODEL, digest: str = DIGEST, memory: MemoryParameters = SMALL
+) -> Built:
+    stages = choice.choose_stages(
+        model,
+        engine,
+        memory,
+        weights_sha256=digest,
+        video_size=128,
+        torch_stages=lambda image_size: Built("torch", image_size),
+    )
+    assert isinstance(stages, Built)
+    return stages
+
+
 def chosen(
     engine: EngineParameters, model: ModelParameters = MODEL, digest: str = DIGEST, memory: MemoryParameters = SMALL
 ) -> str:
-    stages = choice.choose_stages(
-        model, engine, memory, weights_sha256=digest, video_size=128, torch_stages=lambda: Built("torch")
-    )
-    assert isinstance(stages, Built)
-    return stages.name
+    return choose(engine, model, digest, memory).name
 
 
 def test_without_exported_stages_it_is_torch(caplog: pytest.LogCaptureFixture) -> None:
@@ -98,6 +110,22 @@ def test_auto_goes_on_to_the_next_one_and_says_why(
     tried["onnxruntime"] = BackendError("the package onnxruntime is missing")
     assert chosen(EngineParameters(path=str(folder)), replace(MODEL, device="cuda:0")) == "torch"
     assert "the package onnxruntime is missing" in caplog.text
+
+
+@pytest.mark.parametrize("image_size", [0, 64])
+def test_auto_falls_back_to_torch_at_the_size_of_the_export(
+    folder: Path, tried: dict[str, Exception | None], caplog: pytest.LogCaptureFixture, image_size: int
+) -> None:
+    """0 alone would mean what the model was trained at: SAM 2.1 exported at 512 px would go on at 1024."""
+    tried["onnxruntime"] = BackendError("the package onnxruntime is missing")
+    exported = read_manifest(folder).image_size
+    model = replace(MODEL, image_size=image_size)
+    assert exported == 64
+    assert choose(EngineParameters(path=str(folder)), model).asked_size == exported
+    assert f"torch on cpu at {exported} px" in caplog.text
+    # What is asked for by name, or has no export, is as the parameters say.
+    for engine in (EngineParameters(backend="torch", path=str(folder)), EngineParameters()):
+        assert choose(engine, model).asked_size == image_size
 
 
 def test_a_backend_that_was_asked_for_is_not_replaced(folder: Path, tried: dict[str, Exception | None]) -> None:
