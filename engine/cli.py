@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -667,7 +668,17 @@ def _cores() -> int:
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(_null_for_nan(result), indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _null_for_nan(value: Any) -> Any:
+    """The same, with None for what could not be measured: JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _null_for_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

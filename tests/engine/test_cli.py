@@ -2,6 +2,7 @@
 """The program `virst`: help everywhere, mistakes told in one line with exit code 2, results in files."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -52,6 +53,28 @@ def test_help_does_not_load_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_what_could_not_be_measured_is_null_in_json(tmp_path):
+    """Memory is NaN where there is no /proc; Python would write that as a word that no other reader takes."""
+    file = tmp_path / "new" / "figures.json"
+    figures = {
+        "memory": {"last_mib": math.nan, "frames": 3},
+        "interval": (1.5, -math.inf),
+        "curve": [math.inf, 2],
+        "ä": True,
+    }
+    cli._write_json(file, figures)
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse) == {
+        "memory": {"last_mib": None, "frames": 3},
+        "interval": [1.5, None],
+        "curve": [None, 2],
+        "ä": True,
+    }
 
 
 def test_version_lists_what_it_is_built_on():
