@@ -184,7 +184,9 @@ def export_stages(
             on_step(2 * number + 1, steps, f"check {stage}")
             model = sam2 if dtype is torch.float32 else rounded(with_tables(sam2), dtype).float()
             reference = stage_module(model, stage, torch.float32, fusion_level)
-            difference = check_stage(stage, file, specs[stage], reference, free_rows=is_free)
+            difference = check_stage(
+                stage, file, specs[stage], reference, memory_frames=manifest.memory_frames, free_rows=is_free
+            )
             if dtype is torch.float16:
                 _check_range(stage, specs[stage], model, fusion_level)
             log.info("%s: %.1f MB, differs from torch by %.1e", stage, file.stat().st_size / 1e6, difference)
@@ -204,7 +206,8 @@ def export_stages(
 
 def _check_range(stage: str, spec: StageSpec, model: Sam2, fusion_level: int | None) -> None:
     model = for_export(model, values="before", fusion_level=fusion_level)
-    check_range(stage, spec, exportable(stage_module(model, stage, torch.float32, fusion_level)))
+    module = exportable(stage_module(model, stage, torch.float32, fusion_level))
+    check_range(stage, spec, module, memory_frames=model.config.memory_frames)
 
 
 def _partial_folder(folder: Path) -> tuple[Path, int]:
@@ -328,7 +331,7 @@ def _write_graph(
     module = exportable(stage_module(baked, stage, dtype, fusion_level))
     axes = _free_axes(spec, free_rows=free_rows)
     try:
-        program = _exported(module, random_inputs(spec, 2, seed=0), axes)
+        program = _exported(module, random_inputs(spec, 2, seed=0, memory_frames=manifest.memory_frames), axes)
     except Exception as error:  # whatever the exporter of the version at hand raises
         reason = " ".join(str(error).split())[:300]
         raise ExportError(

@@ -6,6 +6,7 @@ with all their types set to float32, against torch with the same rounded weights
 What rounding in between does to masks shows only in a closed loop, on the device that does it.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ ROWS = (
 )  # fmt: skip
 
 
-def check_stage(stage: str, file: Path, spec: StageSpec, reference: StageModule, *, free_rows: bool) -> float:
+def check_stage(
+    stage: str, file: Path, spec: StageSpec, reference: StageModule, *, memory_frames: int, free_rows: bool
+) -> float:
     """Run a stage's file and `reference` on the same inputs, for several numbers of objects, some memories left empty.
 
     Args:
         reference: computes in float32, with the weights of the file.
+        memory_frames: rows of the model's temporal encoding.
         free_rows: also with fewer memories and prompt tokens than `spec` has room for.
 
     Returns:
@@ -53,7 +57,7 @@ def check_stage(stage: str, file: Path, spec: StageSpec, reference: StageModule,
     counts = OBJECT_COUNTS if spec.has_objects else (1,)
     worst = 0.0
     for seed, objects in enumerate(counts):
-        inputs = random_inputs(spec, objects, seed)
+        inputs = random_inputs(spec, objects, seed, memory_frames)
         variants = [inputs]
         if free_rows and any(name in inputs for name in ROWS):
             variants.append(_fewer(inputs))
@@ -62,17 +66,18 @@ def check_stage(stage: str, file: Path, spec: StageSpec, reference: StageModule,
     return worst
 
 
-def check_range(stage: str, spec: StageSpec, module: StageModule) -> float:
+def check_range(stage: str, spec: StageSpec, module: StageModule, *, memory_frames: int) -> float:
     """Look at every number in between. Raises ExportError when one does not fit into fp16.
 
     Args:
         module: computes as the graph does, in float32.
+        memory_frames: rows of the model's temporal encoding.
 
     Returns:
         The largest one.
     """
     with torch.no_grad(), _Largest() as seen:
-        module(**random_inputs(spec, 1, seed=0))
+        module(**random_inputs(spec, 1, seed=0, memory_frames=memory_frames))
     if not seen.largest < LARGEST_IN_FP16:
         raise ExportError(
             f"{stage} computes with numbers up to {seen.largest:.0f}, fp16 ends at {LARGEST_IN_FP16:.0f}; "
@@ -119,8 +124,11 @@ def _largest_difference(
     return worst
 
 
-def random_inputs(spec: StageSpec, objects: int, seed: int) -> dict[str, Tensor]:
-    """Inputs as a stage may see them: at least one memory and one token of each object is there, and some are not."""
+def random_inputs(spec: StageSpec, objects: int, seed: int, memory_frames: int) -> dict[str, Tensor]:
+    """Inputs as a stage may see them: at least one memory and one token of each object is there, and some are not.
+
+    `memory_frames`: rows of the temporal encoding; memories refer to all of them, as far as there are so many memories.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def flags(*shape: int) -> Tensor:
@@ -134,7 +142,9 @@ def random_inputs(spec: StageSpec, objects: int, seed: int) -> dict[str, Tensor]
             if name in ("spatial_valid", "sparse_valid"):
                 values[name][:, 0] = True
         elif tensor.dtype == "int64":
-            values[name] = torch.randint(0, 5, shape, generator=generator)
+            # Rows of the temporal encoding, in turn so that none is left out.
+            order = torch.randperm(memory_frames, generator=generator)
+            values[name] = order[torch.arange(math.prod(shape)) % memory_frames].reshape(shape)
         elif name == "pointer_distance":
             values[name] = torch.randint(0, 40, shape, generator=generator).float()
         else:

@@ -44,7 +44,7 @@ def test_what_is_computed_once_gives_the_same_numbers(config: object, fusion_lev
     specs = _specs(sam2, 4, 5, 6, fusion_level)
     baked = for_export(with_tables(sam2), values=values, fusion_level=fusion_level)
     for stage in specs:
-        inputs = random_inputs(specs[stage], 3, seed=1)
+        inputs = random_inputs(specs[stage], 3, seed=1, memory_frames=sam2.config.memory_frames)
         wanted = outputs(stage_module(sam2, stage, torch.float32, fusion_level), inputs)
         with ExportableFunctions(torch.float32):
             found = outputs(stage_module(baked, stage, torch.float32, fusion_level), inputs)
@@ -86,7 +86,7 @@ def test_only_the_stages_that_may_compute_in_half(precision: str) -> None:
         dtype = stage_dtype(stage, precision)
         assert dtype is (torch.float32 if precision == "fp16" and stage.startswith("mask") else dtype)
         baked = rounded(for_export(with_tables(sam2), values="before"), dtype)
-        inputs = random_inputs(specs[stage], 2, seed=2)
+        inputs = random_inputs(specs[stage], 2, seed=2, memory_frames=sam2.config.memory_frames)
         with ExportableFunctions(dtype):
             found = outputs(stage_module(baked, stage, dtype), inputs)
         wanted = outputs(stage_module(rounded(with_tables(sam2), dtype).float(), stage, torch.float32), inputs)
@@ -109,7 +109,9 @@ def test_distances_of_pointers_are_exact_in_half_precision() -> None:
     )
     seen: list[Tensor] = []
     module.sam2.obj_ptr_tpos_proj.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
-    inputs = random_inputs(_specs(sam2, 3, 4, 6, None)["memory_attention"], 1, seed=0)
+    inputs = random_inputs(
+        _specs(sam2, 3, 4, 6, None)["memory_attention"], 1, seed=0, memory_frames=sam2.config.memory_frames
+    )
     inputs["pointer_distance"] = torch.tensor([[256.0, 257.0, 258.0, 259.0]])
     with ExportableFunctions(torch.bfloat16):
         outputs(module, inputs)
