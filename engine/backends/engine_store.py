@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from virst_engine.backends.manifest import Manifest, TensorSpec
-from virst_engine.backends.tensorrt_api import TENSORRT_RTX, Platform
+from virst_engine.backends.tensorrt_api import TENSORRT, TENSORRT_RTX, Platform
 from virst_engine.errors import BackendError, EngineMismatch
 
 FORMAT = "virst-engine-1"
@@ -142,14 +142,16 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def read_engine(path: Path) -> bytes:
     """The bytes of an engine. Raises EngineMismatch unless they are those that its record was written for."""
-    sidecar = path.with_suffix(".json")
+    sidecar, flavour = path.with_suffix(".json"), TENSORRT
     try:
-        wanted = json.loads(sidecar.read_text(encoding="utf-8"))["engine_sha256"]
+        values = json.loads(sidecar.read_text(encoding="utf-8"))
+        wanted, flavour = values["engine_sha256"], values["flavour"]
         plan = path.read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineMismatch(f"{path} cannot be read ({error}). {rebuild('DIR')}") from error
+        raise EngineMismatch(f"{path} cannot be read ({error}). {rebuild('DIR', flavour)}") from error
     if hashlib.sha256(plan).hexdigest() != wanted:
-        raise EngineMismatch(f"{path} is damaged: it is not the file that {sidecar.name} describes. {rebuild('DIR')}")
+        again = rebuild("DIR", flavour)
+        raise EngineMismatch(f"{path} is damaged: it is not the file that {sidecar.name} describes. {again}")
     return plan
 
 
@@ -169,7 +171,7 @@ def usable_engines(folder: Path, manifest: Manifest, here: Platform) -> dict[str
             found = read_record(path)
             wrong = differences(found, record_of(manifest, found.stage, found.objects or 1, here, attention=""))
         except (EngineMismatch, KeyError) as error:
-            nearest.setdefault(stage, (99, str(error)))
+            nearest.setdefault(stage, (99, str(error).removesuffix(f". {rebuild('DIR')}")))
             continue
         if not wrong:
             usable[found.stage].setdefault(found.objects, path)
@@ -178,7 +180,8 @@ def usable_engines(folder: Path, manifest: Manifest, here: Platform) -> dict[str
     for stage, engines in usable.items():
         if not engines:
             none = f"there is none in {' or '.join(str(root) for root in engine_roots(folder))}"
-            raise EngineMismatch(f"no engine runs {stage} here: {nearest.get(stage, (0, none))[1]}. {rebuild(folder)}")
+            why, again = nearest.get(stage, (0, none))[1], rebuild(folder, here.flavour)
+            raise EngineMismatch(f"no engine runs {stage} here: {why}. {again}")
     return usable
 
 
@@ -208,8 +211,9 @@ def stored_engines(folder: Path) -> Iterator[Path]:
         yield from sorted(root.glob("*/*.engine"))
 
 
-def rebuild(folder: Path | str) -> str:
-    return f"Build it: virst build {folder}"
+def rebuild(folder: Path | str, flavour: str = TENSORRT) -> str:
+    """The remedy, for this flavour of TensorRT."""
+    return f"Build it: virst build {folder}{' --rtx' if flavour == TENSORRT_RTX else ''}"
 
 
 def _shapes(tensors: Mapping[str, TensorSpec]) -> str:

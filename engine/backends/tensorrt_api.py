@@ -118,9 +118,8 @@ class TensorRt:
         self.errors.clear()
         engine = self.module.Runtime(self.logger).deserialize_cuda_engine(plan)
         if engine is None:
-            raise BackendError(
-                f"{self.title} cannot load the engine ({self.last_error()}); build it again: virst build DIR"
-            )
+            again = f"virst build DIR{' --rtx' if self.is_rtx else ''}"
+            raise BackendError(f"{self.title} cannot load the engine ({self.last_error()}); build it again: {again}")
         return engine
 
     def last_error(self) -> str:

@@ -103,7 +103,8 @@ class EngineRunner:
         if found != wanted:
             name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
             raise EngineMismatch(
-                f"{path}: {name} is {found.get(name)}, its record says {wanted.get(name)}. {rebuild('DIR')}"
+                f"{path}: {name} is {found.get(name)}, its record says {wanted.get(name)}. "
+                f"{rebuild('DIR', trt.flavour)}"
             )
         for name, spec in wanted.items():
             self.buffers[name] = torch.zeros(spec.for_objects(0), dtype=getattr(torch, spec.dtype), device=gpu.device)
@@ -173,7 +174,7 @@ class TensorRtStages(ExportedStages):
         gpu = gpu or Cuda(device)
         super().__init__(folder, manifest, gpu.device, video_size=video_size)
         self.tensorrt, engines = _engines_here(folder, manifest, tensorrt, gpu)
-        self.buckets = _buckets(manifest, engines, folder)
+        self.buckets = _buckets(manifest, engines, folder, self.tensorrt.flavour)
         self._runners = {
             (stage, n): EngineRunner(self.tensorrt, path, read_record(path), gpu)
             for stage, by_objects in engines.items()
@@ -226,10 +227,11 @@ def _engines_here(
     raise next((error for error in errors if isinstance(error, EngineMismatch)), errors[0])
 
 
-def _buckets(manifest: Manifest, paths: dict[str, dict[int, Path]], folder: Path) -> tuple[int, ...]:
+def _buckets(manifest: Manifest, paths: dict[str, dict[int, Path]], folder: Path, flavour: str) -> tuple[int, ...]:
     """Numbers of objects that every stage has an engine for."""
     per_stage = [set(rows) for stage, rows in paths.items() if manifest.stages[stage].has_objects]
     common = tuple(sorted(set.intersection(*per_stage)))
     if not common:
-        raise EngineMismatch(f"the engines in {folder} are for different numbers of objects. {rebuild(folder)}")
+        again = rebuild(folder, flavour)
+        raise EngineMismatch(f"the engines in {folder} are for different numbers of objects. {again}")
     return common

@@ -52,7 +52,9 @@ def store(folder: Path, manifest: Manifest, platform: Platform, objects: tuple[i
 def refused(folder: Path, manifest: Manifest, here: Platform) -> str:
     with pytest.raises(EngineMismatch) as refusal:
         usable_engines(folder, manifest, here)
-    assert f"Build it: virst build {folder}" in str(refusal.value)
+    rtx = " --rtx" if here.flavour == "tensorrt_rtx" else ""
+    assert str(refusal.value).endswith(f". Build it: virst build {folder}{rtx}")
+    assert str(refusal.value).count("Build it") == 1
     return str(refusal.value)
 
 
@@ -99,6 +101,19 @@ def test_engines_of_the_other_tensorrt_are_refused(folder: Path, manifest: Manif
     store(folder, manifest, RTX_BUILD)
     here = Platform("tensorrt", "11.1.0", "NVIDIA RTX A4000", ("SM86",))
     assert "was built for tensorrt_rtx 1.7.1.116, this is tensorrt 11.1.0" in refused(folder, manifest, here)
+
+
+def test_the_remedy_builds_for_the_tensorrt_that_is_here(folder: Path, manifest: Manifest) -> None:
+    here = replace(RTX_BUILD, gpu="NVIDIA A100", targets=("SM80",))
+    assert "there is none in" in refused(folder, manifest, here)
+    path = store(folder, manifest, RTX_BUILD) / "mask_decoder-1.engine"
+    path.write_bytes(b"mask_dec")
+    with pytest.raises(EngineMismatch, match=r"is damaged.* virst build DIR --rtx$"):
+        read_engine(path)
+    for record in path.parent.glob("*.json"):
+        record.write_text("{}")
+    assert "is no record of an engine" in refused(folder, manifest, here)
+    assert "is no record of an engine" in refused(folder, manifest, ORIN)
 
 
 def test_rtx_engines_run_on_every_gpu_that_they_were_compiled_for(folder: Path, manifest: Manifest) -> None:
