@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxtyping import Bool
 from virst_engine.backends.choice import preferred_backends
 from virst_engine.backends.torch_backend import PRECISIONS, TorchStages
 from virst_engine.config import ModelParameters
-from virst_engine.errors import VirstError
+from virst_engine.errors import BackendError, VirstError
 from virst_engine.evaluate.bench import OBJECT_COUNTS, flatness
 from virst_engine.evaluate.peers import (
     MOST_OBJECTS,
@@ -80,14 +80,20 @@ class PeerSettings:
         comparison_config(self.model)
 
     @property
+    def our_backends(self) -> tuple[str, ...]:
+        return self.backends or available_backends(self.model.device)
+
+    @property
     def our_systems(self) -> tuple[str, ...]:
-        backends = self.backends or available_backends(self.model.device)
-        return tuple(name + pooled for name in backends for pooled in (("", POOLED) if self.pooled else ("",)))
+        return tuple(system for backend in self.our_backends for system in self.systems_of(backend))
+
+    def systems_of(self, backend: str) -> tuple[str, ...]:
+        return (backend, backend + POOLED) if self.pooled else (backend,)
 
     @property
     def ratio_of(self) -> str:
         """Which of ours `ratio` is about: what `engine.backend: auto` runs where its stages are exported."""
-        measured = self.backends or available_backends(self.model.device)
+        measured = self.our_backends
         order = preferred_backends(self.model.device, self.precision)
         # torch-compiled is torch with engine.compiled.
         for name in (*order[:-1], "torch-compiled", *order[-1:]):
@@ -120,9 +126,20 @@ def available_backends(device: str) -> tuple[str, ...]:
     found = ["torch", "torch-compiled"] if on_gpu else ["torch"]
     if not on_gpu and installed("onnxruntime") and installed("onnx"):
         found.append("onnxruntime")
-    if on_gpu and installed("onnx") and (installed("tensorrt") or installed("tensorrt_rtx")):
+    if on_gpu and installed("onnx") and _can_build_engines(device):
         found.append("tensorrt")
     return tuple(found)
+
+
+def _can_build_engines(device: str) -> bool:
+    """Whether a TensorRT is here that compiles for this GPU; TensorRT-RTX has no code for an H100."""
+    from virst_engine.export.tensorrt import tensorrt_for
+
+    try:
+        tensorrt_for(device)
+    except BackendError:
+        return False
+    return True
 
 
 # Systems
@@ -135,7 +152,7 @@ class Workshop:
     settings: PeerSettings
     model: Sam2
     footage: Footage
-    exports: Path  # where `export_ours` put its folders
+    exports: Path  # where `export_system` put its folders
 
     def build(self, name: str, frames: int) -> System:
         """One of `our_systems` or `peer_systems`, for a video of this many frames.
@@ -176,32 +193,61 @@ def export_folder(exports: Path, name: str) -> Path:
     return exports / ("pooled" if name.endswith(POOLED) else "plain")
 
 
-def export_ours(settings: PeerSettings, model: Sam2, exports: Path, on_step: Callable[[str], None]) -> None:
-    """Export what the backends of ours run, and compile it where one needs that. Raises ExportError, BackendError."""
+def export_system(
+    settings: PeerSettings, name: str, model: Sam2, exports: Path, on_step: Callable[[str], None]
+) -> None:
+    """Export what one of `our_systems` runs, and compile it if it needs that. Raises ExportError, BackendError."""
     memory = OurTracker.memory_parameters()
-    for name in settings.our_systems:
-        backend, folder = name.removesuffix(POOLED), export_folder(exports, name)
-        if backend not in EXPORTED:
-            continue
-        if not folder.exists():
-            from virst_engine.export.onnx import export_stages
+    backend, folder = name.removesuffix(POOLED), export_folder(exports, name)
+    if backend not in EXPORTED:
+        return
+    if not folder.exists():
+        from virst_engine.export.onnx import export_stages
 
-            on_step(f"exporting {'pooled ' if name.endswith(POOLED) else ''}stages")
-            export_stages(
-                copy.deepcopy(with_pooled_memory(model) if name.endswith(POOLED) else model).cpu(),
-                folder,
-                name=settings.model.name,
-                weights_sha256="",  # these stages live as long as this run
-                anchors_attended=memory.anchors_attended,
-                recent_frames=memory.recent_frames,
-                pointers=memory.pointers,
-                precision=settings.precision,
-            )
-        if backend == "tensorrt":
-            from virst_engine.export.tensorrt import build_engines
+        on_step(f"exporting {'pooled ' if name.endswith(POOLED) else ''}stages")
+        export_stages(
+            copy.deepcopy(with_pooled_memory(model) if name.endswith(POOLED) else model).cpu(),
+            folder,
+            name=settings.model.name,
+            weights_sha256="",  # these stages live as long as this run
+            anchors_attended=memory.anchors_attended,
+            recent_frames=memory.recent_frames,
+            pointers=memory.pointers,
+            precision=settings.precision,
+        )
+    if backend == "tensorrt":
+        from virst_engine.export.tensorrt import build_engines, tensorrt_for
 
-            on_step(f"compiling engines for {name}")
-            build_engines(folder, objects=settings.objects, device=settings.model.device)
+        device = settings.model.device
+        on_step(f"compiling engines for {name}")
+        build_engines(folder, objects=settings.objects, device=device, rtx=tensorrt_for(device).is_rtx)
+
+
+def build_ours(
+    workshop: Workshop, frames: int, on_step: Callable[[str], None]
+) -> tuple[dict[str, list[System]], dict[str, str]]:
+    """Backend -> its systems; and backend -> why it cannot run here, for those that nobody asked for by name.
+
+    Raises VirstError when one that was asked for cannot, or when none can.
+    """
+    settings = workshop.settings
+    built: dict[str, list[System]] = {}
+    skipped: dict[str, str] = {}
+    for backend in settings.our_backends:
+        try:
+            names = settings.systems_of(backend)
+            for name in names:
+                export_system(settings, name, workshop.model, workshop.exports, on_step)
+            built[backend] = [workshop.build(name, frames) for name in names]
+        except VirstError as error:
+            if settings.backends:
+                raise
+            skipped[backend] = str(error)
+            on_step(f"{backend} skipped: {error}")
+    if not built:
+        reasons = "; ".join(f"{backend}: {why}" for backend, why in skipped.items())
+        raise BackendError(f"no backend of ours runs here ({reasons}); name one with --backends")
+    return built, skipped
 
 
 # The run
@@ -226,14 +272,18 @@ def run_peers(
     if settings.model.threads:
         torch.set_num_threads(settings.model.threads)
     on_step("building the models")
-    ours, peers = settings.our_systems, settings.peer_systems
+    asked = settings
     with tempfile.TemporaryDirectory(prefix="virst_bench_") as folder, torch.no_grad():
         model = comparison_model(settings.model, settings.seed)
         footage = Footage(Path(folder), model.config.image_size)
-        export_ours(settings, model, Path(folder) / "exports", on_step)
         workshop = Workshop(settings, model, footage, Path(folder) / "exports")
         frames = 1 + WARM_UP_FRAMES + settings.frames
-        systems = [workshop.build(name, frames) for name in (*ours, *peers)]
+        built, skipped = build_ours(workshop, frames, on_step)
+        settings = replace(settings, backends=tuple(built))  # from here on, what runs
+        ours, peers = settings.our_systems, settings.peer_systems
+        systems = [system for each in built.values() for system in each]
+        systems += [workshop.build(name, frames) for name in peers]
+        del built
         peak = matmul_gflops(settings.model.device, settings.precision)
         flop, speeds = {}, {}
         for objects in settings.objects:
@@ -264,6 +314,7 @@ def run_peers(
             name: {str(objects): _row(speed, name, objects, flop, peak) for objects, speed in speeds.items()}
             for name in (*ours, *peers)
         },
+        "skipped": {backend: f"skipped: {why}" for backend, why in skipped.items()},
         "memory": {name: found.row for name, found in memories.items()},
         "curves": {name: found.curve for name, found in memories.items()},
         "model": settings.model.name,
@@ -274,7 +325,7 @@ def run_peers(
     }
     return {
         **result,
-        "settings": asdict(settings),
+        "settings": asdict(asked),
         "versions": versions(),
         "device": device_description(settings.model.device),
         "command": command_line(),
@@ -575,6 +626,9 @@ def markdown(result: dict[str, Any]) -> str:
     for name, rows in systems.items():
         cells = (" / ".join(f"{row['frame_ms'][p]:.1f}" for p in ("p50", "p95", "p99")) for row in rows.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, why in result["skipped"].items():
+        one_line = " ".join(why.split()).replace("|", "/")
+        lines.append(f"| {name} | {one_line} |" + " - |" * (len(counts) - 1))
     lines += [
         "",
         f"`engine.backend: auto` chooses {result['ratio_of']} where its stages are exported.",

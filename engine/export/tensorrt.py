@@ -114,6 +114,23 @@ def build_engines(
     return tuple(built)
 
 
+def tensorrt_for(device: str) -> TensorRt:
+    """The installed TensorRT that compiles for this GPU: TensorRT itself, else TensorRT-RTX, which knows fewer GPUs.
+
+    Raises BackendError when there is none, for each of the two with its reason.
+    """
+    reasons = []
+    for flavour in (TENSORRT, TENSORRT_RTX):
+        try:
+            trt = load_tensorrt(flavour)
+            _platform(trt, (), device)
+        except BackendError as error:
+            reasons.append(str(error))
+        else:
+            return trt
+    raise BackendError("; ".join(dict.fromkeys(reasons)))
+
+
 def compile_stage(trt: TensorRt, onnx_file: Path, record: EngineRecord, workspace_mib: int = 0) -> tuple[bytes, int]:
     """The engine of one stage, and how many attentions in it are fused for certain.
 

@@ -4,6 +4,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.engine.backends.fake_tensorrt import fake_tensorrt
 from virst_engine import cli
 from virst_engine.config import ModelParameters
-from virst_engine.errors import VirstError
+from virst_engine.errors import BackendError, VirstError
 from virst_engine.evaluate import bench_peers
 from virst_engine.evaluate.bench_peers import WARM_UP_FRAMES, PeerSettings, Speed
 from virst_engine.evaluate.peers import comparison_config, random_model
+from virst_engine.export.tensorrt import tensorrt_for
 from virst_engine.model.sam2 import Sam2
 from virst_engine.timing import StageTimer
 from virst_engine.types import ClickPrompt
@@ -250,22 +253,92 @@ def test_stages_are_exported_once_for_all_backends_that_need_them(
     from virst_engine.export import onnx, tensorrt
 
     exports: list[tuple[str, int, int]] = []
-    builds: list[tuple[str, Sequence[int], str]] = []
+    builds: list[tuple[str, Sequence[int], str, bool]] = []
+    only_rtx(monkeypatch, (8, 6))
 
     def export(sam2: Sam2, folder: Path, *, anchors_attended: int, **named: Any) -> None:
         folder.mkdir(parents=True)
         exports.append((folder.name, sam2.config.memory_pool, anchors_attended))
 
-    def build(folder: Path, *, objects: Sequence[int], device: str) -> None:
-        builds.append((folder.name, objects, device))
+    def build(folder: Path, *, objects: Sequence[int], device: str, rtx: bool) -> None:
+        builds.append((folder.name, objects, device, rtx))
 
     monkeypatch.setattr(onnx, "export_stages", export)
     monkeypatch.setattr(tensorrt, "build_engines", build)
     backends = ("torch", "onnxruntime", "tensorrt")
-    settings = PeerSettings(SMALL, objects=(1, 4), backends=backends, pooled=True)
-    bench_peers.export_ours(settings, random_model(comparison_config(SMALL)), tmp_path, lambda what: None)
+    settings = PeerSettings(replace(SMALL, device="cuda:0"), objects=(1, 4), backends=backends, pooled=True)
+    model = random_model(comparison_config(SMALL))
+    for name in settings.our_systems:
+        bench_peers.export_system(settings, name, model, tmp_path, lambda what: None)
     assert exports == [("plain", 1, 1), ("pooled", 2, 1)]
-    assert builds == [("plain", (1, 4), "cpu"), ("pooled", (1, 4), "cpu")]
+    assert builds == [("plain", (1, 4), "cuda:0", True), ("pooled", (1, 4), "cuda:0", True)]
+
+
+def only_rtx(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """As after ./scripts/setup tensorrt-rtx, on a GPU of this compute capability."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_tensorrt("tensorrt_rtx", "1.7.1.116"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+
+
+def test_tensorrt_takes_part_where_one_is_installed_that_builds_for_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    only_rtx(monkeypatch, (8, 6))
+    assert bench_peers.available_backends("cuda:0") == ("torch", "torch-compiled", "tensorrt")
+    only_rtx(monkeypatch, (9, 0))  # an H100
+    assert bench_peers.available_backends("cuda:0") == ("torch", "torch-compiled")
+    with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*; TensorRT-RTX .* has no code for SM90"):
+        tensorrt_for("cuda:0")
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("tensorrt", "11.1.0"))
+    assert bench_peers.available_backends("cuda:0") == ("torch", "torch-compiled", "tensorrt")
+    assert not tensorrt_for("cuda:0").is_rtx
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Scripted systems, of which those that are put into this set cannot be built."""
+    broken: set[str] = set()
+
+    def build(workshop: bench_peers.Workshop, name: str, frames: int) -> Scripted:
+        if name in broken:
+            raise BackendError(f"{name} has no kernels | here;\nuse another")
+        return Scripted(name, [])
+
+    monkeypatch.setattr(bench_peers.Workshop, "build", build)
+    monkeypatch.setattr(bench_peers, "export_system", lambda *arguments: None)
+    monkeypatch.setattr(bench_peers, "flop_per_frame", lambda *arguments: {})
+    monkeypatch.setattr(bench_peers, "matmul_gflops", lambda *arguments: 1.0)
+    monkeypatch.setattr(bench_peers, "available_backends", lambda device: ("torch", "onnxruntime"))
+    return broken
+
+
+def test_a_backend_that_nobody_asked_for_and_that_fails_is_skipped_and_the_others_go_on(failing: set[str]) -> None:
+    failing.add("onnxruntime")
+    said: list[str] = []
+    settings = PeerSettings(SMALL, ("sam2",), objects=(2,), frames=2)
+    found = bench_peers.run_peers(settings, on_step=said.append, with_memory=False)
+    assert found["systems"].keys() == {"torch", "sam2"}
+    assert found["skipped"] == {"onnxruntime": "skipped: onnxruntime has no kernels | here;\nuse another"}
+    assert (found["ratio_of"], found["ratios"].keys()) == ("torch", {"torch"})
+    assert found["settings"]["backends"] == ()
+    assert any(step.startswith("onnxruntime skipped: ") for step in said)
+    assert "| onnxruntime | skipped: onnxruntime has no kernels / here; use another |\n" in bench_peers.markdown(found)
+    failing.add("torch")
+    with pytest.raises(BackendError, match=r"no backend of ours runs here \(torch: torch has no kernels"):
+        bench_peers.run_peers(settings, with_memory=False)
+
+
+def test_a_backend_that_was_asked_for_and_fails_is_an_error(failing: set[str]) -> None:
+    failing.add("onnxruntime")
+    settings = PeerSettings(SMALL, ("sam2",), objects=(2,), frames=2, backends=("torch", "onnxruntime"))
+    with pytest.raises(BackendError, match="onnxruntime has no kernels"):
+        bench_peers.run_peers(settings, with_memory=False)
+    failing.clear()
+    found = bench_peers.run_peers(settings, with_memory=False)
+    assert found["systems"].keys() == {"torch", "onnxruntime", "sam2"}
+    assert found["skipped"] == {}
 
 
 @pytest.mark.slow
