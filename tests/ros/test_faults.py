@@ -2,6 +2,7 @@
 """The table of faults, a few of them for real, and that the harness notices a segmenter that does not survive."""
 
 import json
+import math
 import re
 import signal
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ import typer
 
 from virst_ros.faults.catalogue import FAULTS
 from virst_ros.faults.command import choose
-from virst_ros.faults.fault import Fault, Masks, Reasoner, Verdict
+from virst_ros.faults.fault import Fault, Masks, Reasoner, SeenMask, Verdict
 from virst_ros.faults.harness import Harness
-from virst_ros.faults.report import figures, table
-from virst_ros.faults.trial import try_fault
+from virst_ros.faults.report import figures, slowest, table
+from virst_ros.faults.trial import _judge_masks, try_fault
 
 pytestmark = pytest.mark.ros
 
@@ -106,12 +107,39 @@ def test_faults_are_chosen_by_name_or_beginning():
 def test_the_report_counts_and_names_what_was_not_survived():
     good = Verdict("one", "something", recovery_s=0.5, masks="go on", goals="stay", diagnostics="input: a | b")
     bad = Verdict("two", "something worse", problems=["the segmenter has died"])
+    ended = Verdict("three", "never began", recovers=False)
     told = figures([good, bad], 12.3, 0)
-    assert (told["tried"], told["survived"], told["slowest_recovery_s"]) == (2, 1, 0.5)
+    assert (told["tried"], told["survived"]) == (2, 1)
+    assert (told["slowest_recovery_s"], told["never_recovered"]) == (None, ["two"])
+    assert slowest(told) == "no recovery from two"
+    assert figures([good, ended], 12.3, 0)["slowest_recovery_s"] == 0.5
+    assert slowest(figures([good, ended], 12.3, 0)) == "slowest recovery 0.5 s"
     assert json.loads(json.dumps(told))["faults"][1]["recovery_s"] is None
-    rows = table([good, bad]).splitlines()
+    rows = table([good, ended, bad]).splitlines()
     assert "| `one` | something | input: a \\| b | go on | stay | 0.5 |" in rows
-    assert "**not survived:** the segmenter has died" in rows[-1]
+    assert any("**not survived:** the segmenter has died" in row and row.endswith("**never** |") for row in rows)
+    assert rows[-1].startswith("Without recovery: `two`.")
+
+
+def seen(iou, at_s):
+    return SeenMask(at_s, int(at_s * 1e9), "camera", (320, 240), is_known=True, iou=iou)
+
+
+@pytest.mark.parametrize(
+    ("iou", "expected", "problem"),
+    [
+        (0.9, Masks.OF_GOAL, ""),
+        (0.1, Masks.OF_GOAL, "the object was lost"),
+        (math.nan, Masks.OF_GOAL, "no mask could be judged"),
+        (math.nan, Masks.COME, ""),
+    ],
+)
+def test_masks_of_the_goal_are_demanded_where_they_are_expected(iou, expected, problem):
+    fault = Fault("one", "something", nothing_wrong, expected)
+    masks = [seen(iou, number / 10) for number in range(10)]
+    problems = _judge_masks(fault, masks, 0.0, 1.0, Verdict("one", "something"))
+    assert len(problems) == bool(problem)
+    assert problem in " ".join(problems)
 
 
 # Against real processes

@@ -37,7 +37,7 @@ def faults(
     # Here, so that the program's help needs no ROS.
     from virst_ros.faults.catalogue import FAULTS
     from virst_ros.faults.harness import Harness
-    from virst_ros.faults.report import figures, table
+    from virst_ros.faults.report import figures, slowest, table
     from virst_ros.faults.trial import try_fault
 
     chosen = choose(FAULTS, only)
@@ -65,10 +65,7 @@ def faults(
             typer.echo(f"virst faults: {error}", err=True)
             raise typer.Exit(1) from error
     told = figures(verdicts, time.monotonic() - begin_s, seed)
-    typer.echo(
-        f"{told['survived']} of {told['tried']} survived, slowest recovery {told['slowest_recovery_s']} s, "
-        f"in {told['seconds']:.0f} s"
-    )
+    typer.echo(f"{told['survived']} of {told['tried']} survived, {slowest(told)}, in {told['seconds']:.0f} s")
     if json_file is not None:
         json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if report is not None:

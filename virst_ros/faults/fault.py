@@ -95,6 +95,7 @@ class Verdict:
     what: str
     problems: list[str] = field(default_factory=list)
     recovery_s: float = math.nan  # nan: it did not come back
+    recovers: bool = True  # False: it ends, or never began, by design
     lasted_s: float = 0.0
     log_line: str = ""
     diagnostics: str = ""
@@ -106,12 +107,18 @@ class Verdict:
     def survived(self) -> bool:
         return not self.problems
 
+    @property
+    def never_recovered(self) -> bool:
+        """It should have come back, and did not."""
+        return self.recovers and not math.isfinite(self.recovery_s)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "what": self.what,
             "survived": self.survived,
             "problems": self.problems,
+            "recovers": self.recovers,
             "recovery_s": round(self.recovery_s, 2) if math.isfinite(self.recovery_s) else None,
             "lasted_s": round(self.lasted_s, 2),
             "log_line": self.log_line,

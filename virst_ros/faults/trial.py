@@ -23,7 +23,8 @@ ENOUGH_GOOD = 0.5  # of the masks that come while the goal's object should be in
 
 def try_fault(harness: Harness, fault: Fault) -> Verdict:
     """The verdict; never raises for what the segmenter does."""
-    verdict = Verdict(fault.name, fault.what)
+    # Told to end, its end is the recovery; where it could not begin, there is nothing to come back to.
+    verdict = Verdict(fault.name, fault.what, recovers=fault.ends in (None, 0))
     try:
         harness.settle(fault.reasoner)
         _try(harness, fault, verdict)
@@ -103,7 +104,7 @@ def _wait_for_end(fault: Fault, subject: Segmenter, verdict: Verdict) -> None:
     verdict.masks = verdict.goals = "end with it"
     if status != fault.ends:
         verdict.problems.append(f"it has ended with status {status}, not {fault.ends}")
-    if fault.ends == 0:  # it was told to end; where it could not begin, there is nothing to come back to
+    if fault.ends == 0:
         verdict.recovery_s = time.monotonic() - told_s
     if verdict.recovery_s > RECOVERY_S:
         verdict.problems.append(f"its end took {verdict.recovery_s:.1f} s")
@@ -126,7 +127,9 @@ def _judge_masks(fault: Fault, masks: list[SeenMask], since_s: float, until_s: f
         problems.append(f"{len(strange)} masks carry a stamp that no image had ({strange[0].stamp_ns})")
     if fault.masks in (Masks.OF_GOAL, Masks.COME) and gap_s > LONGEST_GAP_S:
         problems.append(f"masks did not go on: none for {gap_s:.1f} s")
-    if fault.masks is Masks.OF_GOAL and len(good) < ENOUGH_GOOD * len(judged):
+    if fault.masks is Masks.OF_GOAL and not judged:
+        problems.append("no mask could be judged: none came of an image in which the object is")
+    elif fault.masks is Masks.OF_GOAL and len(good) < ENOUGH_GOOD * len(judged):
         problems.append(f"the object was lost: {len(good)} of {len(judged)} masks were on it")
     if fault.check is not None:
         problem = fault.check(masks)
