@@ -140,6 +140,7 @@ class Diagnostics:
             self._bad_frames, self._bad_frame, self._bad_frame_s = 0, "", -math.inf
             self._qos_problems: dict[str, str] = {}
             self._published = 0
+            self._lost, self._lost_reason, self._lost_s = 0, "", -math.inf
             self._ages_ms, self._overhead_ms = LatencyWindow(AGES_KEPT), LatencyWindow(AGES_KEPT)
             self._timings_ms: dict[str, float] = {}
             self._degradation = ""
@@ -245,6 +246,12 @@ class Diagnostics:
             self._timings_ms = dict(result.timings_ms)
             self._degradation = result.degradation
             self._objects = result.objects
+
+    def result_lost(self, reason: str) -> None:
+        """A frame was segmented, and nothing of it went out, or not all."""
+        with self._lock:
+            self._lost += 1
+            self._lost_reason, self._lost_s = reason, self._now_s()
 
     def statuses(self, seen: Surroundings) -> list[DiagnosticStatus]:
         """One status per subject, as of now."""
@@ -388,6 +395,8 @@ class Diagnostics:
         values: dict[str, object] = {
             "rate (Hz)": self._masks.rate_hz(now_s),
             "published": self._published,
+            "lost results": self._lost,
+            "last lost result": self._lost_reason or "none",
             "degradation": self._degradation or "none",
             "frames left out": seen.left_out,
         }
@@ -402,6 +411,9 @@ class Diagnostics:
             message = f"inference stopped: {last_line}; deactivate and activate the node to try again"
         elif seen.state != "active":
             level, message = STALE, f"not active ({seen.state}): no masks are published"
+        elif now_s - self._lost_s < RECENT_S:
+            level, message = WARN, f"{self._lost} results lost; last: {self._lost_reason}"
+            self._troubles["output"] = [message]
         elif not self._masks.rate_hz(now_s):
             level, message = STALE, "no masks lately: see input"
         elif warnings := [text for text in (seen.unserved, self._degradation) if text]:

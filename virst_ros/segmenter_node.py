@@ -114,9 +114,13 @@ class SegmenterNode(LifecycleNode):
     failure = ""  # it never ends by itself: what goes wrong is in /diagnostics, and goals stay
 
     def close(self) -> None:
-        """Give back threads and models, whatever the state; the node can then be destroyed."""
+        """Give back threads and models, whatever the state; the node can then be destroyed.
+
+        A step that hangs keeps its model: the end of the process frees it.
+        """
         self._stop_inference("the segmenter ends")
-        self._unload()
+        if not self._why_hanging():
+            self._unload()
 
     def destroy_node(self) -> None:
         if self._segment is not None:
@@ -147,6 +151,8 @@ class SegmenterNode(LifecycleNode):
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         assert self._engine is not None
+        if self._is_refused("activate"):
+            return TransitionCallbackReturn.FAILURE
         self._engine.session.reset()  # frames from before a pause do not belong to what comes; goals stay
         self._inbox = self._empty_inbox()
         self._thread = InferenceThread(
@@ -154,6 +160,7 @@ class SegmenterNode(LifecycleNode):
             self._inbox,
             self._on_result,
             self._frame_failed,
+            self._result_lost,
             self._settings.stop_after_failures,
         )
         result = super().on_activate(state)  # publishers first: the thread may publish at once
@@ -171,6 +178,8 @@ class SegmenterNode(LifecycleNode):
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        if self._is_refused("cleanup"):
+            return TransitionCallbackReturn.FAILURE
         self._unload()
         return TransitionCallbackReturn.SUCCESS
 
@@ -181,7 +190,15 @@ class SegmenterNode(LifecycleNode):
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         self.get_logger().error(f"a transition from {state.label} failed; back to unconfigured")
         self.close()
-        return TransitionCallbackReturn.SUCCESS
+        # Of a model that is still in use there is no way back; FAILURE finalizes the node.
+        return TransitionCallbackReturn.FAILURE if self._why_hanging() else TransitionCallbackReturn.SUCCESS
+
+    def _is_refused(self, transition: str) -> bool:
+        """Whether a transition cannot be made, because a step from before is still at the session."""
+        reason = self._why_hanging()
+        if reason:
+            self.get_logger().error(f"cannot {transition}: {reason}")
+        return bool(reason)
 
     def _configure_failed(self, reason: str) -> TransitionCallbackReturn:
         for camera in self.cameras:
@@ -216,9 +233,19 @@ class SegmenterNode(LifecycleNode):
         if self._segment is not None:
             self._segment.stop(reason)
         if self._thread is not None:
-            if not self._thread.stop(STOP_TIMEOUT_S):
-                self.get_logger().error(f"inference did not end within {STOP_TIMEOUT_S:g} s")
-            self._thread = None
+            if self._thread.stop(STOP_TIMEOUT_S):
+                self._thread = None
+            else:  # only one thread may be at the session, so it is not forgotten
+                self.get_logger().error(f"inference did not end within {STOP_TIMEOUT_S:g} s: {self._why_hanging()}")
+
+    def _why_hanging(self) -> str:
+        """That inference goes on although it was stopped; empty when it does not."""
+        if self._thread is None or not self._thread.stopping or not self._thread.running:
+            return ""
+        return (
+            "the frame at hand is still being computed, and the models are in use until it is done: try again later. "
+            "If it never ends, restart the node, and look for what blocks the device (nvidia-smi, dmesg)"
+        )
 
     def _unload(self) -> None:
         for camera in self.cameras:
@@ -257,6 +284,9 @@ class SegmenterNode(LifecycleNode):
 
     def _frame_failed(self, frame: Frame, reason: str) -> None:
         self._by_name[frame.camera].reject_frame(reason)
+
+    def _result_lost(self, frame: Frame, reason: str) -> None:
+        self._by_name[frame.camera].diagnostics.result_lost(reason)
 
     # Requests
 

@@ -92,6 +92,17 @@ def test_what_the_deadline_leaves_out_is_a_warning(diagnostics):
     assert values(subject(diagnostics, "output"))["degradation"] == "none"
 
 
+def test_a_lost_result_is_a_warning_for_a_while(diagnostics, clock):
+    diagnostics.result_lost("no memory")
+    status = subject(diagnostics, "output")
+    assert (status.level, status.message) == (DiagnosticStatus.WARN, "1 results lost; last: no memory")
+    clock.now_s += 11.0
+    diagnostics.result_published(FrameResult(0, 0, "camera", (), {}), 0.1, overhead_ms=1.0)
+    diagnostics.result_published(FrameResult(1, 1, "camera", (), {}), 0.1, overhead_ms=1.0)
+    status = subject(diagnostics, "output")
+    assert (status.level, values(status)["last lost result"]) == (DiagnosticStatus.OK, "no memory")
+
+
 def test_depth_that_never_fits_in_time_is_a_warning(diagnostics):
     diagnostics.image_received()
     for number in range(20):

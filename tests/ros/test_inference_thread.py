@@ -50,10 +50,19 @@ class Running:
         self.inbox = FrameInbox(("camera", "left", "right"))
         self.results, self.rejected = [], []
         self._done = threading.Semaphore(0)
-        self.thread = InferenceThread(self.session, self.inbox, self._result, self._reject, stop_after_failures)
+        self.lost, self.unpublished = [], {}  # what is lost; the failure of on_result by camera
+        self.thread = InferenceThread(
+            self.session, self.inbox, self._result, self._reject, self._lose, stop_after_failures
+        )
         self.thread.start()
 
+    def _lose(self, frame, reason):
+        self.lost.append((frame.camera, reason))
+        self._done.release()
+
     def _result(self, header, frame, result):
+        if frame.camera in self.unpublished:
+            raise self.unpublished[frame.camera]
         self.results.append((header, result.stamp_ns))
         self._done.release()
 
@@ -108,8 +117,8 @@ def test_failures_that_differ_or_are_interrupted_do_not_stop():
     assert [stamp for _, stamp in running.results] == [4, 7]
 
 
-def test_frames_of_several_cameras_that_wait_are_stepped_together():
-    running = Running({12: BadFrame("no pixels")})
+def give_together(running, *frames):
+    """Frame 1 of "camera", and while it is stepped those of (stamp, camera), which are then taken in one go."""
     holding = threading.Event()
     real_step = running.session.step
 
@@ -124,15 +133,37 @@ def test_frames_of_several_cameras_that_wait_are_stepped_together():
         if running.inbox._items["camera"] is None:
             break
         holding.wait(0.01)
-    for stamp_ns, camera in ((10, "left"), (11, "right"), (12, "camera")):
+    for stamp_ns, camera in frames:
         running.inbox.put((f"header {stamp_ns}", Frame(np.zeros((4, 6, 3), np.uint8), stamp_ns, camera)), camera)
     holding.set()
-    for _ in range(4):
+    for _ in range(1 + len(frames)):
         assert running._done.acquire(timeout=10.0)
     assert running.thread.stop(10.0)
+
+
+def test_frames_of_several_cameras_that_wait_are_stepped_together():
+    running = Running({12: BadFrame("no pixels")})
+    give_together(running, (10, "left"), (11, "right"), (12, "camera"))
     assert running.session.batches == [2]
     assert running.rejected == ["no pixels"]
     assert sorted(stamp for _, stamp in running.results) == [1, 10, 11]
+
+
+def test_a_result_that_is_lost_keeps_back_no_other_camera_and_stops_nothing():
+    running = Running({}, stop_after_failures=1)
+    running.unpublished["left"] = RuntimeError("no publisher")
+    give_together(running, (10, "left"), (11, "right"))
+    assert [stamp for _, stamp in running.results] == [1, 11]
+    assert running.lost == [("left", "the result of camera 'left' is lost: RuntimeError: no publisher")]
+    assert running.thread.lost_results == {"left": 1}
+    assert (running.rejected, running.thread.failed) == ([], False)
+
+
+def test_a_failing_step_skips_each_of_its_frames_once():
+    running = Running({10: RuntimeError("boom"), 12: BadFrame("no pixels")})
+    give_together(running, (10, "left"), (11, "right"), (12, "camera"))
+    failure = "unexpected failure, frame skipped: RuntimeError: boom"
+    assert sorted(running.rejected) == ["no pixels", failure, failure]
 
 
 def test_a_frame_that_the_session_leaves_out_is_counted_and_nothing_comes_of_it():

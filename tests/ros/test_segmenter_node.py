@@ -2,6 +2,7 @@
 """The node over the real middleware, with a fake engine: stamps, QoS, lifecycle, services, bad input, diagnostics."""
 
 import itertools
+import threading
 import time
 from array import array
 
@@ -335,6 +336,31 @@ class TestLifecycle:
         assert setup.change(Transition.TRANSITION_ACTIVE_SHUTDOWN)
         assert node.state == "finalized"
         assert engine.session.closed
+
+    def test_a_step_that_hangs_keeps_its_session_to_itself(self, setup, monkeypatch):
+        monkeypatch.setattr("virst_ros.segmenter_node.STOP_TIMEOUT_S", 0.1)
+        session, release, begun = setup.engine.session, threading.Event(), threading.Event()
+        step = session.step
+
+        def hanging_step(frame):
+            begun.set()
+            release.wait(20.0)
+            return step(frame)
+
+        session.step = hanging_step
+        try:
+            setup.camera.send()
+            wait_until(begun.is_set)
+            assert setup.change(Transition.TRANSITION_DEACTIVATE)
+            for transition in (Transition.TRANSITION_ACTIVATE, Transition.TRANSITION_CLEANUP):
+                assert not setup.change(transition)
+                assert setup.node.state == "inactive"
+            assert not session.closed
+        finally:
+            release.set()
+        session.step = step
+        wait_until(lambda: setup.change(Transition.TRANSITION_ACTIVATE))
+        setup.active().send_until_mask()
 
     def test_a_wrong_transition_is_refused(self, graph, engine):
         setup = Setup(graph, engine, autostart=False)
