@@ -18,7 +18,7 @@ from virst_engine.errors import BadFrame, BadGoal, BadPrompt, UnknownGoal, Virst
 from virst_engine.fast.deadline import Deadline, levels, smaller_sizes
 from virst_engine.fast.object_registry import ObjectRegistry
 from virst_engine.fast.preprocess import check_image
-from virst_engine.fast.tracker import step_together, warm_up
+from virst_engine.fast.tracker import Tracker, step_together, warm_up
 from virst_engine.slow.goals import GoalBook
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.timing import StageTimer
@@ -27,6 +27,7 @@ from virst_engine.types import ClickPrompt, Frame, FrameResult, Goal, KnownObjec
 logger = logging.getLogger(__name__)
 
 ANY_CAMERA = ""
+MOST_IDLE = 0.1  # of a step's time between two steps: with more, the frame did not wait, if nobody says so
 # Of several cameras, what is told of a goal: where it is seen; else the best that one of them knows.
 BEST_FIRST = (ObjectState.TRACKING, ObjectState.LOST, ObjectState.SEARCHING, ObjectState.NOT_FOUND)
 
@@ -85,6 +86,7 @@ class Session:
         self._level = self._levels[0]  # as the streams have it
         self._step_end_s = clock_s()
         self._is_asked_to_skip = False
+        self._waited: bool | None = None  # a frame that was asked about since the last step; None: nobody said
 
     @classmethod
     def open(
@@ -325,9 +327,25 @@ class Session:
         """Do now what the first frames would spend time and memory on: allocate, compile, fill caches.
 
         Takes as long as a few frames with all objects; with `engine.compiled`, minutes. Nothing is seen or remembered.
+        With `tracking.deadline_ms`, what frames need that come late is done, too, so that they are not later still; a
+        deadline that is set afterwards pays for it when it is first missed.
         """
+        with self._lock:
+            config = self._config
         with self._before_others():
             warm_up([stream.tracker for stream in self._streams.values()])
+            if config.tracking.deadline_ms > 0:
+                self._warm_up_levels(config)
+
+    def _warm_up_levels(self, config: EngineConfig) -> None:
+        """With trackers of their own, which are gone at the end: those of the streams stay as they are."""
+        memory = dataclasses.replace(config.memory, ring_steps=2)
+        for recall, size in dict.fromkeys((level.recall, level.image_size) for level in self._levels[1:]):
+            if recall is None and not size:
+                continue  # frames are skipped, that is all
+            tracker = Tracker(self._stages[size], memory, config.tracking, device=self._device)
+            tracker.memory.recall_at_most(recall)
+            warm_up([tracker] * len(self._streams))
 
     def close(self) -> None:
         """Give back the reasoner's connections. May be called twice."""
@@ -378,20 +396,30 @@ class Session:
             stream.finish(frame, seen, timer) for stream, frame, seen in zip(streams, frames, tracked, strict=True)
         ]
         timings_ms = timer.ms()
-        self._note_time(begin_s, timings_ms, tracked[0].step)
+        self._note_time(begin_s, timings_ms, tracked[0].step, [frame.camera for frame in frames])
         return [
             FrameResult(frame.stamp_ns, seen.step, frame.camera, found, timings_ms, self._deadline.words)
             for frame, seen, found in zip(frames, tracked, objects, strict=True)
         ]
 
-    def skips(self, frame: Frame) -> bool:
+    def skips(self, frame: Frame, *, waited: bool | None = None) -> bool:
         """Whether to leave this frame out, so that `tracking.deadline_ms` is kept; it is counted in `skipped` then.
 
         To be asked once for each frame of a live camera, before its step, by the thread that steps. Who does not ask
-        loses no frame. Raises BadFrame for a camera that this session does not see.
+        loses no frame.
+
+        Args:
+            waited: the frame was there already when the thread came for it. Frames are left out only where they wait.
+                None: taken from the time since the last step, in which there should be little else then.
+
+        Raises:
+            BadFrame: this session does not see the frame's camera.
         """
+        is_skipped = self._stream(frame.camera).skips(self._deadline.level.takes_every)
         self._is_asked_to_skip = True
-        return self._stream(frame.camera).skips(self._deadline.level.takes_every)
+        if waited is not None and not is_skipped:
+            self._waited = waited or bool(self._waited)
+        return is_skipped
 
     @property
     def skipped(self) -> int:
@@ -423,15 +451,19 @@ class Session:
                 stream.use_stages(self._stages[level.image_size])
         self._level = level
 
-    def _note_time(self, begin_s: float, timings_ms: Mapping[str, float], step: int) -> None:
+    def _note_time(self, begin_s: float, timings_ms: Mapping[str, float], step: int, cameras: Sequence[str]) -> None:
         """Tell the deadline what this step took, without what comes and goes with an answer of the reasoner."""
         with self._lock:
             deadline_s = self._config.tracking.deadline_ms / 1e3
         end_s = self._clock_s()
         passing_s = (timings_ms.get("anchors", 0.0) + timings_ms.get("replay", 0.0)) / 1e3
-        idle_s, self._step_end_s = begin_s - self._step_end_s, end_s
+        step_s = end_s - begin_s - passing_s
+        waited, self._waited = self._waited, None
+        if waited is None:
+            waited = begin_s - self._step_end_s <= MOST_IDLE * step_s
+        self._step_end_s = end_s
         has_news = self._deadline.note(
-            end_s - begin_s - passing_s, deadline_s, step, idle_s=idle_s, may_skip=self._is_asked_to_skip
+            step_s, deadline_s, step, cameras=cameras, waited=waited, may_skip=self._is_asked_to_skip
         )
         if has_news and self._deadline.words:
             logger.warning("%s", self._deadline.words)

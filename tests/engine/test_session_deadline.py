@@ -12,8 +12,11 @@ import torch
 
 from tests.fakes import BLUE, DelayedClient, FakeStages, InstantClient, Video, moving_square, small_config
 from virst_engine.backends.base import Stages
+from virst_engine.backends.torch_backend import TorchStages
 from virst_engine.config import EngineConfig
 from virst_engine.fast.deadline import FIRST_FRAMES, LATE_FRAMES, RETURN_AFTER_FRAMES
+from virst_engine.model.config import sam2_1
+from virst_engine.model.sam2 import Sam2
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import NoReasoner
 from virst_engine.types import Frame, FrameResult, ImageFeatures, MaskPrompt, MemoryTensors, ObjectState
@@ -173,6 +176,81 @@ def test_frames_are_skipped_before_they_are_encoded_when_nothing_else_helps() ->
     assert "takes one frame of 3 since step" in results[-1][1].degradation
     assert min(iou(result, video, t) for t, result in results) > 0.9
     assert [result.step for _, result in results] == list(range(len(results)))
+
+
+@pytest.mark.parametrize(("waited", "is_skipped"), [(True, True), (False, False), (None, False)])
+def test_what_is_done_with_results_keeps_no_frame_from_being_skipped(waited: bool | None, is_skipped: bool) -> None:
+    """It takes a fifth of a step: only who asks knows whether the next frame was there at its end."""
+    video, machine = Video([moving_square()]), Machine()
+    session = session_of(machine, stages=FixedStages(machine))
+    session.set_goal("red")
+    for t in range(60):
+        if not session.skips(video.frame(t), waited=waited):
+            before_s = machine()
+            session.step(video.frame(t))
+            machine.works(0.2 * (machine() - before_s))
+    assert (session.skipped > 0) == is_skipped
+
+
+class RealStages(TorchStages):
+    """Those of a model of random weights, which keep the shapes that they have met. A second for each image."""
+
+    def __init__(self, machine: Machine, sam2: Sam2) -> None:
+        super().__init__(sam2)
+        self._machine = machine
+        self.met: set[tuple[int, ...]] = set()
+
+    def at_image_size(self, image_size: int) -> "RealStages | None":
+        smaller = super().at_image_size(image_size)
+        if smaller is None:
+            return None
+        other = RealStages(self._machine, smaller._sam2)
+        other.met = self.met
+        return other
+
+    def image_encoder(self, pixels: torch.Tensor) -> ImageFeatures:
+        self.met.add(tuple(pixels.shape))
+        self._machine.works(1.0)
+        return super().image_encoder(pixels)
+
+    def memory_attention(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.met.add((*memory.spatial.shape, *memory.pointers.shape))
+        return super().memory_attention(features, memory, frame_of)
+
+
+@pytest.mark.parametrize("cameras", [("",), ("left", "right")])
+def test_what_late_frames_need_is_warm_before_there_are_any(cameras: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    machine = Machine()
+    stages = RealStages(machine, Sam2(sam2_1("tiny", SIZE)))
+    session = Session(config_of(1.0), stages, {name: NoReasoner() for name in cameras}, clock_s=machine)
+    trackers = [stream.tracker for stream in session._streams.values()]
+    kept = [(tracker._stages, tracker.memory._spatial, tracker.ring._masks) for tracker in trackers]
+    session.warm_up()
+    assert {shape[-1] for shape in stages.met if len(shape) == 4} == {SIZE, 96}
+    for tracker, (own, spatial, masks) in zip(trackers, kept, strict=True):
+        assert tracker._stages is own
+        assert tracker.memory._spatial is spatial
+        assert tracker.ring._masks is masks
+        assert tracker.ring.oldest_step() == -1
+    warm = set(stages.met)
+    pixels, mask = np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((SIZE, SIZE), np.bool_)
+    mask[20:60, 20:60] = True
+    for t in range(FIRST_FRAMES + 4 * LATE_FRAMES):
+        frames = [Frame(pixels, 1_000_000_000 + t, name or "camera") for name in cameras]
+        results = session.step_together(frames)
+        if t == 0:
+            session.add_object(MaskPrompt(mask), camera=cameras[-1])
+    assert "96 px" in results[0].degradation
+    assert stages.met <= warm
+
+
+def test_without_a_deadline_only_what_is_used_is_warmed() -> None:
+    stages = RealStages(Machine(), Sam2(sam2_1("tiny", SIZE)))
+    Session(config_of(0.0), stages, NoReasoner()).warm_up()
+    assert {shape[-1] for shape in stages.met if len(shape) == 4} == {SIZE}
 
 
 def test_a_recording_loses_no_frame_for_nobody_asks() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from virst_engine.fast.deadline import (
     FAILED_WITHIN_FRAMES,
     FIRST_FRAMES,
+    FORGOTTEN_AFTER_STEPS,
     LATE_FRAMES,
     MARGIN,
     RETURN_AFTER_FRAMES,
@@ -31,14 +32,14 @@ def run(
     *,
     deadline_s: float = DEADLINE_S,
     first: int = 0,
-    idle_s: float = 0.0,
+    waited: bool = True,
     may_skip: bool = True,
 ) -> list[int]:
     """The level of each frame; `step_s` tells how long frame t takes at a level."""
     numbers = []
     for t in range(first, first + frames):
         numbers.append(policy.number)
-        policy.note(step_s(t, policy.level), deadline_s, t, idle_s=idle_s, may_skip=may_skip)
+        policy.note(step_s(t, policy.level), deadline_s, t, waited=waited, may_skip=may_skip)
     return numbers
 
 
@@ -125,8 +126,79 @@ def test_nobody_who_does_not_ask_is_counted_on_to_skip() -> None:
 
 def test_frames_that_do_not_wait_for_each_other_are_not_skipped() -> None:
     policy = Deadline(ALL)
-    run(policy, machine(0.12, 0.12, 0.12), 400, idle_s=0.05)
+    run(policy, machine(0.12, 0.12, 0.12), 400, waited=False)
     assert policy.level.takes_every == 1
+
+
+def test_frames_are_skipped_where_most_of_them_wait() -> None:
+    for waits, every in ((lambda t: t % 4 > 0, 3), (lambda t: t % 4 == 0, 1)):
+        policy = Deadline(ALL)
+        for t in range(400):
+            policy.note(0.12, DEADLINE_S, t, waited=waits(t), may_skip=True)
+        assert policy.level.takes_every == every
+
+
+LEFT, RIGHT = ("left",), ("right",)
+BOTH = LEFT + RIGHT
+
+
+def run_cameras(
+    policy: Deadline, step_s: Callable[[int, Level], float], cameras: Callable[[int], tuple[str, ...]], steps: range
+) -> list[int]:
+    """The level of each step; one with two frames takes 1.5 times as long as one with one frame."""
+    numbers = []
+    for t in steps:
+        numbers.append(policy.number)
+        seen = cameras(t)
+        times = (1 + len(seen)) / 2
+        policy.note(step_s(t, policy.level) * times, DEADLINE_S, t, cameras=seen, may_skip=True)
+    return numbers
+
+
+@pytest.mark.parametrize("phase_steps", [1, 4, 15, 100, 400])
+def test_cameras_in_and_out_of_step_do_not_make_the_level_flip(phase_steps: int) -> None:
+    """One frame is in time at each level, two are late at the first: 40 and 60 ms; then 31 and 46.5."""
+    policy = Deadline(ALL)
+    in_turn: Callable[[int], tuple[str, ...]] = lambda t: BOTH if t // phase_steps % 2 else (LEFT, RIGHT)[t % 2]  # noqa: E731
+    numbers = run_cameras(policy, machine(0.04, 0.031, 0.02), in_turn, range(2000))
+    assert len(changes(numbers)) == 1
+    assert policy.number == 1
+
+
+def test_two_frames_in_a_step_now_and_then_are_not_late() -> None:
+    policy = Deadline(ALL)
+    steps = run_cameras(policy, machine(0.04, 0.03, 0.02), lambda t: LEFT if t % 12 else BOTH, range(2000))
+    assert set(steps) == {0}
+
+
+def test_a_camera_that_stops_is_forgotten_and_its_load_with_it() -> None:
+    policy = Deadline(ALL)
+    costs = machine(0.04, 0.028, 0.02)
+    run_cameras(policy, costs, lambda t: BOTH, range(100))
+    assert policy.number == 1
+    numbers = run_cameras(policy, costs, lambda t: LEFT, range(100, 100 + FORGOTTEN_AFTER_STEPS + 100))
+    assert policy.number == 0
+    assert len(changes(numbers)) == 1
+
+
+def test_a_saving_is_that_of_steps_of_as_many_frames() -> None:
+    """Two cameras until it is late, one from then on: what is saved at the level is not what the camera had taken."""
+    policy = Deadline(ALL[:2])
+    costs = machine(0.04, 0.036, 0.036)
+    run_cameras(policy, costs, lambda t: BOTH, range(FIRST_FRAMES + LATE_FRAMES))
+    assert policy.number == 1
+    run_cameras(policy, costs, lambda t: LEFT, range(100, 100 + SETTLING_FRAMES + RETURN_AFTER_FRAMES))
+    assert policy.number == 0  # not 54 ms / 36 ms times as slow
+
+
+def test_skipping_counts_the_steps_of_other_cameras() -> None:
+    """60 ms for each of two cameras that are never in one step: of three frames one, not of two."""
+    skips = levels(128, fewer_memories=False, smaller=[])
+    for cameras, every in ((lambda t: (LEFT, RIGHT)[t % 2], 3), (lambda t: LEFT, 2)):
+        policy = Deadline(skips)
+        run_cameras(policy, machine(0.06, 0.06, 0.06), cameras, range(400))
+        assert policy.level.takes_every == every
+        assert "frames take 60 ms" in policy.words
 
 
 def test_the_end_of_what_can_be_left_out_is_said_once_and_taken_back() -> None:
