@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `virst segment` leaves behind: a mask image per frame, a video with the masks drawn over it, the figures."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -29,6 +30,9 @@ class SegmentWriter:
     masks/000000.png    per frame, 8 bit: instance ids, 0 = background; where objects overlap, the one of higher score
     overlay.mp4         the video with the masks drawn over it
     segments.json       goals, and per frame: stamp, objects with state, score, box and area, times per stage
+
+    When the disk is full, what is left can be read: whole masks, no overlay that cannot be played, and the figures
+    where there is room for them.
     """
 
     def __init__(
@@ -65,10 +69,10 @@ class SegmentWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_video()
+        problem = self._finish_overlay()
         result = {
             **self._description,
-            "is_complete": error is None,
+            "is_complete": error is None and not problem,
             "goals": [
                 {"goal_id": g.goal_id, "object_id": g.object_id, "instance_id": g.instance_id, "sentence": g.sentence}
                 for g in self._goals
@@ -76,7 +80,13 @@ class SegmentWriter:
             "frames": sorted(self._frames, key=lambda each: each["frame"]),
         }
         text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
-        (self._folder / FIGURES).write_text(text + "\n", encoding="utf-8")
+        try:
+            self._write(FIGURES, (text + "\n").encode())
+        except VideoError as unwritten:
+            problem = str(unwritten)
+        if problem and (error is None or isinstance(error, Exception)):  # Ctrl-C stays what it is
+            # An error of the run comes first: this one is often its consequence.
+            raise VideoError(problem if error is None else f"{error}; then: {problem}") from error
 
     def add(self, number: int, frame: Frame, result: FrameResult, goals: Sequence[Goal]) -> None:
         """The next frame of the overlay. Raises VideoError when a file cannot be written."""
@@ -115,11 +125,49 @@ class SegmentWriter:
         if picture.shape[0] // 2 * 2 != height or picture.shape[1] // 2 * 2 != width:
             picture = cv2.resize(picture, self._size, interpolation=cv2.INTER_AREA)
         assert self._write_picture is not None
-        self._write_picture(np.ascontiguousarray(picture[:height, :width]))
+        try:
+            self._write_picture(np.ascontiguousarray(picture[:height, :width]))
+        except OSError as error:  # the encoder has ended
+            raise VideoError(f"cannot write {self._folder / OVERLAY} ({error}); {self._remedy()}") from error
 
     def _write_image(self, name: str, image: UInt8[np.ndarray, "height width"]) -> None:
-        if not cv2.imwrite(str(self._folder / name), image):
-            raise VideoError(f"cannot write {self._folder / name}; is the disk full?")
+        self._write(name, cv2.imencode(".png", image)[1].tobytes())
+
+    def _write(self, name: str, data: bytes) -> None:
+        """The whole file or none. Raises VideoError."""
+        path = self._folder / name
+        part = path.with_name(f"{path.name}.part")
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise VideoError(f"cannot write {path} ({error.strerror}); {self._remedy()}") from error
+
+    def _finish_overlay(self) -> str:
+        """Close it. What is wrong with it, empty when it can be played; what cannot be played is deleted."""
+        if self._size is None:
+            return ""
+        with contextlib.suppress(OSError):  # seen below
+            self._close_video()
+        path = self._folder / OVERLAY
+        capture = cv2.VideoCapture(str(path))  # OpenCV's writer tells of no failure
+        is_whole = capture.isOpened() and capture.read()[0]
+        capture.release()
+        if is_whole:
+            return ""
+        path.unlink(missing_ok=True)
+        return f"cannot write the whole of {path}, so it is deleted; {self._remedy()}, or leave out the overlay"
+
+    def _remedy(self) -> str:
+        try:
+            free = f"{shutil.disk_usage(self._folder).free / 2**20:.0f} MiB are free"
+        except OSError:
+            free = "the folder is gone"
+        return (
+            f"{free}: make room, or raise the limit of file sizes (`ulimit -f`), and run again with --replace; "
+            f"{len(self._frames)} masks are written"
+        )
 
 
 def open_video_writer(

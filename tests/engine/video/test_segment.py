@@ -2,6 +2,8 @@
 """`virst segment` on the fake network, and what it writes; on a simulated scene with the shipped model."""
 
 import json
+import resource
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -135,6 +137,49 @@ def test_what_was_done_is_written_when_the_run_breaks_off(tmp_path):
     figures = json.loads((tmp_path / "segments.json").read_text())
     assert figures["is_complete"] is False
     assert len(figures["frames"]) == 5
+
+
+@contextmanager
+def no_file_beyond(size):
+    """What a full disk does to files, without one. Python has SIGXFSZ ignored: writing fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_overlay_that_does_not_fit_is_told_and_the_rest_can_be_read(tmp_path):
+    segmented = stream()
+    write(tmp_path / "whole", segmented)
+    room = (tmp_path / "whole" / "segments.json").stat().st_size
+    assert room < (tmp_path / "whole" / "overlay.mp4").stat().st_size, "or this test limits the wrong file"
+    with no_file_beyond(room + 100), pytest.raises(VideoError, match=r"overlay.mp4, so it is deleted; .*make room"):
+        write(tmp_path / "cut", segmented)
+    figures = json.loads((tmp_path / "cut" / "segments.json").read_text())
+    assert figures["is_complete"] is False
+    assert len(figures["frames"]) == 16
+    for described in figures["frames"]:
+        mask = cv2.imread(str(tmp_path / "cut" / described["mask"]), cv2.IMREAD_UNCHANGED)
+        whole = cv2.imread(str(tmp_path / "whole" / described["mask"]), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(mask, whole)
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["masks", "segments.json"]
+
+
+def test_figures_that_do_not_fit_are_told_and_leave_no_part(tmp_path):
+    segmented = stream()
+    with no_file_beyond(2000), pytest.raises(VideoError, match=r"cannot write .*segments.json .*16 masks are written"):
+        write(tmp_path, segmented, overlay=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["masks"]
+    assert len(list((tmp_path / "masks").iterdir())) == 16
+
+
+def test_a_mask_that_does_not_fit_ends_the_run_with_its_name(tmp_path):
+    segmented = stream()
+    with no_file_beyond(10), pytest.raises(VideoError, match=r"masks/000000.png \(File too large\); .*make room"):
+        write(tmp_path, segmented)
+    assert list((tmp_path / "masks").iterdir()) == []
 
 
 def test_results_are_replaced_only_when_asked(tmp_path):
