@@ -42,6 +42,12 @@ class FrameInbox(Generic[Item]):
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def holds_any(self) -> bool:
+        """`take` would not wait: an item came while nobody was there for it."""
+        with self._changed:
+            return any(item is not None for item in self._items.values())
+
     def put(self, item: Item, camera: str = "") -> None:
         with self._changed:
             self._received[camera] += 1

@@ -25,7 +25,7 @@ class Steps(Protocol):
 
     def check_frame(self, frame: Frame) -> None: ...
 
-    def skips(self, frame: Frame) -> bool: ...
+    def skips(self, frame: Frame, *, waited: bool | None = None) -> bool: ...
 
     def step_together(self, frames: Sequence[Frame]) -> list[FrameResult]: ...
 
@@ -100,11 +100,12 @@ class InferenceThread(Generic[Header]):
         failure, times = "", 0
         try:
             while not self._stopping.is_set():
+                waited = self._inbox.holds_any
                 items = self._inbox.take(timeout_s=0.1)
                 if not items:
                     continue
                 try:
-                    items = self._usable(items)
+                    items = self._usable(items, waited=waited)
                     results = self._step([frame for _, frame in items])
                     failure, times = "", 0
                 except BadFrame as error:
@@ -124,11 +125,11 @@ class InferenceThread(Generic[Header]):
         finally:
             self._inbox.close()
 
-    def _usable(self, items: list[tuple[Header, Frame]]) -> list[tuple[Header, Frame]]:
+    def _usable(self, items: list[tuple[Header, Frame]], *, waited: bool) -> list[tuple[Header, Frame]]:
         """Without those that are bad or left out; both are told here."""
         if len(items) > 1:  # one that cannot be used must not keep the others back
             items = [item for item in items if self._is_good(item[1])]
-        return [item for item in items if not self._is_left_out(item[1])]
+        return [item for item in items if not self._is_left_out(item[1], waited=waited)]
 
     def _step(self, frames: list[Frame]) -> list[FrameResult]:
         if not frames:
@@ -154,8 +155,8 @@ class InferenceThread(Generic[Header]):
         for _, frame in items:
             self._on_bad_frame(frame, reason)
 
-    def _is_left_out(self, frame: Frame) -> bool:
-        is_left_out = self._session.skips(frame)
+    def _is_left_out(self, frame: Frame, *, waited: bool) -> bool:
+        is_left_out = self._session.skips(frame, waited=waited)
         if is_left_out:
             self._inbox.leave_out(frame.camera)
         return is_left_out

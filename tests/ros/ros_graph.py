@@ -177,7 +177,7 @@ class FakeSession:
     def check_frame(self, frame: Any) -> None:
         pass
 
-    def skips(self, frame: Any) -> bool:
+    def skips(self, frame: Any, *, waited: bool | None = None) -> bool:
         return False
 
     def step_together(self, frames: Any) -> list[Any]:

@@ -37,6 +37,15 @@ def test_take_returns_as_soon_as_something_comes():
     assert taken == [["late"]]
 
 
+def test_it_tells_whether_take_would_wait():
+    inbox = FrameInbox(["left", "right"])
+    assert not inbox.holds_any
+    inbox.put("r1", "right")
+    assert inbox.holds_any
+    inbox.take(timeout_s=0.0)
+    assert not inbox.holds_any
+
+
 def test_close_ends_the_wait():
     inbox = FrameInbox()
     taken = []

@@ -21,6 +21,7 @@ class Scripted:
         self.threads = set()
         self.batches = []
         self.skipped_stamps = set()
+        self.waited = {}  # stamp -> what the session was told
 
     def step(self, frame):
         self.threads.add(threading.current_thread().name)
@@ -34,7 +35,8 @@ class Scripted:
         if isinstance(outcome, BadFrame):
             raise outcome
 
-    def skips(self, frame):
+    def skips(self, frame, *, waited=None):
+        self.waited[frame.stamp_ns] = waited
         return frame.stamp_ns in self.skipped_stamps
 
     def step_together(self, frames):
@@ -157,6 +159,31 @@ def test_a_result_that_is_lost_keeps_back_no_other_camera_and_stops_nothing():
     assert running.lost == [("left", "the result of camera 'left' is lost: RuntimeError: no publisher")]
     assert running.thread.lost_results == {"left": 1}
     assert (running.rejected, running.thread.failed) == ([], False)
+
+
+def test_the_session_is_told_which_frames_waited_whatever_the_thread_did_meanwhile():
+    running = Running({})
+    is_publishing, go_on = threading.Event(), threading.Event()
+    publish = running.thread._on_result
+
+    def slow(header, one, result):
+        is_publishing.set()
+        assert go_on.wait(10.0)
+        publish(header, one, result)
+
+    running.thread._on_result = slow
+    for _ in range(1000):  # until the thread waits for a frame
+        if running.inbox._changed._waiters:
+            break
+        threading.Event().wait(0.01)
+    running.inbox.put(("header 1", frame(1)), "camera")
+    assert is_publishing.wait(10.0)
+    running.inbox.put(("header 2", frame(2)), "camera")
+    go_on.set()
+    for _ in range(2):
+        assert running._done.acquire(timeout=10.0)
+    assert running.thread.stop(10.0)
+    assert running.session.waited == {1: False, 2: True}
 
 
 def test_a_failing_step_skips_each_of_its_frames_once():
