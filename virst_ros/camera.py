@@ -2,9 +2,13 @@
 """What the node has of one camera: subscriptions, publishers, depth, diagnostics."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.lifecycle import LifecycleNode
+from rclpy.node import Node
+from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 from virst_engine import Frame, FrameResult, Goal
 from virst_ros import qos
@@ -29,7 +33,9 @@ class Camera:
 
     def __init__(self, node: LifecycleNode, name: str, prefix: str, settings: Callable[[], NodeParameters]) -> None:
         self._node, self.name, self._prefix, self._settings = node, name, prefix, settings
-        self.diagnostics = Diagnostics(f"{node.get_name()}/{name}" if prefix else node.get_name())
+        full_name = node.get_fully_qualified_name().lstrip("/")
+        self.diagnostics = Diagnostics(f"{full_name}/{name}" if prefix else full_name)
+        self.rejected = 0  # images that could not be used, since activation
         # For those who spin the node with several threads: neither a configure nor another camera holds up its images.
         self._group = MutuallyExclusiveCallbackGroup()
         # Made in configure:
@@ -51,7 +57,7 @@ class Camera:
 
     def create_outputs(self) -> None:
         settings = self._settings()
-        self.outputs = Publishers(self._node, settings, self._qos_incompatible, f"~/{self._prefix}")
+        self.outputs = Publishers(self._node, settings, partial(self._qos_incompatible, "output"), f"~/{self._prefix}")
         self._frame_outputs = FrameOutputs(self.outputs)
         if settings.use_depth:
             self._depth_outputs = DepthOutputs(self.outputs, self.diagnostics, self._settings)
@@ -71,6 +77,7 @@ class Camera:
         if self.outputs is not None:
             self.outputs.destroy()
             self.outputs = None
+        self.diagnostics.forget_qos("output")
 
     def create_inputs(self, on_frame: Callable[[Received, Frame], None]) -> None:
         self.inputs = CameraInputs(
@@ -79,8 +86,8 @@ class Camera:
             self.diagnostics,
             self._depth_outputs,
             on_frame,
-            self.reject_frame,
-            self._qos_incompatible,
+            self._reject_image,
+            partial(self._qos_incompatible, "input"),
             self._group,
             camera=self.name,
             prefix=self._prefix,
@@ -90,6 +97,7 @@ class Camera:
         if self.inputs is not None:
             self.inputs.destroy()
             self.inputs = None
+        self.diagnostics.forget_qos("input")
         if self._depth_outputs is not None:
             self._depth_outputs.pause()
 
@@ -157,6 +165,8 @@ class Camera:
         reasoner_problem: str,
     ) -> Surroundings:
         settings, topic = self._settings(), self.image_topic
+        self.diagnostics.settle_qos("input", partial(_fits_publishers, self._node))
+        self.diagnostics.settle_qos("output", partial(_fits_subscribers, self._node))
         return Surroundings(
             state=state,
             image_topic=topic,
@@ -173,15 +183,37 @@ class Camera:
         )
 
     def _received(self, inbox: "FrameInbox[tuple[Received, Frame]]") -> int:
-        return inbox.received(self.name) + self._rejected
+        return inbox.received(self.name) + self.rejected
 
     def _dropped(self, inbox: "FrameInbox[tuple[Received, Frame]]") -> int:
-        return inbox.dropped(self.name) + self._rejected
+        return inbox.dropped(self.name) + self.rejected
 
-    @property
-    def _rejected(self) -> int:
-        return self.inputs.rejected if self.inputs is not None else 0
+    def _reject_image(self, reason: str) -> None:
+        self.rejected += 1
+        self.reject_frame(reason)
 
-    def _qos_incompatible(self, topic: str, reason: str) -> None:
-        self.diagnostics.qos_incompatible(topic, reason)
+    def _qos_incompatible(self, subject: str, topic: str, reason: str) -> None:
+        self.diagnostics.qos_incompatible(subject, topic, reason)
         self._node.get_logger().warning(reason)
+
+
+def _fits_publishers(node: Node, topic: str) -> bool:
+    """Whether every publisher of a topic fits this node's subscriptions."""
+    own = [each for each in node.get_subscriptions_info_by_topic(topic) if _is_of(node, each)]
+    others = node.get_publishers_info_by_topic(topic)
+    return all(_fit(other.qos_profile, each.qos_profile) for each in own for other in others)
+
+
+def _fits_subscribers(node: Node, topic: str) -> bool:
+    """Whether every subscriber of a topic fits this node's publishers."""
+    own = [each for each in node.get_publishers_info_by_topic(topic) if _is_of(node, each)]
+    others = node.get_subscriptions_info_by_topic(topic)
+    return all(_fit(each.qos_profile, other.qos_profile) for each in own for other in others)
+
+
+def _is_of(node: Node, endpoint: TopicEndpointInfo) -> bool:
+    return (endpoint.node_namespace, endpoint.node_name) == (node.get_namespace(), node.get_name())
+
+
+def _fit(publisher: QoSProfile, subscription: QoSProfile) -> bool:
+    return bool(qos_check_compatible(publisher, subscription)[0] == QoSCompatibility.OK)

@@ -40,6 +40,10 @@ SIM_TOPICS = {
 FOUNDATIONPOSE_CAPACITY = 12  # frames of its synchroniser
 NVBLOX_QUEUE, OTHER_QUEUE = 10, 10
 OLDEST_S = 1.0  # FoundationPose's discard_old_messages, in its demonstrations 1000 ms
+NEAREST_M = 0.1  # FoundationPose's min_depth
+LEAST_WITH_OBJECT = (
+    0.5  # of what is accepted in a run with a simulated camera, whose object is in view most of the time
+)
 
 
 def stamp_ns(message: Any) -> int:
@@ -56,6 +60,7 @@ class Consumer:
 
     Args:
         check: why a complete set is of no use; empty when it is.
+        has_object: whether the object is in a set that is of use.
         reliable: topics that are read with a reliable subscription; the others take what comes (SENSOR_DATA).
     """
 
@@ -64,8 +69,10 @@ class Consumer:
     lead: str
     capacity: int
     check: Callable[[Mapping[str, Any]], str]
+    has_object: Callable[[Mapping[str, Any]], bool]
     reliable: Sequence[str] = ()
     accepted: int = 0
+    with_object: int = 0  # of those accepted
     rejected: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     _buffers: dict[str, "OrderedDict[int, Any]"] = field(default_factory=dict)
@@ -103,6 +110,7 @@ class Consumer:
             self.reasons[reason] += 1
         else:
             self.accepted += 1
+            self.with_object += self.has_object(matched)
 
     def _reject(self, reason: str) -> None:
         if self.accepted or self.rejected:
@@ -112,6 +120,15 @@ class Consumer:
     def _what_misses(self, stamp: int) -> str:
         missing = [topic for topic in self.topics if stamp not in self._buffer(topic) and topic != self.lead]
         return f"{self.lead} without {' and '.join(missing) or 'the rest'} of its stamp among the last {self.capacity}"
+
+
+def _shows(topic: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda matched: bool(_pixels(matched[topic]).any())
+
+
+def _seen_ids(objects: Any) -> set[int]:
+    """Of the objects whose mask is not empty. TRACKING alone does not say so: it lasts over a few missed frames."""
+    return {each.instance_id for each in objects.objects if each.area_px}
 
 
 def _pixels(image: Any) -> np.ndarray:
@@ -134,7 +151,12 @@ def _why_other_frame(matched: Mapping[str, Any], *topics: str) -> str:
 
 
 def foundationpose(now_ns: Callable[[], int]) -> Consumer:
-    """Its synchroniser has slop 0 and 12 frames; a mask of one instance, above 0 = object, of the size of the depth."""
+    """Its synchroniser has slop 0 and 12 frames; a mask of one instance, above 0 = object, of the size of the depth.
+
+    Without a pixel of the mask it refuses a frame, and so without depth from NEAREST_M on inside. Where the segmenter
+    says in `objects` that the target is not seen, an empty mask is right, and not counted as one with the object.
+    """
+    from virst_ros import conversions
 
     def check(matched: Mapping[str, Any]) -> str:
         mask, depth, image = matched["target_mask"], matched["depth"], matched["image"]
@@ -149,10 +171,28 @@ def foundationpose(now_ns: Callable[[], int]) -> Consumer:
         age_s = (now_ns() - stamp_ns(mask)) * 1e-9
         if age_s > OLDEST_S:
             return f"older than {OLDEST_S:g} s"
+        inside = _pixels(mask) > 0
+        seen = _seen_ids(matched["objects"])
+        if not inside.any() and seen and len(seen) == len(matched["objects"].objects):  # whichever is the target
+            return "the mask is all zero, although the target is seen"
+        try:
+            depth_m = conversions.depth_m(depth)
+        except BadFrame as error:
+            return str(error)
+        if inside.any() and not (depth_m[inside] >= NEAREST_M).any():
+            return f"no depth of {NEAREST_M:g} m or more in the mask"
         return _why_other_frame(matched, "target_mask", "image")
 
-    topics = ("target_mask", "image", "depth", "camera_info")
-    return Consumer("FoundationPose", topics, "target_mask", FOUNDATIONPOSE_CAPACITY, check, reliable=("target_mask",))
+    topics = ("target_mask", "image", "depth", "camera_info", "objects")
+    return Consumer(
+        "FoundationPose",
+        topics,
+        "target_mask",
+        FOUNDATIONPOSE_CAPACITY,
+        check,
+        _shows("target_mask"),
+        reliable=("target_mask", "objects"),
+    )
 
 
 def nvblox() -> Consumer:
@@ -168,7 +208,8 @@ def nvblox() -> Consumer:
             return "its camera_info is not calibrated"
         return _why_other_frame(matched, "mask", "info", "image")
 
-    return Consumer("nvblox", ("mask", "info", "image"), "mask", NVBLOX_QUEUE, check, reliable=("mask", "info"))
+    topics = ("mask", "info", "image")
+    return Consumer("nvblox", topics, "mask", NVBLOX_QUEUE, check, _shows("mask"), reliable=("mask", "info"))
 
 
 def contact_graspnet() -> Consumer:
@@ -194,15 +235,19 @@ def contact_graspnet() -> Consumer:
                 return f"segmap is {segmap.shape}, depth {depth_m.shape}"
             if not (np.isfinite(scene["K"]).all() and scene["K"][0, 0] > 0):
                 return "K is not a calibration"
-            seen = {each.instance_id for each in matched["objects"].objects if each.state == SegmentedObject.TRACKING}
+            objects, seen = matched["objects"], _seen_ids(matched["objects"])
+            known = {each.instance_id for each in objects.objects if each.state == SegmentedObject.TRACKING}
             ids = set(np.unique(segmap).tolist()) - {0}
-            if not ids <= seen:
-                return f"segmap has ids {sorted(ids - seen)} that `objects` does not have"
+            if not ids <= known:
+                return f"segmap has ids {sorted(ids - known)} that `objects` does not have"
+            if seen and not ids:
+                return f"segmap is empty, although the objects {sorted(seen)} are seen"
             empty = [each for each in ids if not np.isfinite(depth_m[segmap == each]).any()]
         return f"no depth in the segments {empty}" if empty else ""
 
     topics = ("mask", "info", "objects", "image", "depth")
-    return Consumer("Contact-GraspNet", topics, "mask", OTHER_QUEUE, check, reliable=("mask", "info", "objects"))
+    reliable = ("mask", "info", "objects")
+    return Consumer("Contact-GraspNet", topics, "mask", OTHER_QUEUE, check, _shows("mask"), reliable)
 
 
 def moveit() -> Consumer:
@@ -228,7 +273,8 @@ def moveit() -> Consumer:
         return _why_other_frame(matched, "points_without_object", "target_mask")
 
     topics = ("points_without_object", "target_mask", "info")
-    return Consumer("MoveIt", topics, "points_without_object", OTHER_QUEUE, check, reliable=("target_mask", "info"))
+    reliable = ("target_mask", "info")
+    return Consumer("MoveIt", topics, "points_without_object", OTHER_QUEUE, check, _shows("target_mask"), reliable)
 
 
 def _points(cloud: Any, offsets: Sequence[int]) -> np.ndarray:
@@ -289,7 +335,7 @@ class Watch:
                     consumer.put(topic, message)
 
     def finish(self) -> list[dict[str, Any]]:
-        """What became of everything: per consumer its name, accepted, rejected, and how often for which reason."""
+        """What became of everything: per consumer its name, accepted, of them with the object, rejected, and why."""
         with self._lock:
             for consumer in self.consumers:
                 consumer.finish()
@@ -297,6 +343,7 @@ class Watch:
                 {
                     "consumer": consumer.name,
                     "accepted": consumer.accepted,
+                    "with_object": consumer.with_object,
                     "rejected": consumer.rejected,
                     "reasons": dict(consumer.reasons.most_common(10)),
                 }
@@ -362,7 +409,10 @@ def _command(
         typer.echo(f"virst-contracts: {error}", err=True)
         raise typer.Exit(1) from error
     for row in figures["consumers"]:
-        typer.echo(f"{row['consumer']:18s} accepted {row['accepted']:6d}   rejected {row['rejected']:4d}")
+        typer.echo(
+            f"{row['consumer']:18s} accepted {row['accepted']:6d}   with the object {row['with_object']:6d}   "
+            f"rejected {row['rejected']:4d}"
+        )
         for reason, times in row["reasons"].items():
             typer.echo(f"{'':18s}   {times} x {reason}")
     typer.echo("received: " + ", ".join(f"{topic} {count}" for topic, count in figures["received"].items()))
@@ -370,8 +420,29 @@ def _command(
         typer.echo(f"{name}: {value}")
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    if not all(row["accepted"] and not row["rejected"] for row in figures["consumers"]):
+    problems = failures(figures["consumers"], LEAST_WITH_OBJECT if sim else 0.0)
+    for problem in problems:
+        typer.echo(f"virst-contracts: {problem}", err=True)
+    if problems:
         raise typer.Exit(1)
+
+
+def failures(rows: Sequence[Mapping[str, Any]], least_with_object: float) -> list[str]:
+    """Why these rows of `Watch.finish` are no success; empty when they are one.
+
+    Args:
+        least_with_object: the part of what is accepted that must have the object, 0 to 1.
+    """
+    problems = []
+    for row in rows:
+        if row["rejected"] or not row["accepted"]:
+            problems.append(f"{row['consumer']}: {row['rejected']} rejected, {row['accepted']} accepted")
+        elif row["with_object"] < least_with_object * row["accepted"]:
+            problems.append(
+                f"{row['consumer']}: the object is in {row['with_object']} of {row['accepted']}, less than "
+                f"{least_with_object:.0%}; does the segmenter find it? See /diagnostics and ~/objects"
+            )
+    return problems
 
 
 def _watch_simulation(seconds: float, goal: str, rate_hz: float, width: int, height: int) -> dict[str, Any]:
@@ -409,7 +480,7 @@ def _watch(
 
     def on_diagnostics(message: DiagnosticArray) -> None:
         for status in message.status:
-            if status.name == f"{segmenter.strip('/').rpartition('/')[2]}: output":
+            if status.name == f"{segmenter.strip('/')}: output":
                 told.update({pair.key: pair.value for pair in status.values if "p50" in pair.key or "rate" in pair.key})
 
     try:

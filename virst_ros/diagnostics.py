@@ -100,8 +100,8 @@ class Diagnostics:
     """Collects events from every thread of the node and turns them into diagnostic statuses.
 
     Args:
-        name: the node's name, of several cameras "<node>/<camera>"; statuses are called "<name>: input", ": output",
-            ": reasoner", ": goals".
+        name: the node's name with its namespace, of several cameras "<node>/<camera>"; statuses are called
+            "<name>: input", ": output", ": reasoner", ": goals".
         now_s: a steady clock, seconds.
     """
 
@@ -115,11 +115,14 @@ class Diagnostics:
         self._troubles: dict[str, list[str]] = {}
         self._logged: dict[str, set[str]] = {}
         self._logged_s: dict[tuple[str, str], float] = {}
+        self._levels: dict[str, bytes] = {}  # of the newest `statuses`, by subject
         self._goal_troubles: list[str] = []
+        # By "input" or "output" and topic: the reason, and when the middleware told it. It tells it once.
+        self._qos_problems: dict[str, dict[str, tuple[str, float]]] = {"input": {}, "output": {}}
         self.reset()
 
     def reset(self) -> None:
-        """Forget all events: the node is activated."""
+        """Forget all events: the node is activated. What does not fit in quality of service still does not."""
         with self._lock:
             self._start_s = self._now_s()
             self._images, self._masks = RateWindow(), RateWindow()
@@ -138,7 +141,6 @@ class Diagnostics:
             self._depth_gap_ns: int | None = None
             self._depth_slop_ns = 0
             self._bad_frames, self._bad_frame, self._bad_frame_s = 0, "", -math.inf
-            self._qos_problems: dict[str, str] = {}
             self._published = 0
             self._lost, self._lost_reason, self._lost_s = 0, "", -math.inf
             self._ages_ms, self._overhead_ms = LatencyWindow(AGES_KEPT), LatencyWindow(AGES_KEPT)
@@ -228,9 +230,29 @@ class Diagnostics:
             self._refused += 1
             self._refused_reason, self._refused_s = reason, self._now_s()
 
-    def qos_incompatible(self, topic: str, reason: str) -> None:
+    def qos_incompatible(self, subject: str, topic: str, reason: str) -> None:
+        """An endpoint elsewhere does not fit this node's; `subject`: "input" or "output"."""
         with self._lock:
-            self._qos_problems[topic] = reason
+            self._qos_problems[subject][topic] = reason, self._now_s()
+
+    def settle_qos(self, subject: str, is_settled: Callable[[str], bool]) -> None:
+        """Forget what did not fit on the topics for which `is_settled`.
+
+        Not for the first `RECENT_S`: the graph may know of an endpoint later than the middleware tells of it.
+        """
+        with self._lock:
+            problems = self._qos_problems[subject].items()
+            old = {topic: told_s for topic, (_, told_s) in problems if self._now_s() - told_s >= RECENT_S}
+        settled = [topic for topic in old if is_settled(topic)]  # asks the graph: not under the lock
+        with self._lock:
+            for topic in settled:
+                if self._qos_problems[subject].get(topic, ("", -1.0))[1] == old[topic]:
+                    del self._qos_problems[subject][topic]
+
+    def forget_qos(self, subject: str) -> None:
+        """The endpoints of this node are gone."""
+        with self._lock:
+            self._qos_problems[subject] = {}
 
     def goals_changed(self, goals: Sequence[Goal]) -> None:
         with self._lock:
@@ -256,7 +278,14 @@ class Diagnostics:
     def statuses(self, seen: Surroundings) -> list[DiagnosticStatus]:
         """One status per subject, as of now."""
         with self._lock:
-            return [self._input(seen), self._output(seen), self._reasoner(seen), self._goal_states(seen)]
+            told = {
+                "input": self._input(seen),
+                "output": self._output(seen),
+                "reasoner": self._reasoner(seen),
+                "goals": self._goal_states(seen),
+            }
+            self._levels = {subject: status.level for subject, status in told.items()}
+            return list(told.values())
 
     def process_status(self, node: str, state: str) -> DiagnosticStatus:
         """Of what all cameras share, the model and the process. `node`: its name; `state`: of its life."""
@@ -267,12 +296,15 @@ class Diagnostics:
         """Lines for the log: troubles of the newest `statuses` that were not there before, and what has none any more.
 
         Numbers in them may change without a new line. What happens once and is logged then (rejected goals, quality of
-        service) is left out.
+        service) is left out. A subject is well again when its status is OK: one that is not followed now, or that has a
+        worse problem, is not.
         """
         now_s, troubled, well = self._now_s(), [], []
         with self._lock:
             for subject, troubles in self._troubles.items():
                 before, logged = self._logged.get(subject, set()), set()
+                if not troubles and self._levels[subject] != OK:
+                    continue
                 for trouble in troubles:
                     kind = _NUMBER.sub("#", trouble)
                     is_new = kind not in before
@@ -312,7 +344,8 @@ class Diagnostics:
             "frames without depth": self._frames_without_depth,
             "sync slop now (ms)": self._depth_slop_ns / 1e6,
         }
-        values |= {f"incompatible QoS on {topic}": reason for topic, reason in self._qos_problems.items()}
+        incompatible = self._incompatible("input")
+        values |= {f"incompatible QoS on {topic}": reason for topic, reason in incompatible.items()}
         level, message, self._troubles["input"] = OK, f"{seen.image_topic} arrives", []
         if seen.state != "active":
             level, message = STALE, f"not active ({seen.state}): no images are taken"
@@ -321,10 +354,14 @@ class Diagnostics:
             self._troubles["input"] = [message]
         else:
             self._troubles["input"] = [*self._input_events(now_s), *self._input_troubles(seen, now_s)]
-            warnings = [*self._troubles["input"], *self._qos_problems.values()]
+            warnings = [*self._troubles["input"], *incompatible.values()]
             if warnings:
                 level, message = WARN, " | ".join(warnings)
         return _status(f"{self._name}: input", level, message, self.model.device, values)
+
+    def _incompatible(self, subject: str) -> dict[str, str]:
+        """Why, by topic."""
+        return {topic: reason for topic, (reason, _) in self._qos_problems[subject].items()}
 
     def _input_events(self, now_s: float) -> list[str]:
         """What happened lately, although images arrive."""
@@ -380,8 +417,9 @@ class Diagnostics:
         )
         if seen.image_publishers == 0:
             return f"{nothing}: nobody publishes it; see `ros2 topic list` and remap `image` to the camera's topic"
-        if seen.image_topic in self._qos_problems:
-            return f"{nothing}: {self._qos_problems[seen.image_topic]}"
+        incompatible = self._incompatible("input")
+        if seen.image_topic in incompatible:
+            return f"{nothing}: {incompatible[seen.image_topic]}"
         happened = "announced by" if self._image_s is None else "has stopped arriving from"
         return (
             f"{nothing}: {happened} {seen.image_publishers} publisher(s). Check that the camera is sending. Images "
@@ -403,6 +441,8 @@ class Diagnostics:
         values |= {f"age {name} (ms)": value for name, value in self._ages_ms.summary().items()}
         values |= {f"ROS overhead {name} (ms)": value for name, value in self._overhead_ms.summary().items()}
         values |= {f"{stage} (ms)": ms for stage, ms in self._timings_ms.items()}
+        incompatible = self._incompatible("output")
+        values |= {f"incompatible QoS on {topic}": reason for topic, reason in incompatible.items()}
         level, message, self._troubles["output"] = OK, "masks are published", []
         if seen.inference_traceback:
             values["traceback"] = seen.inference_traceback
@@ -416,9 +456,9 @@ class Diagnostics:
             self._troubles["output"] = [message]
         elif not self._masks.rate_hz(now_s):
             level, message = STALE, "no masks lately: see input"
-        elif warnings := [text for text in (seen.unserved, self._degradation) if text]:
+        elif warnings := [text for text in (seen.unserved, self._degradation, *incompatible.values()) if text]:
             level, message = WARN, " | ".join(warnings)
-            self._troubles["output"] = [seen.unserved] if seen.unserved else []  # the engine has logged the other
+            self._troubles["output"] = [seen.unserved] if seen.unserved else []  # the others are logged already
         return _status(f"{self._name}: output", level, message, self.model.device, values)
 
     def _reasoner(self, seen: Surroundings) -> DiagnosticStatus:

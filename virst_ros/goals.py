@@ -18,6 +18,7 @@ from virst_ros.parameters import limits_of
 from virst_ros.rate_limit import RateLimiter
 
 NAME_LENGTH = 40  # of a foreign name in a message: a caller may send a megabyte
+MOST_REASONS = 100  # that are remembered; they may hold a caller's words
 REFUSALS_TOLD_EVERY_S = 10.0  # in the log; a flood of requests must not become one of lines
 
 
@@ -50,6 +51,7 @@ class Goals:
         self._engine, self._cameras = engine, cameras
         self._set_at_ns: dict[str, int] = {}
         self._limiter, self._refusal_told_s = RateLimiter(), -math.inf
+        self._rejected_s: dict[tuple[str, str], float] = {}  # when a request was last said to be rejected, and why
         self.longest = 0  # characters of a sentence
 
     def all(self) -> tuple[Goal, ...]:
@@ -91,11 +93,21 @@ class Goals:
     def clear(self, goal_id: str = "") -> int:
         """How many were cleared; an empty id means all. Raises UnknownGoal."""
         session = self._loaded().session
-        goal_ids = [goal_id] if goal_id else [goal.goal_id for goal in session.goals()]
-        for each in goal_ids:
-            session.clear_goal(each)
+        if goal_id:
+            session.clear_goal(goal_id)
+            cleared = 1
+        else:
+            cleared = sum(self._is_cleared(goal.goal_id) for goal in session.goals())
         self.changed()
-        return len(goal_ids)
+        return cleared
+
+    def _is_cleared(self, goal_id: str) -> bool:
+        """Clear it; False when somebody else was faster."""
+        try:
+            self._loaded().session.clear_goal(goal_id)
+        except UnknownGoal:
+            return False
+        return True
 
     def remove_object(self, object_id: str) -> None:
         """End one object: an instance alone, any other with its goal. Raises UnknownGoal."""
@@ -154,16 +166,27 @@ class Goals:
             self._node.get_logger().warning(f"{reason}. Others are counted in /diagnostics")
         return reason
 
-    def refusal(self, error: Exception) -> str:
-        """What to answer a caller whose request failed; an exception out of a service callback would kill the node."""
+    def refusal(self, asked: str, error: Exception) -> str:
+        """What to answer a caller whose request failed; an exception out of a service callback would kill the node.
+
+        Args:
+            asked: the service, action or parameter that wanted it.
+        """
         if not isinstance(error, VirstError):
             self._node.get_logger().error("".join(traceback.format_exception(type(error), error, error.__traceback__)))
-        self.reject(str(error))
+        self.reject(asked, str(error))
         return str(error)
 
-    def reject(self, reason: str) -> None:
+    def reject(self, asked: str, reason: str) -> None:
+        """Tell that a request is rejected: the diagnostics each time, the log now and then for the same reason."""
         self._watcher.goal_rejected(reason)
-        self._node.get_logger().warning(f"goal rejected: {reason}")
+        now_s = time.monotonic()
+        if now_s - self._rejected_s.get((asked, reason), -math.inf) < REFUSALS_TOLD_EVERY_S:
+            return
+        if len(self._rejected_s) >= MOST_REASONS:
+            self._rejected_s.clear()
+        self._rejected_s[asked, reason] = now_s
+        self._node.get_logger().warning(f"{asked} rejected: {reason}")
 
     def _loaded(self) -> Any:
         engine = self._engine()

@@ -71,7 +71,6 @@ class CameraInputs:
         self._stamp_ns, self._same_stamps = 0, 0
         self._received_s = 0.0  # when the image of that stamp came
         self.camera_info: CameraInfo | None = None
-        self.rejected = 0  # images that could not be used
         self._subscriptions = [
             self._subscribe(CompressedImage, "image/compressed", self._on_compressed)
             if settings.image_transport == "compressed"
@@ -138,7 +137,6 @@ class CameraInputs:
             self._diagnostics.picture_checked(why_blank(frame.image_rgb_u8))
             self._check_stamp(frame.stamp_ns, received.received_s)
         except BadFrame as error:
-            self.rejected += 1
             self._on_bad_frame(str(error))
             return
         self._on_frame(received, frame)

@@ -132,7 +132,7 @@ class SegmentAction:
             return GoalResponse.REJECT
         reason = self._why_closed()
         if reason:
-            self._goals.reject(reason)
+            self._goals.reject("segment", reason)
             return GoalResponse.REJECT
         return GoalResponse.ACCEPT
 
@@ -150,7 +150,7 @@ class SegmentAction:
         try:
             run = self._begin(handle)
         except Exception as error:
-            message = self._goals.refusal(error)
+            message = self._goals.refusal("segment", error)
             handle.abort()
             return Segment.Result(success=False, message=message, error_code=Segment.Result.BAD_GOAL)
         self._run = run

@@ -166,6 +166,8 @@ class SegmenterNode(LifecycleNode):
         result = super().on_activate(state)  # publishers first: the thread may publish at once
         self._thread.start()
         self._is_enabled = True
+        for camera in self.cameras:
+            camera.rejected = 0  # the inbox, too, counts anew
         self._begin_anew()
         if self._settings.initial_goal and not self._initial_goal_is_set:
             self._set_initial_goal()
@@ -320,7 +322,7 @@ class SegmenterNode(LifecycleNode):
         try:
             self.goals.set(self._settings.initial_goal)
         except VirstError as error:
-            self.goals.reject(str(error))
+            self.goals.reject("initial_goal", str(error))
 
     # Watching
 
@@ -354,7 +356,7 @@ class SegmenterNode(LifecycleNode):
             seen = camera.surroundings(state, self._inbox, failure, problem)
             message.status += camera.diagnostics.statuses(seen)
             camera.log_news()
-        message.status.append(self.cameras[0].diagnostics.process_status(self.get_name(), state))
+        message.status.append(self.cameras[0].diagnostics.process_status(self._full_name().lstrip("/"), state))
         message.header.stamp = self.get_clock().now().to_msg()
         self._diagnostics_publisher.publish(message)
 

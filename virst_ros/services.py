@@ -63,12 +63,12 @@ class Services:
                 return response
             response.success, response.message = False, self._why_closed()
             if response.message:
-                self._goals.reject(response.message)
+                self._goals.reject(name, response.message)
                 return response
             try:
                 callback(request, response)
             except Exception as error:
-                response.message = self._goals.refusal(error)
+                response.message = self._goals.refusal(name, error)
                 return response
             response.success = True
             return response

@@ -214,6 +214,32 @@ def test_an_answer_of_no_use_is_a_warning(diagnostics, state, latency_s, message
     assert status.message == (f"goal_1: {message}" if level == DiagnosticStatus.WARN else "0 goal(s)")
 
 
+def test_what_does_not_fit_in_quality_of_service_is_told_where_it_belongs_until_it_fits(diagnostics, clock):
+    def told():
+        clock.now_s += 0.1
+        diagnostics.image_received()
+        for _ in range(2):
+            diagnostics.result_published(FrameResult(0, 0, "camera", (), {}), 0.1, overhead_ms=1.0)
+        found = {name: subject(diagnostics, name) for name in ("input", "output")}
+        return {name: status.message for name, status in found.items() if status.level == DiagnosticStatus.WARN}
+
+    diagnostics.qos_incompatible("input", "/depth", "a publisher of /depth")
+    diagnostics.qos_incompatible("output", "~/mask", "a subscriber of ~/mask")
+    both = {"input": "a publisher of /depth", "output": "a subscriber of ~/mask"}
+    assert told() == both
+    assert values(subject(diagnostics, "output"))["incompatible QoS on ~/mask"] == both["output"]
+    diagnostics.reset()
+    assert told() == both, "it is told once, and activation changes nothing about it"
+    diagnostics.settle_qos("output", lambda topic: True)
+    assert told() == both, "the graph may not know of it yet"
+    clock.now_s += 10.0
+    diagnostics.settle_qos("input", lambda topic: topic != "/depth")
+    diagnostics.settle_qos("output", lambda topic: topic == "~/mask")
+    assert told() == {"input": both["input"]}
+    diagnostics.forget_qos("input")
+    assert told() == {}
+
+
 def test_activation_starts_anew(diagnostics):
     diagnostics.frame_rejected("old")
     diagnostics.reset()

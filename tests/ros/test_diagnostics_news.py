@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the node logs of its own diagnostics: each trouble once, and that all is well again."""
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 pytest.importorskip("rclpy")
 
+from virst_engine import FrameResult, ObjectResult, ObjectState
 from virst_ros.diagnostics import LOG_AGAIN_S, RECENT_S, Diagnostics, Surroundings
 
 pytestmark = pytest.mark.ros
@@ -27,7 +32,7 @@ def diagnostics(clock):
     return Diagnostics("segmenter", clock)
 
 
-def news(diagnostics, reasoner_problem=""):
+def news(diagnostics, reasoner_problem="", **changes):
     """The lines of troubles, and of their ends, in this order."""
     seen = Surroundings(
         state="active",
@@ -40,6 +45,7 @@ def news(diagnostics, reasoner_problem=""):
         inference_traceback="",
         reasoner_problem=reasoner_problem,
     )
+    seen = replace(seen, **changes)
     diagnostics.statuses(seen)
     troubled, well = diagnostics.news()
     return troubled + well
@@ -110,3 +116,33 @@ def test_all_troubles_are_told_not_only_the_first(diagnostics, clock):
     clock.now_s += RECENT_S
     diagnostics.image_received()
     assert news(diagnostics) == []  # black still, and told already
+
+
+def test_what_is_not_followed_any_more_is_not_well_again(diagnostics, clock):
+    clock.now_s += 3.0
+    assert len(news(diagnostics, "no reasoner answers")) == 2
+    assert news(diagnostics, state="inactive") == []
+    assert news(diagnostics, "no reasoner answers") == []
+    diagnostics.image_received()
+    assert sorted(news(diagnostics)) == ["input: well again", "reasoner: well again"]
+
+
+def test_a_worse_trouble_does_not_make_well(diagnostics):
+    def publish(message=""):
+        state = ObjectState.SEARCHING if message else ObjectState.TRACKING
+        found = ObjectResult("cup", "goal_1", 1, state, np.zeros((2, 2), bool), 0.5, math.nan, 0.3, message)
+        for _ in range(2):
+            diagnostics.image_received()
+            diagnostics.result_published(FrameResult(0, 0, "camera", (found,), {}), 0.1, overhead_ms=1.0)
+
+    publish("not understood")
+    news(diagnostics)
+    assert news(diagnostics, unserved="nobody fills it") == [
+        "output: nobody fills it",
+        "goals: goal_1: not understood",
+    ]
+    diagnostics.goal_rejected("it is empty")
+    assert news(diagnostics, inference_traceback="RuntimeError: boom") == []
+    diagnostics.reset()
+    publish()
+    assert news(diagnostics) == ["output: well again", "goals: well again"]

@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from array import array
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from sensor_msgs.msg import CameraInfo, Image
+from std_srvs.srv import SetBool
 from virst_msgs.msg import SegmentedObject, SegmentedObjectArray
 from virst_msgs.srv import ClearGoal, ListGoals, SetGoal
 
@@ -276,6 +278,22 @@ class TestQos:
         setup = Setup(graph, engine, input_qos="DEFAULT", no_image_after_s=0.2)
         setup.wait_for_status("input", DiagnosticStatus.ERROR, "/image offers another RELIABILITY", "set input_qos")
 
+    def test_a_reader_that_does_not_fit_is_told_until_it_is_gone(self, setup, monkeypatch):
+        monkeypatch.setattr("virst_ros.diagnostics.RECENT_S", 0.2)
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        reader = setup.graph.node.create_subscription(Image, "/segmenter/mask", print, latched)
+        key, reason = "incompatible QoS on ~/mask", "a subscriber of ~/mask wants another DURABILITY"
+        wait_until(lambda: setup.values("output").get(key) == reason)
+        assert setup.change(Transition.TRANSITION_DEACTIVATE)
+        assert setup.change(Transition.TRANSITION_ACTIVATE)
+        setup.active()
+        before = len(setup.diagnostics)
+        wait_until(lambda: len(setup.diagnostics) > before + 8)  # 0.4 s
+        assert setup.values("output")[key] == reason
+        assert key not in setup.values("input")
+        setup.graph.node.destroy_subscription(reader)
+        wait_until(lambda: key not in setup.values("output"))
+
 
 class TestNothingArrives:
     def test_nobody_publishes(self, graph, engine):
@@ -458,12 +476,40 @@ class TestGoals:
         assert setup.node.goals._set_at_ns.keys() == {answer.goal_id, second.goal_id}
         assert setup.list_goals()[0].set_at == set_at, "it stays when other goals are set"
 
+    def test_a_goal_that_ends_while_all_are_cleared_keeps_no_other(self, setup):
+        for sentence in ("the bright one", "the other one"):
+            assert setup.set_goal(sentence).success
+        session = setup.engine.session
+        goals = session.goals()
+        session.goals = lambda: (goals[0], *session._goals.values())  # the first one twice: then it is gone already
+        answer = setup.clear_goal()
+        assert (answer.success, answer.message) == (True, "2 goal(s) cleared")
+        assert session._goals == {}
+
+    def test_a_request_that_is_rejected_again_and_again_is_logged_once_with_its_service(self, setup, monkeypatch):
+        lines = []
+        logger = setup.node.get_logger()
+        monkeypatch.setattr(logger, "warning", lines.append)
+        monkeypatch.setattr(setup.node, "get_logger", lambda: logger)
+        for _ in range(3):
+            assert not setup.set_goal("").success
+            assert not setup.clear_goal("nobody").success
+        told = [line.partition(":")[0] for line in lines if "rejected" in line]
+        assert told == ["set_goal rejected", "clear_goal rejected"]
+        wait_until(lambda: setup.values("goals")["rejected"] == "6")
+
     def test_a_goal_for_another_camera_is_refused(self, setup):
         answer = setup.set_goal("the cup", camera="back" * 100)
         assert not answer.success
         assert "this segmenter sees camera 'camera', the goal is for 'backback" in answer.message
         assert len(answer.message) < 250
         assert not setup.list_goals()
+
+    def test_diagnostics_tell_the_namespace(self, graph, engine):
+        diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
+        graph.add(partial(SegmenterNode, namespace="left"), engine, diagnostics_period_s=0.05)
+        names = {status.name for status in wait_until(lambda: diagnostics and diagnostics[-1].status)}
+        assert names == {f"left/segmenter: {subject}" for subject in ("input", "output", "reasoner", "goals", "model")}
 
     def test_each_goal_is_on_diagnostics(self, setup):
         answer = setup.set_goal("the cup")
@@ -516,6 +562,15 @@ class TestBadInput:
         assert mask.header == header, "the node goes on"
         wait_until(lambda: setup.objects[-1].header == header)
         assert setup.objects[-1].timings.frames_dropped == 1
+
+    def test_images_that_were_rejected_are_counted_beyond_a_pause(self, setup):
+        setup.camera.send(Image(encoding="rgb8"))
+        wait_until(lambda: setup.values("input")["dropped"] == "1")
+        for enabled in (False, True):
+            assert setup.graph.call(SetBool, "/segmenter/enable", SetBool.Request(data=enabled)).success
+        before = len(setup.diagnostics)
+        wait_until(lambda: len(setup.diagnostics) > before + 2)
+        assert (setup.values("input")["received"], setup.values("input")["dropped"]) == ("1", "1")
 
     def test_a_new_resolution_in_mid_stream_is_followed_and_told(self, setup):
         assert setup.set_goal().success

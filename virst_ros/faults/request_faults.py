@@ -269,7 +269,7 @@ FAULTS = (
         "a goal while the segmenter is inactive; then it is activated",
         _goal_while_inactive,
         Masks.NONE,
-        log="goal rejected: the segmenter is inactive",
+        log="set_goal rejected: the segmenter is inactive",
         diagnostics="not active .inactive.",
         answer="is inactive, not active",
     ),
