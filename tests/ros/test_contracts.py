@@ -54,6 +54,7 @@ def test_every_consumer_accepts_everything(graph, engine):
     for row in figures:
         assert row["rejected"] == 0, row
         assert row["accepted"] >= 30, row
+    assert contracts.failures(figures, 0.5) == []
 
 
 class Messages:
@@ -73,7 +74,7 @@ class Messages:
             "target_mask": conversions.image_message(self.header, target, "mono8"),
             "info": self._info(),
             "objects": SegmentedObjectArray(
-                header=self.header, objects=[SegmentedObject(instance_id=7, state=SegmentedObject.TRACKING)]
+                header=self.header, objects=[SegmentedObject(instance_id=7, state=SegmentedObject.TRACKING, area_px=4)]
             ),
             "points_without_object": self.cloud([[0.0, 0.0, 1.0]]),
         }
@@ -133,6 +134,17 @@ def with_(message, **fields):
     return changed
 
 
+def nothing_in(image):
+    return conversions.image_message(image.header, np.zeros((image.height, image.width), np.uint8), image.encoding)
+
+
+def of_depth(image, depth_m):
+    """That depth in the target, 1 m elsewhere."""
+    metres = np.ones((image.height, image.width), np.float32)
+    metres[1:3, 1:3] = depth_m
+    return conversions.image_message(image.header, metres, "32FC1")
+
+
 def elsewhere(message):
     changed = copy.deepcopy(message)
     changed.header.frame_id = "elsewhere"
@@ -147,11 +159,16 @@ def elsewhere(message):
         ("FoundationPose", "target_mask", lambda m, _: larger(m), "differ in size"),
         ("FoundationPose", "target_mask", lambda _, all_: all_["mask"], "values besides 0 and 255: [7]"),
         ("FoundationPose", "target_mask", lambda m, _: elsewhere(m), "frames differ"),
+        ("FoundationPose", "target_mask", lambda m, _: nothing_in(m), "all zero, although the target is seen"),
+        ("FoundationPose", "depth", lambda m, _: with_(m, data=array("B", bytes(6 * 8 * 4))), "no depth of 0.1 m"),
+        ("FoundationPose", "depth", lambda m, _: of_depth(m, 0.05), "no depth of 0.1 m or more in the mask"),
+        ("FoundationPose", "depth", lambda m, _: with_(m, encoding="8UC1"), "'8UC1' is not supported"),
         ("nvblox", "mask", lambda m, _: with_(m, encoding="rgb8"), "rgb8, not mono8"),
         ("nvblox", "info", lambda m, _: with_(m, width=9), "its camera_info 9x6"),
         ("nvblox", "info", lambda m, _: with_(m, k=[0.0] * 9), "not calibrated"),
         ("Contact-GraspNet", "mask", lambda m, _: larger(m), "segmap is (12, 16), depth (6, 8)"),
         ("Contact-GraspNet", "objects", lambda m, _: with_(m, objects=[]), "ids [7] that `objects` does not have"),
+        ("Contact-GraspNet", "mask", lambda m, _: nothing_in(m), "segmap is empty, although the objects [7] are seen"),
         ("Contact-GraspNet", "depth", lambda m, _: with_(m, data=array("B", bytes(6 * 8 * 4))), "no depth in the segm"),
         ("Contact-GraspNet", "depth", lambda m, _: with_(m, encoding="8UC1"), "'8UC1' is not supported"),
         ("MoveIt", "points_without_object", lambda m, _: with_(m, header=Header(stamp=m.header.stamp)), "frame_id ''"),
@@ -186,7 +203,7 @@ def test_masks_that_come_too_late_are_rejected():
     consumer.finish()
     assert consumer.accepted == 1 + 12
     assert consumer.reasons == {
-        "target_mask without image and depth and camera_info of its stamp among the last 12": 2,
+        "target_mask without image and depth and camera_info and objects of its stamp among the last 12": 2,
     }
 
 
@@ -211,3 +228,46 @@ def test_what_comes_before_all_topics_have_begun_is_not_judged():
         feed(consumer, Messages(number))
     consumer.finish()
     assert (consumer.accepted, consumer.rejected) == (20, 0)
+
+
+def unseen(messages):
+    """The same frame from a segmenter that has not found its object, and says so."""
+    for topic in ("mask", "target_mask"):
+        messages.by_topic[topic] = nothing_in(messages.by_topic[topic])
+    messages.by_topic["objects"].objects[0].state = SegmentedObject.SEARCHING
+    messages.by_topic["objects"].objects[0].area_px = 0
+    return messages
+
+
+NAMES = ("FoundationPose", "nvblox", "Contact-GraspNet", "MoveIt")
+
+
+@pytest.mark.parametrize(("found", "passes"), [(10, True), (5, True), (4, False), (0, False)])
+def test_a_segmenter_that_seldom_finds_its_object_fails(found, passes):
+    consumers = [made(name) for name in NAMES]
+    for number in range(10):
+        messages = Messages(10 + number)
+        for consumer in consumers:
+            feed(consumer, messages if number < found else unseen(messages))
+    rows = [
+        {
+            "consumer": each.name,
+            "accepted": each.accepted,
+            "with_object": each.with_object,
+            "rejected": each.rejected,
+        }
+        for each in consumers
+    ]
+    for row in rows:
+        assert (row["accepted"], row["with_object"], row["rejected"]) == (10, found, 0), row
+    problems = contracts.failures(rows, 0.5)
+    assert len(problems) == (0 if passes else len(NAMES))
+    assert all(f"the object is in {found} of 10" in problem for problem in problems)
+    assert contracts.failures(rows, 0.0) == [], "of running cameras nobody knows what they see"
+
+
+def test_what_is_rejected_or_never_comes_fails():
+    row = {"consumer": "nvblox", "accepted": 10, "with_object": 10, "rejected": 0}
+    assert contracts.failures([row], 0.5) == []
+    assert contracts.failures([row | {"rejected": 1}], 0.5) == ["nvblox: 1 rejected, 10 accepted"]
+    assert contracts.failures([row | {"accepted": 0}], 0.5) == ["nvblox: 0 rejected, 0 accepted"]
