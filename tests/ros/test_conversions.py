@@ -11,7 +11,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 from virst_engine.errors import BadFrame
-from virst_engine.types import FrameResult, Goal, ObjectResult, ObjectState
+from virst_engine.types import FrameResult, Goal, KnownObject, ObjectResult, ObjectState
 from virst_ros import conversions
 
 pytestmark = pytest.mark.ros
@@ -248,10 +248,11 @@ def test_camera_info_is_paired_with_the_frame_and_the_original_stays():
 
 
 def test_a_goal_becomes_its_message():
-    goal = Goal("g1", "cup", "the cup", instance_id=4)
-    message = conversions.goal_message(goal, ObjectState.LOST, STAMP_NS)
-    assert (message.goal_id, message.goal, list(message.object_ids)) == ("g1", "the cup", ["cup"])
-    assert (list(message.instance_ids), list(message.states)) == ([4], [2])
+    goal = Goal("g1", "cups", "the cups", instance_id=4)
+    known = [KnownObject("cups", 4, ObjectState.LOST), KnownObject("cups.1", 7, ObjectState.TRACKING, part_of="cups")]
+    message = conversions.goal_message(goal, known, STAMP_NS)
+    assert (message.goal_id, message.goal, list(message.object_ids)) == ("g1", "the cups", ["cups", "cups.1"])
+    assert (list(message.instance_ids), list(message.states)) == ([4, 7], [2, 1])
     assert conversions.stamp_ns(message.set_at) == STAMP_NS
 
 
