@@ -98,6 +98,7 @@ class _Command:
 
     add: _Track | None = None
     remove: _Track | None = None
+    leaving: tuple[int, ...] = ()  # slots of what is removed, its instances included
     prompt: _Prompted | None = None
     remove_instance: str = ""  # object id
     reset: bool = False
@@ -165,10 +166,11 @@ class CameraStream:
         self._pending[goal.goal_id] = track
         self._commands.append(_Command(add=track))
 
-    def unfollow(self, goal_id: str) -> None:
-        """Under the lock."""
+    def unfollow(self, goal_id: str, slots: Sequence[int]) -> None:
+        """Forget the goal, and what is in these slots, which its objects had. Under the lock."""
         self._requests.remove(goal_id)
-        self._commands.append(_Command(remove=self._pending.pop(goal_id)))
+        self._registry.leave(self._registered_as, slots)
+        self._commands.append(_Command(remove=self._pending.pop(goal_id), leaving=tuple(slots)))
 
     def follows(self, goal_id: str) -> bool:
         """Under the lock."""
@@ -305,7 +307,10 @@ class CameraStream:
                 self._tracks.pop(goal_id, None)
                 if command.remove.instances is not None:
                     command.remove.instances.clear()
-                self.tracker.forget(command.remove.slot)
+                for slot in command.leaving:
+                    self.tracker.forget(slot)
+                with self._lock:
+                    self._registry.has_left(self._registered_as, command.leaving)
                 self._reasoner.cancel(goal_id)
             if command.add is not None:
                 self._tracks[command.add.goal.goal_id] = command.add

@@ -83,27 +83,21 @@ class InstanceTracks:
         """By object id."""
         return {each.assignment.object_id: each.state for each in self._instances.values() if not each.is_removed}
 
-    def has_slot(self, slot: int) -> bool:
-        return any(each.slot == slot for each in self._instances.values())
-
     def union_was_replaced(self) -> None:
         """It shows another thing from now on: instances that are not in it go."""
         self._is_other_union = True
 
     def clear(self) -> None:
-        """Forget all of them. The registry's part is done by who clears the goal."""
-        for each in self._instances.values():
-            self._tracker.forget(each.slot)
-        for number in list(self._instances):
+        """Know none of them any more. What is in their slots, and the registry, are seen to by who clears the goal."""
+        for number in self._policy.numbers:
             self._policy.remove(number)
         self._instances.clear()
         self._is_full = self._is_other_union = False
 
     def release(self) -> None:
         """Forget all of them, and give their ids and slots back."""
-        with self._lock:
-            for each in self._instances.values():
-                self._release(each)
+        for number in list(self._instances):
+            self._drop(number)
         self.clear()
 
     def remove(self, object_id: str) -> None:
@@ -215,9 +209,13 @@ class InstanceTracks:
             return self._registry.assign_instance(self._goal.object_id, self._camera)
 
     def _make_room(self) -> bool:
-        """Give up the instance that has been lost for longest, if any has been for long."""
+        """Give up the instance that has been lost for longest, if any has been for long.
+
+        Not one that was removed: it would be a new one when it comes back.
+        """
         least = REPLACED_AFTER * self._policy.confirm_steps
-        number = max(self._instances, key=lambda n: self._instances[n].absent_steps, default=None)
+        shown = [number for number, each in self._instances.items() if not each.is_removed]
+        number = max(shown, key=lambda n: self._instances[n].absent_steps, default=None)
         if number is None or self._instances[number].absent_steps < least:
             return False
         self._policy.remove(number)

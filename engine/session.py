@@ -497,10 +497,9 @@ class Session:
     def _clear(self, goal_id: str) -> Goal:
         """Under the lock."""
         goal = self._book.clear(goal_id)
-        for each in (*self._registry.instances(goal.object_id, hidden=True), self._registry.find(goal.object_id)):
-            if each is not None:
-                self._registry.release(each.object_id)
-        for stream in self._streams.values():
+        known = (*self._registry.instances(goal.object_id, hidden=True), self._registry.find(goal.object_id))
+        released = [self._registry.release(each.object_id) for each in known if each is not None]
+        for camera, stream in self._streams.items():
             if stream.follows(goal_id):
-                stream.unfollow(goal_id)
+                stream.unfollow(goal_id, [each.slots[camera] for each in released if camera in each.slots])
         return goal

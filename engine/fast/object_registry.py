@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """object_id (the user's name) <-> slot (row of a camera's tensors) <-> instance_id (value in the mask image)."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from virst_engine.errors import BadGoal
@@ -28,6 +29,9 @@ class ObjectRegistry:
 
     Instance ids go round, because a subscriber that still holds an old mask must not take its pixels for the new
     object. Objects that were asked for get the lowest free slots, instances that were found the highest.
+
+    A slot that is free may still hold what its last object left. An object that is asked for may have it, as the
+    camera's stream takes notice of it after it has forgotten the last one. An instance may not: it is there at once.
     """
 
     def __init__(self, slots: int, cameras: Sequence[str] = (ONLY_CAMERA,)) -> None:
@@ -37,6 +41,7 @@ class ObjectRegistry:
         self._alive: dict[str, Assignment] = {}
         self._found: dict[str, int] = {}  # object id of a union -> the last number of an instance of it
         self._hidden: set[str] = set()
+        self._leaving: Counter[tuple[str, int]] = Counter()  # camera and slot -> objects that it has to forget
         self._last_instance_id = 0
 
     def __len__(self) -> int:
@@ -65,7 +70,8 @@ class ObjectRegistry:
 
         Its object id is the union's with a number, which no other instance of this union had or will have.
         """
-        free, instance_id = self._free(camera), self._next_instance_id()
+        free = [slot for slot in self._free(camera) if not self._leaving[camera, slot]]
+        instance_id = self._next_instance_id()
         if not free or instance_id is None:
             return None
         number = self._found.get(union_id, 0) + 1
@@ -79,6 +85,16 @@ class ObjectRegistry:
         self._found.pop(object_id, None)
         self._hidden.discard(object_id)
         return self._alive.pop(object_id)
+
+    def leave(self, camera: str, slots: Iterable[int]) -> None:
+        """Released slots of objects that the camera's stream still has to forget; it says so with `has_left`."""
+        self._leaving.update((camera, slot) for slot in slots)
+
+    def has_left(self, camera: str, slots: Iterable[int]) -> None:
+        """They are forgotten: as often as they were to `leave`, and instances may have them again."""
+        for slot in slots:
+            self._leaving[camera, slot] -= 1
+        self._leaving = +self._leaving
 
     def hide(self, object_id: str) -> None:
         """An instance that the user does not want: it keeps what it has, but nobody else is told of it."""
@@ -114,6 +130,6 @@ class ObjectRegistry:
         if not found:
             return f"all {self._slots} objects are in use; clear a goal or raise tracking.max_objects"
         return (
-            f"all {self._slots} objects are in use, {found} of them by instances of goals that are split: clear a "
-            "goal, remove an instance or raise tracking.max_objects"
+            f"all {self._slots} objects are in use, {found} of them by instances of goals that are split (removed ones "
+            "count until their goal ends): clear a goal or raise tracking.max_objects"
         )

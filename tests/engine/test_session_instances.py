@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Goals that are split into their single objects, closed loop."""
 
+import contextlib
 import dataclasses
 import itertools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +14,7 @@ from tests.engine.local_stages import LocalStages, place, red_square, truths
 from tests.fakes import BLUE, RED, DelayedClient, FakeReasoner, InstantClient, Square, Video, small_config
 from virst_engine.errors import BadGoal, UnknownGoal
 from virst_engine.fast.postprocess import instance_map
+from virst_engine.instance_tracks import InstanceTracks
 from virst_engine.session import Session
 from virst_engine.types import ClickPrompt, Frame, FrameResult, MaskPrompt, ObjectResult, ObjectState, ReasonerRequest
 
@@ -199,6 +202,95 @@ def test_without_free_objects_the_union_says_so_and_new_goals_are_told_why() -> 
         session.set_goal("blue")
     session.clear_goal(session.goals()[0].goal_id)
     session.set_goal("blue")
+
+
+def test_removed_ones_keep_their_places_and_the_refusal_says_what_frees_one() -> None:
+    session = session_of(max_objects=3)
+    goal = session.set_goal("red", object_id="reds", max_instances=4)
+    run(session, TWO_REDS, range(10))
+    session.remove_object("reds.1")
+    run(session, TWO_REDS, range(10, 12))
+    with pytest.raises(
+        BadGoal, match=r"2 of them by instances .*\(removed ones count until their goal ends\)"
+    ) as refused:
+        session.set_goal("blue")
+    assert "remove an instance" not in str(refused.value)
+    session.clear_goal(goal.goal_id)
+    session.set_goal("blue")
+
+
+def test_one_that_was_removed_and_lost_for_long_makes_no_room_and_is_no_new_one_when_it_comes_back() -> None:
+    hides = red_square(9, 11, hidden=range(12, 60))
+    video = Video([red_square(3, 2), hides, red_square(12, 1, hidden=[*range(30), *range(58, 999)])])
+    session = session_of(max_objects=3, period_s=0.5)
+    session.set_goal("red", object_id="reds", max_instances=4)
+    found = by_place(run(session, video, range(10))[-1], truths(video, 9)[:2])
+    assert found == ["reds.1", "reds.2"]
+    session.remove_object("reds.2")
+    for result in run(session, video, range(10, 120)):
+        assert set(parts(result)) == {"reds.1"}
+
+
+def test_an_instance_keeps_its_memory_when_it_begins_while_another_goal_is_cleared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = session_of(max_objects=3)
+    session.set_goal("red", object_id="reds", max_instances=4)
+    session.set_goal("blue")
+    victim = session.set_goal("blue")
+    begin, cleared = InstanceTracks._begin, []
+
+    def clear_and_begin(self: InstanceTracks, masks: Sequence[np.ndarray], *args: int) -> None:
+        if masks and not cleared:
+            cleared.append(session.clear_goal(victim.goal_id))
+        begin(self, masks, *args)
+
+    monkeypatch.setattr(InstanceTracks, "_begin", clear_and_begin)
+    results = run(session, TWO_REDS, range(40))
+    assert cleared
+    assert [set(parts(result)) for result in results[-20:]] == [{"reds.1"}] * 20
+    for result in results:
+        for each in parts(result).values():
+            assert each.state is TRACKING
+
+
+def test_no_instance_loses_its_id_while_other_threads_set_and_clear_other_goals() -> None:
+    """There are so few slots that instances begin in those that were left a moment ago."""
+    session = session_of(max_objects=4, instance_steps=2)
+    is_done, failures = threading.Event(), list[Exception]()
+
+    def set_and_clear(number: int) -> None:
+        draw = np.random.default_rng(number)
+        try:
+            while not is_done.wait(draw.uniform(0, 0.003)):
+                with contextlib.suppress(BadGoal):  # all slots are in use
+                    goal_id = session.set_goal("blue").goal_id
+                    is_done.wait(draw.uniform(0, 0.01))
+                    session.clear_goal(goal_id)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=set_and_clear, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    begun = 0
+    try:
+        for turn in range(20):
+            goal = session.set_goal("red", object_id="reds", max_instances=2, goal_id=f"turn {turn}")
+            seen: dict[str, int] = {}
+            for result in run(session, TWO_REDS, range(turn * 12, turn * 12 + 12)):
+                found = parts(result)
+                assert {each.state for each in found.values()} <= {TRACKING}
+                assert seen.items() <= {name: each.instance_id for name, each in found.items()}.items()
+                seen = {name: each.instance_id for name, each in found.items()}
+            begun += len(seen)
+            session.clear_goal(goal.goal_id)
+    finally:
+        is_done.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert begun > 10
 
 
 def test_one_that_was_lost_for_long_makes_room_for_a_new_one() -> None:

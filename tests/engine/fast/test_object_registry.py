@@ -61,6 +61,23 @@ def test_a_number_of_an_instance_never_comes_again_while_its_union_lives() -> No
         registry.release(found.object_id)
 
 
+def test_a_slot_whose_object_is_not_forgotten_yet_goes_to_no_instance_but_to_an_object_that_is_asked_for() -> None:
+    registry = ObjectRegistry(2, ("left", "right"))
+    registry.assign("balls")
+    for _ in range(2):  # and it has gone again before the first one is forgotten
+        assert registry.assign("can").slots == {"left": 1, "right": 1}
+        registry.leave("left", [registry.release("can").slots["left"]])
+    registry.has_left("left", [1])
+    assert registry.assign_instance("balls", "left") is None
+    found = registry.assign_instance("balls", "right")
+    assert found is not None
+    assert found.slots == {"right": 1}
+    registry.has_left("left", [1])
+    found = registry.assign_instance("balls", "left")
+    assert found is not None
+    assert found.slots == {"left": 1}
+
+
 def test_a_hidden_instance_keeps_what_it_has_and_is_not_told_of() -> None:
     registry = ObjectRegistry(2)
     registry.assign("balls")
