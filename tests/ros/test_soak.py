@@ -234,6 +234,49 @@ class TestIds:
         story.frame("left", 150, [union, first])
         assert story.found == {GOALS_NOT_SET: 1}
 
+    @pytest.mark.parametrize(
+        ("comes_s", "what", "lost"),
+        [
+            (2, "", 1),  # in the same message
+            (4, "", 1),
+            (15, "", 0),  # so much later that it is another thing
+            (1, "", 0),  # there were two
+            (99, "", 0),
+            (3, "removed", 0),
+            (2, "disturbed", 0),
+            (9, "disturbed", 0),  # the first went while it was disturbed, whatever comes then
+            (3, "another disturbed", 1),
+        ],
+    )
+    def test_ids_of_instances_that_vanish_and_are_replaced_are_counted(self, story, comes_s, what, lost):
+        """The first instance goes after two seconds; `comes_s`: when the second one comes."""
+        life = story.checker.ask(0, "balls", is_split=True)
+        story.checker.was_set(life, 1, "goal_1", "balls")
+        other = story.set_goal(CAN, 0, 1, cameras=("right",))
+        union = Seen("goal_1", "balls", 1)
+        first, second = Seen("goal_1", "balls.1", 3, part_of="balls"), Seen("goal_1", "balls.2", 4, part_of="balls")
+        for tenth in range(1, 200):
+            now_ns = tenth * 10**8
+            if tenth == 19 and what == "disturbed":
+                story.checker.is_disturbed(now_ns)
+            if tenth == 19 and what == "another disturbed":
+                story.checker.is_disturbed(now_ns, [other])
+            if tenth == 21 and what == "removed":
+                story.checker.instance_removed("goal_1", "balls.1", now_ns)
+            found = [first] * (tenth < 20) + [second] * (tenth >= 10 * comes_s)
+            story.frame("left", now_ns, [union, *found])
+            story.frame("right", now_ns, [union, CAN])
+        assert story.checker.instance_ids_lost == lost
+        assert story.found == {}
+
+    def test_an_instance_that_comes_back_under_its_id_is_not_lost(self, story):
+        life = story.checker.ask(0, "balls", is_split=True)
+        story.checker.was_set(life, 1, "goal_1", "balls")
+        union, first = Seen("goal_1", "balls", 1), Seen("goal_1", "balls.1", 3, part_of="balls")
+        for second in (1, 2, 20, 21):
+            story.frame("left", second * 10**9, [union, *([first] if second != 2 else [])])
+        assert story.checker.instance_ids_lost == 0
+
     def test_a_goal_that_is_not_split_has_no_instances(self, story):
         story.set_goal(BALL, 100, 110)
         story.frame("left", 120, [BALL, Seen("goal_1", "ball.1", 5, part_of="ball")])
@@ -420,6 +463,7 @@ def test_the_command_writes_its_files_and_its_status_tells_of_broken_bounds(tmp_
         "goals_cleared": 2,
         "masks_compared": 6,
         "instances_found": 1,
+        "instance_ids_lost": 4,
         "requests": {"set_goal": 3},
         "cameras": {"left": {"images": 8, "frames": 7, "rate_hz": 9.9, "age_ms": None}},
         "details": ["x: y"],
@@ -442,6 +486,7 @@ def test_the_command_writes_its_files_and_its_status_tells_of_broken_bounds(tmp_
     assert "| +0.50 % | ±2 % |" in page
     assert "| unknown | ±2 % |" in page
     assert "- x: y" in page
+    assert "(4 ids of instances vanished and were replaced)" in page
     assert status(broken=["goals_lost is 1, not 0"]) == 1
     assert status(broken=[], complete=False) == 130
 

@@ -304,7 +304,9 @@ class Asker:
         request = self._pointing(camera, [life.object_id])
         if request is None:
             return
+        self.checker.is_disturbed(self.clock.now_ns(), [life])
         answer = self._call("add_objects", request)
+        self.checker.is_disturbed(self.clock.now_ns(), [life])
         if not answer.success:
             self._was_refused("add_objects", answer.message)
         elif list(answer.object_ids) != [life.object_id]:
@@ -452,14 +454,18 @@ class Asker:
 
     def _pause(self) -> None:
         for wanted in (False, True):
+            self.checker.is_disturbed(self.clock.now_ns())
             answer = self._call("enable", SetBool.Request(data=wanted))
+            self.checker.is_disturbed(self.clock.now_ns())
             if not answer.success:
                 self._was_refused("enable", answer.message, f"enable {wanted}")
             if not wanted:
                 time.sleep(self._random.uniform(*PAUSES_S))
 
     def _reset(self) -> None:
+        self.checker.is_disturbed(self.clock.now_ns())
         answer = self._call("reset", Trigger.Request())
+        self.checker.is_disturbed(self.clock.now_ns())
         if not answer.success:
             self._was_refused("reset", answer.message, "reset")
 

@@ -18,6 +18,8 @@ IMAGES_KEPT = 4096  # per camera: stamps that were sent, newest first to be aske
 FRAMES_KEPT = 64  # per camera: masks and `objects` that wait for each other
 KEPT_AFTER_END_NS = 60_000_000_000  # of a goal that has ended
 DETAILS_KEPT = 50
+SETTLED_AFTER_NS = 5_000_000_000  # the answer to what may change a goal's instances
+REPLACED_WITHIN_NS = 10_000_000_000  # one that has gone for longer is not what a new one was
 
 GOALS_LOST = "goals_lost"
 GOALS_NOT_SET = "goals_not_set"
@@ -69,6 +71,10 @@ class Life:
     # By object id, as first seen. An instance that has gone keeps its name, but another may get its value.
     instance_ids: dict[str, int] = field(default_factory=dict)
     removed_ns: dict[str, int] = field(default_factory=dict)  # instances that nobody wants any more
+    settled_ns: int = 0  # before, its instances may go for a reason
+    met: set[str] = field(default_factory=set)  # all instances so far
+    here: dict[str, set[str]] = field(default_factory=dict)  # by camera: instances in the newest message
+    gone_ns: dict[str, dict[str, int]] = field(default_factory=dict)  # by camera: instance -> stamp without it
     is_lost: bool = False
 
     def owns(self, seen: Seen) -> bool:
@@ -98,7 +104,8 @@ class Checker:
         self.masks: Counter[str] = Counter()
         self.objects: Counter[str] = Counter()
         self.masks_compared = 0
-        self.goals_set = self.goals_cleared = self.instances_found = 0
+        self.goals_set = self.goals_cleared = self.instances_found = self.instance_ids_lost = 0
+        self._settled_ns = 0
         self._lives: list[Life] = []
         self._sent: dict[str, OrderedDict[int, None]] = {camera: OrderedDict() for camera in cameras}
         self._newest_ns: dict[tuple[str, str], int] = {}  # by topic and camera
@@ -155,6 +162,15 @@ class Checker:
                 if life.goal_id == goal_id:
                     life.removed_ns[object_id] = now_ns
 
+    def is_disturbed(self, now_ns: int, lives: Iterable[Life] | None = None) -> None:
+        """Something that may change the instances of these goals, or of all, is about to be asked for or was answered.
+
+        Another prompt of the goal's object, a reset, a pause. It has an effect for some time.
+        """
+        with self._lock:
+            for life in self._lives if lives is None else lives:
+                life.settled_ns = max(life.settled_ns, now_ns + SETTLED_AFTER_NS)
+
     def listed(self, goals: Sequence[Seen], asked_ns: int, answered_ns: int) -> None:
         """What list_goals says, asked for and answered then."""
         with self._lock:
@@ -188,6 +204,9 @@ class Checker:
                     self._expect(life, objects, where)
             self._check_wanted(objects, stamp_ns, where, camera)
             self._check_instances(objects, stamp_ns, received_ns, where)
+            for life in self._lives:
+                if life.is_split and camera in life.cameras and life.must_be_seen(stamp_ns, received_ns):
+                    self._count_lost_ids(life, camera, stamp_ns, objects)
             tracked = frozenset(seen.instance_id for seen in objects if seen.is_tracked)
             _keep(self._tracked[camera], stamp_ns, tracked)
             self._compare(camera, stamp_ns)
@@ -269,6 +288,24 @@ class Checker:
                         f"{each.goal_id}/{each.object_id} ({each.instance_id}) in {where} has an id of "
                         f"{life.goal_id}/{life.object_id} ({life.instance_ids}), which is alive",
                     )
+
+    def _count_lost_ids(self, life: Life, camera: str, stamp_ns: int, seen: Sequence[Seen]) -> None:
+        """Of instances that are there no more, those that a new one has taken the place of, as far as can be told."""
+        here = {each.object_id for each in seen if each.part_of and life.owns(each)}
+        new, left = here - life.met, life.here.get(camera, set()) - here
+        life.here[camera] = here
+        life.met |= here
+        gone_ns = life.gone_ns.setdefault(camera, {})
+        if stamp_ns <= life.settled_ns:
+            gone_ns.clear()
+            return
+        gone_ns.update(dict.fromkeys(left, stamp_ns))
+        for name, since_ns in list(gone_ns.items()):
+            if name in here or name in life.removed_ns or stamp_ns - since_ns > REPLACED_WITHIN_NS:
+                del gone_ns[name]
+        for name in list(gone_ns)[: len(new)]:
+            del gone_ns[name]
+            self.instance_ids_lost += 1
 
     def _check_stamp(self, topic: str, camera: str, stamp_ns: int) -> None:
         if stamp_ns not in self._sent[camera]:

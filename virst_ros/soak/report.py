@@ -29,7 +29,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{result['minutes']:g} minutes, {result['frames']} frames, {result['goals_set']} goals set, "
-        f"{result['goals_cleared']} cleared, {result['instances_found']} instances found, "
+        f"{result['goals_cleared']} cleared, {result['instances_found']} instances found "
+        f"({result['instance_ids_lost']} ids of instances vanished and were replaced), "
         f"{result['masks_compared']} masks compared with `objects`, {sum(result['requests'].values())} requests.",
         "",
         "| camera | images | frames | frames/s | age p50 | p95 | p99, ms |",

@@ -333,6 +333,7 @@ class _Soak:
             "goals_set": checker.goals_set,
             "goals_cleared": checker.goals_cleared,
             "instances_found": checker.instances_found,
+            "instance_ids_lost": checker.instance_ids_lost,
             "masks": sum(checker.masks.values()),
             "masks_compared": checker.masks_compared,
             "cameras": per_camera,
