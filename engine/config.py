@@ -128,7 +128,11 @@ class TrackingParameters:
         8, "goals at once, and in each camera goals and their instances together; sizes the buffers", low=1, high=254
     )
     lost_after_steps: int = parameter(
-        3, "frames without the object before TRACKING becomes LOST", low=1, high=1000, live=True
+        3,
+        "processed frames without the object before TRACKING becomes LOST; frames that are left out do not count",
+        low=1,
+        high=1000,
+        live=True,
     )
     agree_iou: float = parameter(
         0.5, "IoU from which a refreshed anchor agrees with the running mask", low=0.0, high=1.0, live=True
@@ -157,7 +161,8 @@ class TrackingParameters:
     )
     instance_steps: int = parameter(
         6,
-        "frames in which a part of a goal that is split has to be seen apart from the others before it is an instance",
+        "processed frames in which a part of a goal that is split has to be seen apart from the others before it is an "
+        "instance; frames that are left out do not count",
         low=1,
         high=1000,
         live=True,
