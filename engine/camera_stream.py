@@ -647,6 +647,7 @@ class CameraStream:
             prompt_age_s=float("inf") if anchor_ns is None else (stamp_ns - anchor_ns) / 1e9,
             reasoner_latency_s=track.latency_s,
             message=self._message(track),
+            sentence=track.goal.sentence,
         )
 
     def _score(self, track: _Track, sighting: Sighting) -> float:

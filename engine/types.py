@@ -232,6 +232,7 @@ class ObjectResult:
     reasoner_latency_s: float  # of the newest answer; nan when there is none
     message: str = ""  # for people: why it is not tracking, or what was wrong with the newest answer while it is
     part_of: str = ""  # of an instance: the object id of the union that it is a part of
+    sentence: str = ""  # of its goal, which may be cleared by now; empty for what was pointed out
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,16 @@ class SegmentedFrame:
 
     @cached_property
     def sentences(self) -> dict[str, str]:
-        """By goal id; empty for an object that was pointed at."""
-        return {goal.goal_id: goal.sentence for goal in self.goals}
+        """By goal id, of goals that were cleared while the frame was processed, too; empty for what was pointed at."""
+        known = {goal.goal_id: goal.sentence for goal in self.goals}
+        return {found.goal_id: found.sentence for found in self.result.objects} | known
 
     @cached_property
     def captions(self) -> dict[str, str]:
         """What to call the object of each goal, by goal id: the sentence, or the object's name where there is none."""
-        return {goal.goal_id: goal.sentence or goal.object_id for goal in self.goals}
+        unions = [found for found in self.result.objects if not found.part_of]
+        known = {goal.goal_id: goal.sentence or goal.object_id for goal in self.goals}
+        return {found.goal_id: found.sentence or found.object_id for found in unions} | known
 
 
 def choose_target(objects: Sequence[ObjectResult], goals: Sequence[Goal], wanted: str) -> ObjectResult | None:

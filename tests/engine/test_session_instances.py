@@ -14,6 +14,7 @@ from tests.engine.local_stages import LocalStages, place, red_square, truths
 from tests.fakes import BLUE, RED, DelayedClient, FakeReasoner, InstantClient, Square, Video, small_config
 from virst_engine.errors import BadGoal, UnknownGoal
 from virst_engine.fast.postprocess import instance_map
+from virst_engine.fast.tracker import Sighting
 from virst_engine.instance_tracks import InstanceTracks
 from virst_engine.session import Session
 from virst_engine.types import ClickPrompt, Frame, FrameResult, MaskPrompt, ObjectResult, ObjectState, ReasonerRequest
@@ -319,6 +320,27 @@ def test_another_prompt_shows_an_instance_once_more() -> None:
         assert by_place(result, truths(TWO_REDS, 9)) == ["reds.1", "reds.2"]
     with pytest.raises(UnknownGoal, match=r"'reds\.3'"):
         session.prompt_object("reds.3", MaskPrompt(second.mask))
+
+
+def test_results_know_their_sentence_when_the_goal_is_cleared_during_the_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of()
+    goal = session.set_goal("red", object_id="reds", max_instances=4)
+    run(session, TWO_REDS, range(10))
+    watch = InstanceTracks.watch
+
+    def clear_and_watch(self: InstanceTracks, *args: Sighting | int | None) -> None:
+        session.clear_goal(goal.goal_id)
+        watch(self, *args)
+
+    monkeypatch.setattr(InstanceTracks, "watch", clear_and_watch)
+    result = run(session, TWO_REDS, [10])[0]
+    assert session.goals() == ()
+    assert [(each.object_id, each.sentence) for each in result.objects] == [
+        ("reds", "red"),
+        ("reds.1", "red"),
+        ("reds.2", "red"),
+    ]
+    assert run(session, TWO_REDS, [11])[0].objects == ()
 
 
 def test_when_the_sentence_turns_out_to_mean_another_thing_the_instances_of_the_old_meaning_go() -> None:

@@ -103,6 +103,15 @@ def shown():
     )
 
 
+def test_a_goal_that_was_cleared_during_the_frame_is_called_what_it_was():
+    whole = shown()
+    objects = [replace(found, sentence=whole.sentences[found.goal_id]) for found in whole.result.objects]
+    part = replace(objects[0], object_id="cup.1", part_of="cup")
+    cleared = replace(whole, result=replace(whole.result, objects=(*objects, part)), goals=())
+    assert cleared.sentences == whole.sentences == {"goal_1": "the red cup", "goal_2": ""}
+    assert cleared.captions == whole.captions == {"goal_1": "the red cup", "goal_2": "can"}
+
+
 def test_a_detection_has_the_box_the_sentence_the_score_and_the_objects_name():
     message = vision_outputs.detections(STAND_INS, shown())
     assert message.header == shown().header
