@@ -225,7 +225,9 @@ def test_what_late_frames_need_is_warm_before_there_are_any(cameras: tuple[str, 
     torch.manual_seed(0)
     machine = Machine()
     stages = RealStages(machine, Sam2(sam2_1("tiny", SIZE)))
-    session = Session(config_of(1.0), stages, {name: NoReasoner() for name in cameras}, clock_s=machine)
+    config = config_of(1.0)
+    config = replace(config, tracking=replace(config.tracking, max_objects=2))
+    session = Session(config, stages, {name: NoReasoner() for name in cameras}, clock_s=machine)
     trackers = [stream.tracker for stream in session._streams.values()]
     kept = [(tracker._stages, tracker.memory._spatial, tracker.ring._masks) for tracker in trackers]
     session.warm_up()
@@ -238,7 +240,7 @@ def test_what_late_frames_need_is_warm_before_there_are_any(cameras: tuple[str, 
     warm = set(stages.met)
     pixels, mask = np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((SIZE, SIZE), np.bool_)
     mask[20:60, 20:60] = True
-    for t in range(FIRST_FRAMES + 4 * LATE_FRAMES):
+    for t in range(FIRST_FRAMES + 3 * LATE_FRAMES):
         frames = [Frame(pixels, 1_000_000_000 + t, name or "camera") for name in cameras]
         results = session.step_together(frames)
         if t == 0:
