@@ -157,7 +157,7 @@ class SegmentWriter:
         if is_whole:
             return ""
         path.unlink(missing_ok=True)
-        return f"cannot write the whole of {path}, so it is deleted; {self._remedy()}, or leave out the overlay"
+        return f"cannot write the whole of {path}, so it is deleted (--no-overlay leaves it out); {self._remedy()}"
 
     def _remedy(self) -> str:
         try:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of faults, a few of them for real, and that the harness notices a segmenter that does not survive."""
 
+import dataclasses
 import json
 import math
 import re
 import signal
 from contextlib import contextmanager
 
+import cv2
+import numpy as np
 import pytest
 
 pytest.importorskip("rclpy")
@@ -18,6 +21,8 @@ from virst_ros.faults.catalogue import FAULTS
 from virst_ros.faults.command import choose
 from virst_ros.faults.fault import Fault, Masks, Reasoner, SeenMask, Verdict
 from virst_ros.faults.harness import Harness
+from virst_ros.faults.pair_faults import undisturbed
+from virst_ros.faults.process_faults import why_not_readable
 from virst_ros.faults.report import figures, slowest, table
 from virst_ros.faults.trial import _judge_masks, try_fault
 
@@ -32,6 +37,7 @@ QUICK = (
     "goal_emoji",
     "clear_unknown",
     "action_cancelled",
+    "pair_clock_backwards",
 )
 
 
@@ -83,6 +89,7 @@ def test_every_fault_of_the_issue_is_there():
         "depth_nan",
         "depth_of_other_shape",
         "disk_full",
+        "disk_full_recording",
         "parameter_nonsense",
         "goal_huge",
         "goal_emoji",
@@ -140,6 +147,49 @@ def test_masks_of_the_goal_are_demanded_where_they_are_expected(iou, expected, p
     problems = _judge_masks(fault, masks, 0.0, 1.0, Verdict("one", "something"))
     assert len(problems) == bool(problem)
     assert problem in " ".join(problems)
+
+
+def test_a_camera_that_is_disturbed_by_the_other_one_is_noticed():
+    good = [seen(0.9, 1 + number / 10) for number in range(20)]
+    assert undisturbed(good) == ""
+    assert "only 5 masks" in undisturbed(good[:5])
+    assert "went back" in undisturbed([*good, good[3]])
+    assert "changed their size" in undisturbed([*good, dataclasses.replace(seen(0.9, 4.0), size=(640, 480))])
+
+
+def test_what_is_left_of_a_recording_must_be_readable(tmp_path):
+    (tmp_path / "masks").mkdir()
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / "masks" / f"{number:06d}.png"), np.zeros((8, 8), np.uint8))
+    figures = {"is_complete": False, "frames": [{}, {}, {}]}
+    (tmp_path / "segments.json").write_text(json.dumps(figures))
+    assert why_not_readable(tmp_path, 3) == ""
+    assert "3 masks of 4" in why_not_readable(tmp_path, 4)
+    (tmp_path / "overlay.mp4").write_bytes(b"\0" * 4096)
+    assert "cannot be played" in why_not_readable(tmp_path, 3)
+    (tmp_path / "overlay.mp4").unlink()
+    (tmp_path / "segments.json").write_text(json.dumps(figures | {"is_complete": True}))
+    assert "says is_complete True" in why_not_readable(tmp_path, 3)
+    (tmp_path / "segments.json").write_text(json.dumps(figures)[:-5])
+    assert "segments.json cannot be read" in why_not_readable(tmp_path, 3)
+    (tmp_path / "masks" / "000001.png").write_bytes(b"\x89PNG")
+    assert "no images: 000001.png" in why_not_readable(tmp_path, 3)
+
+
+def test_one_camera_of_two_is_stopped_changed_flooded_set_back_and_garbled():
+    of_pair = [fault for fault in FAULTS if fault.two_cameras]
+    assert {fault.name for fault in of_pair} == {
+        "pair_camera_stops",
+        "pair_resolution_changes",
+        "pair_flood",
+        "pair_clock_backwards",
+        "pair_garbage",
+    }
+    for fault in of_pair:
+        assert fault.masks is Masks.OF_GOAL
+        assert fault.check is undisturbed
+        # How much of a flood arrives depends on the machine; `flood` demands its name.
+        assert fault.log.startswith("left: ") or fault.name == "pair_flood"
 
 
 # Against real processes

@@ -37,11 +37,11 @@ def _described(**fields: object) -> Inject:
     return sent(lambda shot: shot.describe(**fields))
 
 
-def _nothing(shot: Shot) -> None:
+def nothing(shot: Shot) -> None:
     shot.image = shot.info = shot.depth = None
 
 
-def _alone(shot: Shot) -> None:
+def alone(shot: Shot) -> None:
     """The image without depth and calibration, which would come too seldom for it anyway."""
     shot.info = shot.depth = None
 
@@ -60,7 +60,7 @@ def _plain(value: int) -> Inject:
     return sent(change)
 
 
-def _scaled(width: int, height: int) -> Callable[[np.ndarray], np.ndarray]:
+def scaled(width: int, height: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda rgb: cv2.resize(rgb, (width, height))
 
 
@@ -214,7 +214,7 @@ FAULTS = (
     Fault(
         "camera_stops",
         "the driver hangs: its publishers stay, nothing comes",
-        sent(_nothing),
+        sent(nothing),
         Masks.NONE,
         log="no images on /image",
         diagnostics="no images on /image .*has stopped arriving",
@@ -231,7 +231,7 @@ FAULTS = (
     Fault(
         "resolution_changes",
         "320x240 becomes 640x480",
-        _shown(_scaled(640, 480)),
+        _shown(scaled(640, 480)),
         Masks.OF_GOAL,
         log="the image changed from 320x240 rgb8 to 640x480 rgb8",
         diagnostics="the image changed from 320x240 rgb8 to 640x480 rgb8",
@@ -256,7 +256,7 @@ FAULTS = (
     Fault(
         "flood",
         "200 images per second",
-        sent(_alone, rate_hz=200.0),
+        sent(alone, rate_hz=200.0),
         Masks.OF_GOAL,
         log="images come at .* Hz",
         diagnostics="images come at .* Hz",
@@ -316,7 +316,7 @@ FAULTS = (
     Fault(
         "one_pixel",
         "1x1 images",
-        _shown(_scaled(1, 1)),
+        _shown(scaled(1, 1)),
         Masks.COME,
         log="to 1x1 rgb8",
         diagnostics="to 1x1 rgb8",
@@ -325,7 +325,7 @@ FAULTS = (
     Fault(
         "four_k",
         "3840x2160 images",
-        sent(lambda shot: shot.show(_scaled(3840, 2160)(shot.rgb)), rate_hz=2.0),
+        sent(lambda shot: shot.show(scaled(3840, 2160)(shot.rgb)), rate_hz=2.0),
         Masks.COME,
         log="to 3840x2160 rgb8",
         diagnostics="to 3840x2160 rgb8",

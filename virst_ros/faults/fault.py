@@ -66,6 +66,7 @@ class Fault:
         least_s, most_s: how long it lasts at least, and how long everything expected is waited for at most.
         reasoner: who has to answer.
         refreshes: afterwards, the reasoner must have answered anew, too.
+        two_cameras: it is done to one camera of a segmenter that has two.
         loses_goals: what is done ends all goals by design; the goal is set again when it is over.
         ends: the segmenter ends with this exit status.
         check: why the masks that came meanwhile are wrong; empty when they are not.
@@ -82,6 +83,7 @@ class Fault:
     most_s: float = 13.0
     reasoner: Reasoner = Reasoner.PROCESS
     refreshes: bool = False
+    two_cameras: bool = False
     loses_goals: bool = False
     ends: int | None = None
     check: Callable[[list[SeenMask]], str] | None = None

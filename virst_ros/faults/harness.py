@@ -37,6 +37,7 @@ from virst_ros.faults.segmenter import Segmenter, wait_until
 from virst_ros.spinning import spin_until_shutdown
 
 GOAL, OBJECT_NUMBER = "the red ball", 0  # of the recorded run
+PAIR = ("left", "right")  # cameras of one segmenter
 START_S = 60.0  # for loading models on a busy machine
 CALL_S, REPEAT_S = 10.0, 2.0
 GOOD_IOU, GOOD_MASKS = 0.5, 3  # masks in a row that overlap the truth by this: the object is followed
@@ -89,14 +90,23 @@ class Harness:
             self.camera = ScriptedCamera(self.node, load_recording(), OBJECT_NUMBER)
             self.segmenter = Segmenter(self.node, "segmenter", self.camera)
             self.spare = Segmenter(self.node, "spare", self.camera)
+            # A segmenter of two cameras: what is done to one of them must not disturb the other.
+            self.left, self.right = (
+                ScriptedCamera(self.node, load_recording(), OBJECT_NUMBER, prefix=f"/{name}") for name in PAIR
+            )
+            self.disturbed = Segmenter(self.node, "pair", self.left, view=PAIR[0])
+            self.bystander = Segmenter(self.node, "pair", self.right, view=PAIR[1], told_of=PAIR[0])
             executor = SingleThreadedExecutor(context=self._context)
             executor.add_node(self.node)
             spinning = threading.Thread(target=spin_until_shutdown, args=(executor,), daemon=True)
             spinning.start()
             stack.callback(spinning.join, CALL_S)
             stack.callback(executor.shutdown)
-            self.camera.start()
-            stack.callback(self.camera.stop)
+            for camera in (self.left, self.right):
+                camera.unplug()
+            for camera in (self.camera, self.left, self.right):
+                camera.start()
+                stack.callback(camera.stop)
             stack.callback(self._end_scripted)
             self.settle(Reasoner.PROCESS)
             self._stack = stack.pop_all()
@@ -107,10 +117,15 @@ class Harness:
     ) -> None:
         self._stack.close()
 
-    def settle(self, reasoner: Reasoner) -> None:
-        """Until everything is as it was at the beginning, whatever the last fault has left. Raises FaultError."""
+    def settle(self, reasoner: Reasoner, *, two_cameras: bool = False) -> None:
+        """Until everything is as it was at the beginning, whatever the last fault has left. Raises FaultError.
+
+        `two_cameras`: the segmenter of two cameras, where it runs, is kept.
+        """
         self.answers, self.ended_s = [], None
         self.end_spare()
+        if not two_cameras:
+            self.end_pair()
         self.use_reasoner(reasoner)
         if not self.segmenter.is_alive:
             self.start_segmenter(self.segmenter)
@@ -162,7 +177,12 @@ class Harness:
         chosen = {"use_depth": True, "diagnostics_period_s": 0.25, "reasoner.endpoint": self.endpoint}
         chosen |= {name.replace("__", "."): value for name, value in parameters.items()}
         given = [word for name, value in chosen.items() for word in ("-p", f"{name}:={_yaml(value)}")]
-        command = [*_script("segmenter", "virst_ros.segmenter_node"), "--ros-args", "-r", f"__node:={segmenter.name}"]
+        command = [
+            *console_script("segmenter", "virst_ros.segmenter_node"),
+            "--ros-args",
+            "-r",
+            f"__node:={segmenter.name}",
+        ]
         segmenter.judge("", 0)
         segmenter.process = self.start(segmenter.name, [*command, *arguments, *given])
         segmenter.log = self.log_path(segmenter.name)
@@ -174,8 +194,33 @@ class Harness:
             raise FaultError(f"the second segmenter has not become active; see {self.spare.log}")
         return self.spare
 
+    def start_pair(self) -> None:
+        """The segmenter of two cameras runs, and follows the object in both."""
+        if not self.bystander.is_alive:
+            for camera in (self.left, self.right):
+                camera.plug_in()
+            self.start_segmenter(self.bystander, cameras=list(PAIR), use_depth=False)
+            self.disturbed.process, self.disturbed.log = self.bystander.process, self.bystander.log
+            if not wait_until(lambda: self.state(self.bystander) == "active", START_S):
+                raise FaultError(f"the segmenter of two cameras has not become active; see {self.bystander.log}")
+            instance_id = self.set_base_goal(self.bystander)
+            self.disturbed.judge(self.bystander.goal_id, instance_id)
+        begin_s = time.monotonic()
+        for segmenter in (self.disturbed, self.bystander):
+            if not wait_until(lambda segmenter=segmenter: self.is_followed(segmenter, begin_s), START_S):
+                raise FaultError(f"the object is not followed in both cameras; see {segmenter.log}")
+
+    def end_pair(self) -> None:
+        for camera in (self.left, self.right):
+            camera.unplug()
+        self._end(self.bystander)
+        self.disturbed.process = None
+
     def end_spare(self) -> None:
-        process = self.spare.process
+        self._end(self.spare)
+
+    def _end(self, segmenter: Segmenter) -> None:
+        process = segmenter.process
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGCONT)
             process.send_signal(signal.SIGINT)
@@ -184,7 +229,7 @@ class Harness:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self.spare.process = None
+        segmenter.process = None
 
     # Reasoners
 
@@ -241,7 +286,7 @@ class Harness:
 
     def run_reasoner(self, endpoint: str, weights: str = "") -> "subprocess.Popen[bytes]":
         """One more reasoner process, which has loaded its model; it ends with the harness at the latest."""
-        command = [*_script("virst-reasoner", "virst_engine.slow.zmq_server"), "--endpoint", endpoint]
+        command = [*console_script("virst-reasoner", "virst_engine.slow.zmq_server"), "--endpoint", endpoint]
         process = self.start("reasoner", [*command, *(("--weights", weights) if weights else ())])
         log = self.log_path("reasoner")
 
@@ -291,14 +336,15 @@ class Harness:
     def set_goal(self, sentence: str, segmenter: Segmenter | None = None) -> Any:
         return self.call(SetGoal, "set_goal", SetGoal.Request(goal=sentence), segmenter)
 
-    def set_base_goal(self, segmenter: Segmenter) -> None:
-        """The goal whose masks are judged. Raises FaultError when it is refused."""
+    def set_base_goal(self, segmenter: Segmenter) -> int:
+        """The goal whose masks are judged; returns its value in them. Raises FaultError when it is refused."""
         response = self.set_goal(GOAL, segmenter)
         if not response.success:
             raise FaultError(f"the goal {GOAL!r} was refused: {response.message}")
         goals = self.call(ListGoals, "list_goals", ListGoals.Request(), segmenter, repeat=True).goals
         own = next(goal for goal in goals if goal.goal_id == response.goal_id)
         segmenter.judge(response.goal_id, own.instance_ids[0])
+        return int(own.instance_ids[0])
 
     def clear_goals(self, keep: str = "") -> None:
         """Clear all goals of the segmenter but one."""
@@ -340,7 +386,7 @@ def end_process(process: "subprocess.Popen[bytes]") -> None:
             process.wait()
 
 
-def _script(name: str, module: str) -> list[str]:
+def console_script(name: str, module: str) -> list[str]:
     """The console script of this installation, or its module where the scripts are not installed."""
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.is_file() else shutil.which(name)

@@ -1,27 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to the segmenter's process: signals, files that are missing, disks that are full, too little memory."""
 
+import json
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image
 
+from virst_engine.video.results import FIGURES, MASKS, OVERLAY
+from virst_ros.demo.recorded_run import load_recording
 from virst_ros.faults.fault import Fault, FaultError, Inject, Masks
-from virst_ros.faults.harness import START_S, Harness
+from virst_ros.faults.harness import GOAL, START_S, Harness, console_script
 from virst_ros.faults.scripted_camera import Shot
 from virst_ros.faults.segmenter import Segmenter, wait_until
 
 LITTLE_MEMORY = 400 << 20  # bytes more than it has when it starts: enough for the weights, too little for the buffers
 NO_MEMORY = "allocate memory|MemoryError"  # as torch and Python say it
 NO_FILE_GROWS = 4096  # bytes
+USAGE_OR_CAUSE = 2  # exit status of `virst` when it says why it cannot go on
+CLIP_SIZE = (960, 720)
+RECORDING_GROWS, CLIP_FRAMES = 24 << 10, 24  # bytes; enough for the figures of so many frames, too few for their video
 
 
 def _weights(spoil: bytes | None) -> Inject:
@@ -85,6 +93,56 @@ def _disk_full(harness: Harness) -> Iterator[Segmenter]:
         if number % 10 == 0:
             time.sleep(0.1)
     yield spare
+
+
+@contextmanager
+def _recording_disk_full(harness: Harness) -> Iterator[None]:
+    """`virst segment` records beside the segmenter, and no file may become larger than RECORDING_GROWS."""
+    folder = harness.folder / f"recording_{time.monotonic_ns()}"
+    clip, out = folder / "clip", folder / "out"
+    clip.mkdir(parents=True)
+    run = load_recording()
+    for number in range(CLIP_FRAMES):
+        enlarged = cv2.resize(run.images_rgb_u8[number], CLIP_SIZE)  # its video is much larger than its figures
+        cv2.imwrite(str(clip / f"{number}.png"), enlarged[..., ::-1])
+    command = [*console_script("virst", "virst_engine.cli"), "segment", str(clip), "--goal", GOAL, "--out", str(out)]
+    process = harness.start("recording", [*command, "--threads", "1"])
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (RECORDING_GROWS, RECORDING_GROWS))
+    log = harness.log_path("recording")
+    try:
+        status = process.wait(START_S)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        process.wait()
+        raise FaultError(f"the recording has not ended within {START_S:g} s; see {log}") from error
+    said = log.read_text(errors="replace")
+    harness.answers.append(said.strip().rpartition("\n")[2])
+    if status != USAGE_OR_CAUSE or "Traceback" in said:
+        raise FaultError(f"the recording has ended with status {status}, and not with the cause; see {log}")
+    problem = why_not_readable(out, CLIP_FRAMES)
+    if problem:
+        raise FaultError(f"what is left of the recording cannot be used: {problem}")
+    yield
+
+
+def why_not_readable(folder: Path, frames: int) -> str:
+    """Why what `virst segment` has left on a full disk is no remainder of that many frames; empty when it is."""
+    masks = sorted((folder / MASKS).iterdir())
+    if len(masks) != frames:
+        return f"{len(masks)} masks of {frames}"
+    unreadable = [path.name for path in masks if cv2.imread(str(path), cv2.IMREAD_UNCHANGED) is None]
+    if unreadable:
+        return f"no images: {', '.join(unreadable)}"
+    overlay = folder / OVERLAY
+    if overlay.exists() and not cv2.VideoCapture(str(overlay)).isOpened():
+        return f"{OVERLAY} cannot be played"
+    try:
+        told = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{FIGURES} cannot be read ({error})"
+    if told["is_complete"] or len(told["frames"]) != frames:
+        return f"{FIGURES} says is_complete {told['is_complete']} with {len(told['frames'])} frames"
+    return ""
 
 
 def _address_space(pid: int) -> int:
@@ -208,6 +266,14 @@ FAULTS = (
         diagnostics="offers another RELIABILITY",
     ),
     Fault("disk_full", "no log can be written any more", _disk_full, Masks.OF_GOAL, least_s=2.0),
+    Fault(
+        "disk_full_recording",
+        "the recording of `virst segment` does not fit on the disk",
+        _recording_disk_full,
+        Masks.OF_GOAL,
+        answer=r"cannot write .*overlay\.mp4.*make room",
+        least_s=2.0,
+    ),
     Fault(
         "sim_time_without_clock",
         "use_sim_time is set, but nobody publishes /clock; then somebody does",

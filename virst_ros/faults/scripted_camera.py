@@ -61,9 +61,13 @@ class ScriptedCamera:
 
     Args:
         object_number: the object whose truth is kept, as in the run's specification.
+        prefix: of its topics, "" or "/<camera>".
     """
 
-    def __init__(self, node: Any, run: RecordedRun, object_number: int, rate_hz: float = RATE_HZ) -> None:
+    def __init__(
+        self, node: Any, run: RecordedRun, object_number: int, rate_hz: float = RATE_HZ, prefix: str = ""
+    ) -> None:
+        self._prefix = prefix
         self._node, self._run, self._object_number = node, run, object_number
         self.normal_rate_hz = self.rate_hz = rate_hz
         self._changes: list[Callable[[Shot], None]] = []
@@ -107,7 +111,7 @@ class ScriptedCamera:
         with self._lock:
             qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
             for name, kind in (("camera_info", CameraInfo), ("depth", Image), ("image", Image)):
-                self._publishers[name] = self._node.create_publisher(kind, TOPICS[name], qos)
+                self._publishers[name] = self._node.create_publisher(kind, self._prefix + TOPICS[name], qos)
 
     def truth(self, stamp_ns: int) -> np.ndarray | None:
         """The object in the image of that stamp (bool); None: no such image was sent."""

@@ -42,10 +42,17 @@ class _Sighting:
 
 
 class Segmenter:
-    """One name of a segmenter; processes may come and go under it. Callbacks come from the executor's thread."""
+    """One name of a segmenter; processes may come and go under it. Callbacks come from the executor's thread.
 
-    def __init__(self, node: Any, name: str, camera: ScriptedCamera) -> None:
+    Args:
+        view: of a segmenter of several cameras, the one whose masks are heard; empty: it has one camera.
+        told_of: the camera whose diagnostics are heard; empty: those of the view.
+    """
+
+    def __init__(self, node: Any, name: str, camera: ScriptedCamera, view: str = "", told_of: str = "") -> None:
         self.name, self._camera = name, camera
+        self._told_of = told_of or view or name
+        topics = f"/{name}/{view}" if view else f"/{name}"
         self.process: subprocess.Popen[bytes] | None = None
         self.log = Path()
         self.goal_id = ""  # whose masks are judged
@@ -57,8 +64,8 @@ class Segmenter:
         self.reasoner_is_well_s = -math.inf  # when it became so, or -inf
         self._lock = threading.Lock()
         every = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
-        node.create_subscription(Image, f"/{name}/mask", self._on_mask, every)
-        node.create_subscription(SegmentedObjectArray, f"/{name}/objects", self._on_objects, every)
+        node.create_subscription(Image, f"{topics}/mask", self._on_mask, every)
+        node.create_subscription(SegmentedObjectArray, f"{topics}/objects", self._on_objects, every)
         node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, every)
 
     @property
@@ -140,7 +147,7 @@ class Segmenter:
         with self._lock:
             for status in message.status:
                 node, _, subject = status.name.partition(": ")
-                if node.rpartition("/")[2] != self.name:
+                if node.rpartition("/")[2] != self._told_of:
                     continue
                 is_warning = status.level in (DiagnosticStatus.WARN, DiagnosticStatus.ERROR)
                 if status.level != DiagnosticStatus.OK:

@@ -26,7 +26,7 @@ def try_fault(harness: Harness, fault: Fault) -> Verdict:
     # Told to end, its end is the recovery; where it could not begin, there is nothing to come back to.
     verdict = Verdict(fault.name, fault.what, recovers=fault.ends in (None, 0))
     try:
-        harness.settle(fault.reasoner)
+        harness.settle(fault.reasoner, two_cameras=fault.two_cameras)
         _try(harness, fault, verdict)
     except VirstError as error:
         verdict.problems.append(str(error))

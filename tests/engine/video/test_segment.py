@@ -155,7 +155,7 @@ def test_an_overlay_that_does_not_fit_is_told_and_the_rest_can_be_read(tmp_path)
     write(tmp_path / "whole", segmented)
     room = (tmp_path / "whole" / "segments.json").stat().st_size
     assert room < (tmp_path / "whole" / "overlay.mp4").stat().st_size, "or this test limits the wrong file"
-    with no_file_beyond(room + 100), pytest.raises(VideoError, match=r"overlay.mp4, so it is deleted; .*make room"):
+    with no_file_beyond(room + 100), pytest.raises(VideoError, match=r"overlay.mp4, so it is deleted .*make room"):
         write(tmp_path / "cut", segmented)
     figures = json.loads((tmp_path / "cut" / "segments.json").read_text())
     assert figures["is_complete"] is False
