@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from virst_engine.errors import VideoError
 from virst_engine.fast.postprocess import instance_map
 from virst_engine.types import Frame, FrameResult, Goal, ObjectResult
+from virst_engine.video.video_file import can_be_played, open_video_writer
 from virst_engine.visualize import draw_overlay
 
 MASKS, OVERLAY, FIGURES = "masks", "overlay.mp4", "segments.json"
@@ -151,10 +152,7 @@ class SegmentWriter:
         with contextlib.suppress(OSError):  # seen below
             self._close_video()
         path = self._folder / OVERLAY
-        capture = cv2.VideoCapture(str(path))  # OpenCV's writer tells of no failure
-        is_whole = capture.isOpened() and capture.read()[0]
-        capture.release()
-        if is_whole:
+        if can_be_played(path):
             return ""
         path.unlink(missing_ok=True)
         return f"cannot write the whole of {path}, so it is deleted (--no-overlay leaves it out); {self._remedy()}"
@@ -168,35 +166,6 @@ class SegmentWriter:
             f"{free}: make room, or raise the limit of file sizes (`ulimit -f`), and run again with --replace; "
             f"{len(self._frames)} masks are written"
         )
-
-
-def open_video_writer(
-    path: Path, width: int, height: int, rate_hz: float
-) -> tuple[Callable[[UInt8[np.ndarray, "height width 3"]], None], Callable[[], None]]:
-    """Functions that take RGB pictures, and that close the file: H.264 where imageio-ffmpeg is installed, else MPEG-4
-    part 2, which OpenCV brings along. Sides must be even. Raises VideoError."""
-    try:
-        import imageio_ffmpeg
-    except ImportError:
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate_hz, (width, height))
-        if not writer.isOpened():
-            raise VideoError(f"cannot write {path}; choose a folder that you may write to") from None
-
-        def write(picture: UInt8[np.ndarray, "height width 3"]) -> None:
-            writer.write(np.ascontiguousarray(picture[..., ::-1]))
-
-        return write, writer.release
-    stream = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=rate_hz,
-        codec="libx264",
-        quality=7,
-        macro_block_size=1,
-        ffmpeg_log_level="error",
-    )
-    stream.send(None)
-    return stream.send, stream.close
 
 
 def _described(found: ObjectResult) -> dict[str, Any]:

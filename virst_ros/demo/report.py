@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a demo run showed: scores against the simulator's truth, the table, the video and the picture. No ROS in it."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from virst_engine.errors import VirstError
 from virst_engine.evaluate.metrics import score_sequence
 from virst_engine.timing import percentiles
 from virst_engine.types import FrameResult, ObjectResult, ObjectState
+from virst_engine.video.video_file import can_be_played, open_video_writer
 from virst_engine.visualize import draw_overlay
 
 PICTURE_COLUMNS = 4
 VIDEO_SCALE = 2
+FULL = "make room on the disk, or raise the limit of file sizes (`ulimit -f`)"
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,16 @@ def write_video(path: Path, runs: Sequence[GoalRun]) -> bool:
         for run, frame in kept:
             picture = draw_frame(run, frame, scale=VIDEO_SCALE)
             if write is None:
-                write, close = _open_video(path, picture.shape[1], picture.shape[0], rate_hz)
-            write(picture)
+                write, close = open_video_writer(path, picture.shape[1], picture.shape[0], rate_hz)
+            write(np.ascontiguousarray(picture))
+    except OSError as error:  # the encoder has ended
+        raise VirstError(f"cannot write {path} ({error}); {FULL}") from error
     finally:
-        close()
+        with contextlib.suppress(OSError):  # seen below
+            close()
+    if not can_be_played(path):
+        path.unlink(missing_ok=True)
+        raise VirstError(f"cannot write the whole of {path}, so it is deleted; {FULL}")
     return True
 
 
@@ -201,30 +210,6 @@ def draw_frame(run: GoalRun, frame: MaskedFrame, scale: int) -> np.ndarray:
     )
     result = FrameResult(frame.stamp_ns, 0, "camera", (found,), {})
     return draw_overlay(image, result, {run.goal_id: run.sentence}, scale=scale)
-
-
-def _open_video(
-    path: Path, width: int, height: int, rate_hz: float
-) -> tuple[Callable[[np.ndarray], None], Callable[[], None]]:
-    """H.264 where imageio-ffmpeg is installed, else MPEG-4 part 2, which OpenCV brings along."""
-    try:
-        import imageio_ffmpeg
-    except ImportError:
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate_hz, (width, height))
-        if not writer.isOpened():
-            raise VirstError(f"cannot write {path}; choose a folder that you may write to") from None
-        return lambda picture: writer.write(np.ascontiguousarray(picture[..., ::-1])), writer.release
-    stream = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=rate_hz,
-        codec="libx264",
-        quality=7,
-        macro_block_size=1,
-        ffmpeg_log_level="error",
-    )
-    stream.send(None)
-    return lambda picture: stream.send(np.ascontiguousarray(picture)), stream.close
 
 
 def _decode(png: bytes) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 from virst_engine.errors import VideoError
 from virst_engine.video.recordings import StreamedVideo, open_recording, open_video_file
-from virst_engine.video.results import open_video_writer
+from virst_engine.video.video_file import open_video_writer
 
 SIZE = (32, 48)  # height, width
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from virst_engine.errors import VirstError
 from virst_engine.types import ObjectState
 from virst_ros.demo import report
 from virst_ros.demo.report import GoalRun, MaskedFrame
@@ -109,6 +110,23 @@ def test_video_without_ffmpeg(tmp_path, monkeypatch):
     path = tmp_path / "demo.mp4"
     assert report.write_video(path, [ball_run()])
     assert int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)) == 4
+
+
+@pytest.mark.parametrize("has_ffmpeg", [True, False])
+def test_a_video_that_does_not_fit_on_the_disk_is_told_and_deleted(tmp_path, monkeypatch, has_ffmpeg):
+    import resource
+    import sys
+
+    if not has_ffmpeg:
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    path, before = tmp_path / "demo.mp4", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(VirstError, match=r"demo.mp4.*make room"):
+            report.write_video(path, [ball_run()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not path.exists()
 
 
 def test_picture_has_a_row_per_goal(tmp_path):
