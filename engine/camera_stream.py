@@ -104,6 +104,9 @@ class _Command:
     reset: bool = False
     config: EngineConfig | None = None
 
+    def prompts(self, goal_id: str) -> bool:
+        return self.prompt is not None and self.prompt.goal_id == goal_id
+
 
 class CameraStream:
     """One camera's objects, frame after frame.
@@ -167,10 +170,18 @@ class CameraStream:
         self._commands.append(_Command(add=track))
 
     def unfollow(self, goal_id: str, slots: Sequence[int]) -> None:
-        """Forget the goal, and what is in these slots, which its objects had. Under the lock."""
+        """Forget the goal, and what is in these slots, which its objects had. Under the lock.
+
+        Nothing is left of one that no frame has met: however fast goals come and go, the next frame has no more to
+        carry out than objects fit, and what is set and cleared while no camera sends does not pile up.
+        """
         self._requests.remove(goal_id)
+        track = self._pending.pop(goal_id)
+        if any(command.add is track for command in self._commands):
+            self._commands = [each for each in self._commands if each.add is not track and not each.prompts(goal_id)]
+            return
         self._registry.leave(self._registered_as, slots)
-        self._commands.append(_Command(remove=self._pending.pop(goal_id), leaving=tuple(slots)))
+        self._commands.append(_Command(remove=track, leaving=tuple(slots)))
 
     def follows(self, goal_id: str) -> bool:
         """Under the lock."""
@@ -211,7 +222,8 @@ class CameraStream:
         """Under the lock."""
         self._requests.new_epoch()
         self._cached.clear()
-        self._commands.append(_Command(reset=True))
+        if not (self._commands and self._commands[-1].reset):
+            self._commands.append(_Command(reset=True))
 
     def reconfigure(self, config: EngineConfig) -> None:
         """Under the lock."""

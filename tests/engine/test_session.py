@@ -646,6 +646,28 @@ def test_goals_may_be_set_and_cleared_from_other_threads() -> None:
     assert [goal.goal_id for goal in session.goals()] == ["stays"]
 
 
+def test_goals_that_no_frame_has_met_leave_nothing_to_do() -> None:
+    video, session = Video([moving_square(), moving_square(BLUE, row=9)]), session_of(max_objects=2)
+    session.set_goal("the red square", goal_id="stays")
+    run(session, video, range(3))
+    forgotten = []
+    tracker = session._streams[""].tracker  # the camera that has no name
+    forget = tracker.forget
+    tracker.forget = lambda slot: (forgotten.append(slot), forget(slot))
+    session.set_goal("the blue square", goal_id="seen")
+    run(session, video, range(3, 5))
+    session.clear_goal("seen")
+    for k in range(1000):  # the camera is silent
+        session.set_goal("the blue square", goal_id=f"passes {k}")
+        session.clear_goal(f"passes {k}")
+    session.set_goal("the blue square", goal_id="comes")
+    results = run(session, video, range(5, 10))
+    assert forgotten == [1]  # the slot of the one that was seen, once
+    assert [found.goal_id for found in results[-1].objects] == ["stays", "comes"]
+    for found, truth in zip(results[-1].objects, (video.truth(9), video.truth(9, 1)), strict=True):
+        assert np.array_equal(found.mask, truth)
+
+
 def test_the_camera_may_change_its_resolution() -> None:
     video, session = Video([moving_square()]), session_of()
     session.set_goal("the red square")
