@@ -323,21 +323,24 @@ class Session:
             for stream in self._streams.values():
                 stream.reconfigure(config)
 
-    def warm_up(self) -> None:
+    def warm_up(self, between: Callable[[], None] = lambda: None) -> None:
         """Do now what the first frames would spend time and memory on: allocate, compile, fill caches.
 
         Takes as long as a few frames with all objects; with `engine.compiled`, minutes. Nothing is seen or remembered.
         With `tracking.deadline_ms`, what frames need that come late is done, too, so that they are not later still; a
         deadline that is set afterwards pays for it when it is first missed.
+
+        Args:
+            between: called every now and then; what it raises ends the warming up, and the session is to be closed.
         """
         with self._lock:
             config = self._config
         with self._before_others():
-            warm_up([stream.tracker for stream in self._streams.values()])
+            warm_up([stream.tracker for stream in self._streams.values()], between)
             if config.tracking.deadline_ms > 0:
-                self._warm_up_levels(config)
+                self._warm_up_levels(config, between)
 
-    def _warm_up_levels(self, config: EngineConfig) -> None:
+    def _warm_up_levels(self, config: EngineConfig, between: Callable[[], None]) -> None:
         """With trackers of their own, which are gone at the end: those of the streams stay as they are."""
         memory = dataclasses.replace(config.memory, ring_steps=2)
         for recall, size in dict.fromkeys((level.recall, level.image_size) for level in self._levels[1:]):
@@ -345,7 +348,7 @@ class Session:
                 continue  # frames are skipped, that is all
             tracker = Tracker(self._stages[size], memory, config.tracking, device=self._device)
             tracker.memory.recall_at_most(recall)
-            warm_up([tracker] * len(self._streams))
+            warm_up([tracker] * len(self._streams), between)
 
     def close(self) -> None:
         """Give back the reasoner's connections. May be called twice."""

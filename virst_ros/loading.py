@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from virst_engine import ClickPrompt, EngineConfig, Goal, MaskPrompt
-from virst_engine.errors import BadPrompt
+from virst_engine.errors import BadPrompt, VirstError
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
@@ -37,22 +37,42 @@ class LoadedEngine:
     ask: Callable[[str], str] | None = None  # a question -> the answer in words; None: the method has none
 
 
-def load_engine(config: EngineConfig, cameras: Sequence[str] = ()) -> LoadedEngine:
+class ToldToEnd(VirstError):
+    """The node is to end while it loads: nothing is wrong with what it loads."""
+
+
+def load_engine(
+    config: EngineConfig, cameras: Sequence[str] = (), goes_on: Callable[[], bool] = lambda: True
+) -> LoadedEngine:
     """Load what `config` names; takes seconds. The reasoner need not be there yet: it connects when it comes.
 
-    `cameras`: the names of several; none when there is one, whatever it is called.
+    Args:
+        cameras: the names of several; none when there is one, whatever it is called.
+        goes_on: asked every now and then; False ends it, so that a signal is heard before all is loaded.
 
     Raises:
+        ToldToEnd: `goes_on` said so.
         WeightsError: the weights are missing, damaged, of another model, or do not run on the device.
         BackendError, ExportError: `engine.backend` cannot run here, or `engine.path` is no export of this model.
         EndpointError: the reasoner's address can never work.
     """
+
+    def look_up() -> None:
+        if not goes_on():
+            raise ToldToEnd("told to end while the model was being loaded")
+
     path = weights_path(config.model)
+    look_up()
     stages = load_stages(config.model, config.engine, config.memory)
+    look_up()
     check_goal = load_goal_check(config.model, config.reasoner.method)
     reasoners = {camera: _reasoner(config) for camera in cameras or ("",)}
     session = Session(config, stages, reasoners)
-    session.warm_up()  # no frame of a robot is late for what can be done now
+    try:
+        session.warm_up(look_up)  # no frame of a robot is late for what can be done now
+    except BaseException:
+        session.close()
+        raise
     return LoadedEngine(
         session=session,
         reasoners=reasoners,

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import rclpy
@@ -28,7 +29,7 @@ from virst_ros.frame_inbox import FrameInbox
 from virst_ros.goals import Goals
 from virst_ros.inference_thread import InferenceThread
 from virst_ros.inputs import Received
-from virst_ros.loading import LoadedEngine, load_engine
+from virst_ros.loading import LoadedEngine, ToldToEnd, load_engine
 from virst_ros.parameters import (
     NodeParameters,
     ParameterGate,
@@ -52,16 +53,16 @@ class SegmenterNode(LifecycleNode):
 
     Args:
         load: makes the engine from its configuration and the names of several cameras, in configure; a VirstError
-            becomes a failed transition.
+            becomes a failed transition. By default `load_engine`, which ends early when a signal ends the context.
         node_arguments: passed on to rclpy's Node (context, parameter_overrides, namespace, ...).
     """
 
     def __init__(
-        self, load: Callable[[EngineConfig, Sequence[str]], LoadedEngine] = load_engine, **node_arguments: Any
+        self, load: Callable[[EngineConfig, Sequence[str]], LoadedEngine] | None = None, **node_arguments: Any
     ) -> None:
         self._segment: SegmentAction | None = None  # until it is made: a bad parameter ends the node before
         super().__init__("segmenter", **node_arguments)
-        self._load = load
+        self._load = load or partial(load_engine, goes_on=self.context.ok)
         self._specs = [*engine_specs(), *node_specs()]
         declare(self, self._specs)
         self._settings: NodeParameters = node_parameters(values_of(self, node_specs()))
@@ -134,6 +135,9 @@ class SegmenterNode(LifecycleNode):
             values = values_of(self, self._specs)
             self._settings, config = node_parameters(values), engine_config(values)
             self._engine, self.goals.longest = self._load(config, self._settings.cameras), config.goal.max_length
+        except ToldToEnd as news:
+            self.get_logger().info(str(news))
+            return TransitionCallbackReturn.FAILURE
         except (VirstError, ValueError) as error:
             return self._configure_failed(str(error))
         except Exception as error:
