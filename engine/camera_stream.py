@@ -646,7 +646,7 @@ class CameraStream:
         mask = empty_mask(height, width)
         score = 0.0
         if is_visible and sighting is not None:
-            mask = mask_at_size(sighting.mask_logits.float().cpu().numpy(), height, width)
+            mask = mask_at_size(sighting.host_logits, height, width)
             score = self._score(track, sighting)
         anchor_ns = track.newest_anchor_ns
         return ObjectResult(

@@ -160,7 +160,7 @@ class InstanceTracks:
         return [each for each in self._instances.values() if not each.is_removed]
 
     def _small(self, sighting: Sighting) -> Mask:
-        return mask_at_size(sighting.mask_logits.float().cpu().numpy(), self._side, self._side)
+        return mask_at_size(sighting.host_logits, self._side, self._side)
 
     @staticmethod
     def _note_absence(each: _Instance, lost_after_steps: int) -> None:
@@ -238,7 +238,7 @@ class InstanceTracks:
         sighting = self._tracker.sighting(each.slot)
         mask, score, message = empty_mask(height, width), 0.0, each.problem
         if each.is_seen and sighting is not None:
-            mask = mask_at_size(sighting.mask_logits.float().cpu().numpy(), height, width)
+            mask = mask_at_size(sighting.host_logits, height, width)
             if each.taken is not None:
                 mask &= ~_at_size(each.taken, height, width)
             score = min(max(sighting.iou, 0.0), 1.0) * sighting.presence

@@ -231,13 +231,11 @@ class OurTracker:
     def _masks(self) -> Bool[np.ndarray, "o height width"]:
         assert self._tracker is not None
         size = self._footage.size
-        found = [self._tracker.sighting(slot) for slot in range(self._objects)]
-        seen = [slot for slot, sighting in enumerate(found) if sighting is not None and sighting.is_present]
         masks = np.stack([empty_mask(size, size)] * self._objects)
-        if seen:  # one transfer from the device
-            logits = torch.stack([s.mask_logits for s in found if s is not None and s.is_present]).float().cpu().numpy()
-            for slot, each in zip(seen, logits, strict=True):
-                masks[slot] = mask_at_size(each, size, size)
+        for slot in range(self._objects):
+            sighting = self._tracker.sighting(slot)
+            if sighting is not None and sighting.is_present:
+                masks[slot] = mask_at_size(sighting.host_logits, size, size)
         return masks
 
 

@@ -11,7 +11,7 @@ once.
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -54,6 +54,7 @@ class Sighting:
 
     step: int
     mask_logits: Float[Tensor, "hm wm"]
+    host_logits: Float[np.ndarray, "hm wm"]  # the same, in the host's memory
     iou: float  # predicted IoU
     presence: float  # probability that the object is visible
     is_present: bool  # visible, with at least one pixel
@@ -141,7 +142,7 @@ class Tracker:
         size = (stages.sizes.mask, stages.sizes.mask)
         for row, sighting in self._sightings.items():
             logits = F.interpolate(sighting.mask_logits[None, None], size=size, mode="bilinear", align_corners=False)
-            self._sightings[row] = replace(sighting, mask_logits=logits[0, 0])
+            self._sightings[row] = replace(sighting, mask_logits=logits[0, 0], host_logits=_on_host(logits[0, 0]))
 
     def step(self, frame: Frame, timer: StageTimer | None = None) -> TrackedFrame:
         """Segment every remembered object in a new frame and update its memory. `sighting` tells what was found.
@@ -183,7 +184,7 @@ class Tracker:
         else:
             raise AssertionError("an anchor needs a prompt")
         prediction = _own(decoded)
-        sightings = self._look(prediction, kept_steps)
+        sightings = self._look(_send(prediction), kept_steps)
         return DecodedAnchors(
             steps=kept_steps,
             is_cached=tuple(self._ring.has(step) for step in kept_steps),
@@ -215,7 +216,7 @@ class Tracker:
         check_prompt(prompt, size, self._stages.sizes.prompt_tokens)
         corrects = self._corrected(slot, step, prompt)
         prediction = _own(decode_prompt(self._stages, features, prompt, size, self._device, corrects))
-        (sighting,) = self._look(prediction, [step])
+        (sighting,) = self._look(_send(prediction), [step])
         believed, agreement = self._ring.belief(step, slot), self._agreement(slot, sighting)
         anchors = DecodedAnchors(
             (step,), (True,), (sighting.is_present,), (agreement,), features, prediction, (sighting,), is_approved=True
@@ -368,17 +369,16 @@ class Tracker:
             self._sightings[row] = sighting
             self._believe(step, row, sighting)
 
-    def _look(self, prediction: MaskPrediction, steps: Sequence[int]) -> list[Sighting]:
-        # One transfer from the device for all numbers of all objects.
-        largest = prediction.mask_logits.flatten(1).amax(dim=1)
-        numbers = torch.stack((prediction.iou, prediction.object_score_logits, largest)).tolist()
-        mask_logits = prediction.mask_logits.clone()  # the decoder's next call may overwrite it
+    def _look(self, sent: "_Sent", steps: Sequence[int]) -> list[Sighting]:
+        numbers, host_logits = sent.wait()
         sightings = []
         for i, (iou, score, logit) in enumerate(zip(*numbers, strict=True)):
             is_present = score > 0 and logit > 0
             is_remembered = self._remembers_all or (is_present and iou >= self._min_write_iou)  # False for NaN
             presence = 1.0 / (1.0 + math.exp(-max(min(score, 60.0), -60.0)))
-            sightings.append(Sighting(steps[i], mask_logits[i], iou, presence, is_present, is_remembered))
+            sightings.append(
+                Sighting(steps[i], sent.mask_logits[i], host_logits[i], iou, presence, is_present, is_remembered)
+            )
         return sightings
 
     def _believe(self, step: int, row: int, sighting: Sighting) -> None:
@@ -458,10 +458,11 @@ def step_together(
 
 
 @torch.inference_mode()
-def warm_up(trackers: Sequence[Tracker]) -> None:
+def warm_up(trackers: Sequence[Tracker], between: Callable[[], None] = lambda: None) -> None:
     """Run the stages once for each number of objects that has code of its own, of trackers that share them.
 
     Whatever is made at first use is made now: buffers, compiled code, caches of libraries. Nothing is remembered.
+    `between` is called before each run, and may raise to end it all.
     """
     first = trackers[0]
     stages, slots = first._stages, first._slots
@@ -471,11 +472,13 @@ def warm_up(trackers: Sequence[Tracker]) -> None:
     if not stages.takes_fewer_memories:  # compiled: for numbers of objects, too
         sizes.update(range(WARM_OBJECTS[-1], slots, WARM_OBJECTS[-1]))
     for count in sorted({1, frames}):
+        between()
         features = stages.image_encoder(torch.zeros((count, 3, side, side), device=first._device))
         one = ImageFeatures(**{name: value[:1].clone() for name, value in vars(features).items()})
         for tracker in trackers:
             tracker._ring.allocate(one)
         for objects in sorted(sizes):
+            between()
             _run_stages([_Work(tracker, 0, one, range(objects)) for tracker in trackers[:count]])
 
 
@@ -508,13 +511,14 @@ def _propagate(works: Sequence[_Work], timer: StageTimer) -> None:
         features, conditioned = _condition(works)
     with timer.stage("mask_decoder"):
         prediction = stages.mask_decoder(features, conditioned, None)
+        sent = _send(prediction)
     entry = None
-    if first._device.type == "cuda":  # queued before `_look` waits for the GPU, so that it goes on meanwhile
+    if first._device.type == "cuda":  # queued before `_look` waits for the masks, so that the GPU goes on meanwhile
         with timer.stage("memory_encoder"):
             entry = stages.memory_encoder(features, prediction)
     with timer.stage("mask_decoder"):
         steps = [work.step for work in works for _ in work.rows]
-        sightings = first._look(prediction, steps)
+        sightings = first._look(sent, steps)
 
     if any(s.is_remembered for s in sightings):
         with timer.stage("memory_encoder"):
@@ -546,6 +550,39 @@ def _joined(parts: Sequence[Batch]) -> Batch:
         return parts[0]
     names = vars(parts[0])
     return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What the decoder found, on its way to the host: all objects in two copies, which nobody waits for yet."""
+
+    mask_logits: Float[Tensor, "o hm wm"]  # on the device
+    numbers: Float[Tensor, "3 o"]  # predicted IoU, object score, largest logit
+    host_logits: Float[Tensor, "o hm wm"]
+    arrived: torch.cuda.Event | None  # of a GPU
+
+    def wait(self) -> tuple[list[list[float]], Float[np.ndarray, "o hm wm"]]:
+        """The numbers as lists, and the logits. The only time in a step that the host waits for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.numbers.tolist(), self.host_logits.numpy()
+
+
+def _send(prediction: MaskPrediction) -> _Sent:
+    mask_logits = prediction.mask_logits.clone()  # the decoder's next call may overwrite it
+    largest = mask_logits.flatten(1).amax(dim=1)
+    numbers = torch.stack((prediction.iou, prediction.object_score_logits, largest)).float()
+    # From a GPU, copies that nobody waits for go to page-locked memory, which torch provides.
+    sent = numbers.to("cpu", non_blocking=True), mask_logits.float().to("cpu", non_blocking=True)
+    arrived = None
+    if mask_logits.device.type == "cuda":
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return _Sent(mask_logits, *sent, arrived)
+
+
+def _on_host(logits: Float[Tensor, "hm wm"]) -> Float[np.ndarray, "hm wm"]:
+    return logits.float().cpu().numpy()
 
 
 def _own(prediction: MaskPrediction) -> MaskPrediction:
