@@ -24,10 +24,17 @@ def instance_map(objects: Sequence[ObjectResult], height: int, width: int) -> UI
 
     Instances win over unions: of a goal that is split, the union shows where it has no instance. Of equal scores the
     one that comes first in `objects` wins. Only what is TRACKING is shown. Two goals may mean the same thing, so the
-    masks themselves stay as they are. Raises IndexError for a mask of another size.
+    masks themselves stay as they are. Raises ValueError for a mask of another size.
     """
-    ids = np.zeros((height, width), dtype=np.uint8)
-    for obj in sorted(objects, key=lambda o: (bool(o.part_of), o.score), reverse=True)[::-1]:  # painted last = on top
-        if obj.state is ObjectState.TRACKING:
-            ids[obj.mask] = obj.instance_id
+    shown = [obj for obj in objects if obj.state is ObjectState.TRACKING]
+    for obj in shown:
+        if obj.mask.shape != (height, width):
+            raise ValueError(f"the mask of {obj.object_id!r} is {obj.mask.shape}, the image is {(height, width)}")
+    lowest_first = sorted(shown, key=lambda o: (bool(o.part_of), o.score), reverse=True)[::-1]  # painted last = on top
+    if not lowest_first:
+        return np.zeros((height, width), dtype=np.uint8)
+    # A product is several times as fast as writing where a mask is, and most pictures have one object or few.
+    ids = lowest_first[0].mask.view(np.uint8) * np.uint8(lowest_first[0].instance_id)
+    for obj in lowest_first[1:]:
+        np.copyto(ids, np.uint8(obj.instance_id), where=obj.mask)
     return ids
