@@ -64,6 +64,17 @@ def resident_mib() -> float:
         return math.nan
 
 
+def device_memory_mib(device: str) -> tuple[float, float] | None:
+    """Memory that this process's tensors hold on a CUDA device, and what is free there, MiB; None on any other.
+
+    TensorRT's engines and the driver take more than the tensors: all of it is missing from what is free.
+    """
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return torch.cuda.memory_allocated(device) / 2**20, free / 2**20
+
+
 class LatencyWindow:
     """Percentiles over the newest `size` figures, in a ring that never grows."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
 from virst_engine import FrameResult, Goal, ObjectResult, ObjectState
-from virst_engine.timing import LatencyWindow, resident_mib
+from virst_engine.timing import LatencyWindow, device_memory_mib, resident_mib
 
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK,
@@ -144,6 +144,8 @@ class Diagnostics:
             self._published = 0
             self._lost, self._lost_reason, self._lost_s = 0, "", -math.inf
             self._ages_ms, self._overhead_ms = LatencyWindow(AGES_KEPT), LatencyWindow(AGES_KEPT)
+            self._latencies_ms, self._answers = LatencyWindow(AGES_KEPT), 0
+            self._latencies_s: dict[str, float] = {}  # goal id -> that of its newest answer, in the newest frame
             self._timings_ms: dict[str, float] = {}
             self._degradation = ""
             self._objects: tuple[ObjectResult, ...] = ()
@@ -267,7 +269,13 @@ class Diagnostics:
             self._ages_ms.add(age_s * 1e3)
             self._timings_ms = dict(result.timings_ms)
             self._degradation = result.degradation
+            for found in result.objects:
+                latency_s = found.reasoner_latency_s
+                if not found.part_of and math.isfinite(latency_s) and self._latencies_s.get(found.goal_id) != latency_s:
+                    self._latencies_ms.add(latency_s * 1e3)  # of an answer that was not there in the last frame
+                    self._answers += 1
             self._objects = result.objects
+            self._latencies_s = {each.goal_id: each.reasoner_latency_s for each in result.objects if not each.part_of}
 
     def result_lost(self, reason: str) -> None:
         """A frame was segmented, and nothing of it went out, or not all."""
@@ -462,7 +470,9 @@ class Diagnostics:
         return _status(f"{self._name}: output", level, message, self.model.device, values)
 
     def _reasoner(self, seen: Surroundings) -> DiagnosticStatus:
-        latencies = {
+        values: dict[str, object] = {"answers": self._answers}
+        values |= {f"latency {name} (ms)": value for name, value in self._latencies_ms.summary().items()}
+        values |= {
             f"latency of {found.goal_id} (s)": f"{found.reasoner_latency_s:.3f}"
             for found in self._objects
             if math.isfinite(found.reasoner_latency_s)
@@ -475,7 +485,7 @@ class Diagnostics:
             self._troubles["reasoner"] = [message]
         else:
             level, message = OK, "listening"
-        return _status(f"{self._name}: reasoner", level, message, self.model.device, latencies)
+        return _status(f"{self._name}: reasoner", level, message, self.model.device, values)
 
     def _goal_states(self, seen: Surroundings) -> DiagnosticStatus:
         values: dict[str, object] = {
@@ -523,6 +533,9 @@ class Diagnostics:
             "device": self.model.device,
             "resident memory (MiB)": resident_mib(),
         }
+        on_gpu = device_memory_mib(self.model.device)
+        if on_gpu is not None:
+            values["GPU memory (MiB)"], values["GPU memory free (MiB)"] = on_gpu
         level, message = OK, f"{self.model.name} on {self.model.device}"
         if self.configure_failure:
             level, message = ERROR, self.configure_failure

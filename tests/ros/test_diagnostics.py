@@ -196,6 +196,28 @@ def test_stopped_inference_is_an_error_with_its_last_line(diagnostics):
     assert "RuntimeError: boom" in status.message
 
 
+def test_the_latency_of_each_answer_counts_once(diagnostics):
+    def see(*latencies_s):
+        objects = tuple(
+            ObjectResult(f"object {n}", f"goal_{n}", n + 1, ObjectState.TRACKING, np.zeros((2, 2), bool), 0.5, 1.0, s)
+            for n, s in enumerate(latencies_s)
+        )
+        diagnostics.result_published(FrameResult(0, 0, "camera", objects, {}), 0.1, overhead_ms=1.0)
+
+    assert values(subject(diagnostics, "reasoner"))["answers"] == "0"
+    see(math.nan)
+    for _ in range(50):
+        see(0.1, math.nan)
+    see(0.1, 0.9)
+    see(0.5, 0.9)
+    see(0.5)  # the second goal was cleared
+    told = values(subject(diagnostics, "reasoner"))
+    assert told["answers"] == "3"
+    assert float(told["latency p50 (ms)"]) == 500
+    assert float(told["latency p95 (ms)"]) == pytest.approx(860)
+    assert told["latency of goal_0 (s)"] == "0.500"
+
+
 @pytest.mark.parametrize(
     ("state", "latency_s", "message", "level"),
     [
