@@ -12,6 +12,7 @@ from virst_msgs.msg import Goal as GoalMessage
 
 from virst_engine import Goal, KnownObject
 from virst_engine.errors import BadGoal, UnknownGoal, VirstError
+from virst_engine.slow.goals import checked_sentence
 from virst_ros import conversions
 from virst_ros.loading import LoadedEngine
 from virst_ros.parameters import limits_of
@@ -68,15 +69,17 @@ class Goals:
         max_instances: int = 0,
     ) -> Goal:
         """Raises BadGoal."""
-        engine = self._loaded()
-        self.check_camera(camera)
-        if 0 < len(sentence.strip()) <= self.longest:  # the session has a better word for others
-            engine.check_goal(sentence)
-        goal = engine.session.set_goal(
+        self.check(sentence, camera)
+        goal = self._loaded().session.set_goal(
             sentence, object_id=object_id, camera=camera, replace=replace, max_instances=max_instances
         )
         self.changed()
         return goal
+
+    def check(self, sentence: str, camera: str = "") -> None:
+        """Raises BadGoal for what can be set at no time; an id that is in use, say, may be free a moment later."""
+        self.check_camera(camera)
+        self._loaded().check_goal(checked_sentence(sentence, self.longest))
 
     def check_camera(self, camera: str) -> None:
         """Raises BadGoal for a camera that is not this node's; empty means any."""

@@ -98,7 +98,6 @@ class SegmentAction:
             execute_callback=self._execute,
             callback_group=group,
             goal_callback=self._goal_requested,
-            handle_accepted_callback=self._accepted,
             cancel_callback=self._cancel_requested,
         )
 
@@ -128,26 +127,23 @@ class SegmentAction:
     # On the executor's thread
 
     def _goal_requested(self, _: Segment.Goal) -> GoalResponse:
-        if self._goals.why_too_often("segment"):
-            return GoalResponse.REJECT
-        reason = self._why_closed()
-        if reason:
-            self._goals.reject("segment", reason)
-            return GoalResponse.REJECT
-        return GoalResponse.ACCEPT
-
-    def _accepted(self, handle: Any) -> None:
-        if self._run is not None:
-            self._finish(self._run, Segment.Result.PREEMPTED, "a newer goal has taken its place")
-        handle.execute()
+        # A rejection has no words, so what cannot be is accepted, and its result says why. Not so in a flood: results
+        # of accepted goals are kept for minutes.
+        return GoalResponse.REJECT if self._goals.why_too_often("segment") else GoalResponse.ACCEPT
 
     def _cancel_requested(self, _: Any) -> CancelResponse:
         return CancelResponse.ACCEPT  # carried out by `_look`: the handle's state changes after this
 
     async def _execute(self, handle: Any) -> Segment.Result:
-        if self._run is not None:  # two goals were accepted before the first could begin
-            self._finish(self._run, Segment.Result.PREEMPTED, "a newer goal has taken its place")
+        reason = self._why_closed()
+        if reason:
+            self._goals.reject("segment", reason)
+            handle.abort()
+            return Segment.Result(success=False, message=reason, error_code=Segment.Result.STOPPED)
         try:
+            self._check(handle.request)
+            if self._run is not None:
+                self._finish(self._run, Segment.Result.PREEMPTED, "a newer goal has taken its place")
             run = self._begin(handle)
         except Exception as error:
             message = self._goals.refusal("segment", error)
@@ -160,16 +156,17 @@ class SegmentAction:
         self._look()
         return await run.outcome
 
-    def _begin(self, handle: Any) -> _Run:
-        """Raises BadGoal."""
-        request = handle.request
-        reason = self._why_closed()
-        if reason:
-            raise BadGoal(reason)
+    def _check(self, request: Segment.Goal) -> None:
+        """Whether it may take the place of the one that runs. Raises BadGoal."""
         if not 0.0 <= request.timeout <= LONGEST_TIMEOUT_S:  # False for NaN
             raise BadGoal(f"timeout must be within 0 and {LONGEST_TIMEOUT_S:g} seconds, got {request.timeout}")
         if not 0.0 <= request.min_score <= 1.0:
             raise BadGoal(f"min_score must be within 0 and 1, got {request.min_score}")
+        self._goals.check(request.goal, request.camera)
+
+    def _begin(self, handle: Any) -> _Run:
+        """Raises BadGoal."""
+        request = handle.request
         goal = self._goals.set(request.goal, request.object_id, request.camera, max_instances=request.max_instances)
         return _Run(
             handle,

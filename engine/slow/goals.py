@@ -17,6 +17,19 @@ def _control_character(text: str) -> str | None:
     return next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
 
 
+def checked_sentence(sentence: str, longest: int) -> str:
+    """The sentence without spaces around it. Raises BadGoal when it cannot be one, whatever the model."""
+    text = sentence.strip()
+    if not text:
+        raise BadGoal("a goal must be a sentence, got an empty one; describe the object, like 'the red ball'")
+    if len(text) > longest:
+        raise BadGoal(f"a goal may have {longest} characters, got {len(text)}; shorten it or raise goal.max_length")
+    bad = _control_character(text)
+    if bad is not None:
+        raise BadGoal(f"a goal must be one line of text, got the character U+{ord(bad):04X}; remove it")
+    return text
+
+
 class GoalBook:
     def __init__(self, parameters: GoalParameters, max_goals: int) -> None:
         self._parameters, self._max_goals = parameters, max_goals
@@ -42,15 +55,7 @@ class GoalBook:
         Raises:
             BadGoal: it cannot be set; the message says what to change.
         """
-        text = sentence.strip()
-        if not text and not is_pointed_out:
-            raise BadGoal("a goal must be a sentence, got an empty one; describe the object, like 'the red ball'")
-        if len(text) > self._parameters.max_length:
-            limit = self._parameters.max_length
-            raise BadGoal(f"a goal may have {limit} characters, got {len(text)}; shorten it or raise goal.max_length")
-        bad = _control_character(text)
-        if bad is not None:
-            raise BadGoal(f"a goal must be one line of text, got the character U+{ord(bad):04X}; remove it")
+        text = "" if is_pointed_out else checked_sentence(sentence, self._parameters.max_length)
         for name, value in (("goal id", goal_id), ("object id", object_id), ("camera", camera)):
             if len(value) > MAX_ID_LENGTH or _control_character(value) is not None:
                 raise BadGoal(f"a {name} must be one line of at most {MAX_ID_LENGTH} characters, got {value[:40]!r}")

@@ -225,7 +225,7 @@ def test_many_goals_at_once_all_end_and_the_last_one_wins(setup):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"goal": "  "}, "the goal is empty"),
+        ({"goal": "  "}, "a goal must be a sentence, got an empty one"),
         ({"camera": "back"}, "this segmenter sees camera 'camera'"),
         ({"timeout": -1.0}, "timeout must be within"),
         ({"timeout": math.nan}, "timeout must be within"),
@@ -241,6 +241,17 @@ def test_a_goal_that_cannot_be_is_told(setup, fields, says):
     assert not setup.goals()
 
 
+def test_a_goal_that_cannot_be_leaves_the_running_one_alone(setup):
+    running = setup.send("the first")
+    wait_until(lambda: setup.stages(running))
+    for fields in ({"goal": ""}, {"timeout": -1.0}, {"min_score": math.nan}, {"camera": "back"}):
+        _, result = setup.outcome(setup.send(**fields))
+        assert result.error_code == Segment.Result.BAD_GOAL
+    setup.session.state, setup.session.score = ObjectState.TRACKING, 0.8
+    status, _ = setup.outcome(running)
+    assert status == GoalStatus.STATUS_SUCCEEDED
+
+
 def test_clearing_the_goal_ends_the_action(setup):
     sent = setup.send()
     wait_until(lambda: setup.stages(sent)[-1:] == ["reasoner"])
@@ -250,14 +261,16 @@ def test_clearing_the_goal_ends_the_action(setup):
     assert "was cleared" in result.message
 
 
-def test_deactivating_ends_the_action_and_further_goals_are_rejected(setup):
+def test_deactivating_ends_the_action_and_further_goals_are_told_why_not(setup):
     sent = setup.send()
     wait_until(lambda: setup.stages(sent)[-1:] == ["reasoner"])
     setup.node.trigger_deactivate()
     _, result = setup.outcome(sent)
     assert result.error_code == Segment.Result.STOPPED
     assert "deactivated" in result.message
-    assert not setup.send().handle.accepted
+    status, result = setup.outcome(setup.send())
+    assert (status, result.error_code) == (GoalStatus.STATUS_ABORTED, Segment.Result.STOPPED)
+    assert "inactive, not active: `ros2 lifecycle set /segmenter activate` first" in result.message
     setup.node.trigger_activate()
     setup.session.state, setup.session.score = ObjectState.TRACKING, 0.8
     status, _ = setup.outcome(setup.send())

@@ -439,7 +439,7 @@ class TestLifecycle:
 
     def test_a_bad_initial_goal_is_told_and_the_node_is_active(self, graph, engine):
         setup = Setup(graph, engine, initial_goal="  ").active()
-        setup.wait_for_status("goals", DiagnosticStatus.WARN, "the goal is empty")
+        setup.wait_for_status("goals", DiagnosticStatus.WARN, "got an empty one")
         setup.send_until_mask()
 
 
@@ -637,7 +637,7 @@ class TestBadInput:
         assert setup.change(Transition.TRANSITION_ACTIVATE)
         setup.active().send_until_mask()
 
-    @pytest.mark.parametrize(("goal", "says"), [("  ", "the goal is empty"), ("the xyzzy", "does not know 'xyzzy'")])
+    @pytest.mark.parametrize(("goal", "says"), [("  ", "got an empty one"), ("the xyzzy", "does not know 'xyzzy'")])
     def test_a_goal_that_nobody_could_read_is_refused_at_once(self, setup, goal, says):
         answer = setup.set_goal(goal)
         assert not answer.success
