@@ -46,6 +46,7 @@ class ObjectMasks:
     def __init__(self, node: LifecycleNode, prefix: str, profile: QoSProfile) -> None:
         self._node, self._prefix, self._profile = node, prefix, profile
         self._outputs: dict[tuple[str, int], tuple[str, Output]] = {}  # by object and instance id: name, publisher
+        self._is_full_told = False
 
     def publish(self, shown: SegmentedFrame) -> None:
         """Masks for those who listen; topics for objects that are new, none for those that are gone."""
@@ -55,6 +56,7 @@ class ObjectMasks:
         for key, found in objects.items():
             if key not in self._outputs:
                 if len(self._outputs) >= MOST_TOPICS:
+                    self._tell_it_is_full(found.object_id)
                     continue
                 self._outputs[key] = self._made(found.object_id)
             output = self._outputs[key][1]
@@ -76,4 +78,14 @@ class ObjectMasks:
             self._profile,
             event_callbacks=PublisherEventCallbacks(use_default_callbacks=False),
         )
+        if name != object_id:  # whoever chose the id could not know
+            self._node.get_logger().info(f"the mask of object {object_id!r} is on {publisher.topic_name}")
         return name, Output(publisher)
+
+    def _tell_it_is_full(self, object_id: str) -> None:
+        if not self._is_full_told:
+            self._is_full_told = True
+            self._node.get_logger().warning(
+                f"{MOST_TOPICS} objects have a topic of their own already, {object_id!r} and others get none: read "
+                f"{self._prefix}mask and {self._prefix}objects instead"
+            )

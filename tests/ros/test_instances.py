@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("rclpy")
 pytest.importorskip("virst_msgs.msg")
 
+from rcl_interfaces.msg import Log
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
@@ -18,7 +19,7 @@ from tests.engine.local_stages import LocalStages, red_square
 from tests.fakes import InstantClient, Video, small_config
 from tests.ros.ros_graph import wait_until
 from virst_engine import Session
-from virst_ros import conversions
+from virst_ros import conversions, object_masks
 from virst_ros.object_masks import topic_part
 from virst_ros.segmenter_node import SegmenterNode
 
@@ -143,6 +144,21 @@ def test_a_topic_of_its_own_comes_and_goes_with_each_object(graph, engine):
     setup.node.trigger_deactivate()
     setup.node.trigger_cleanup()
     wait_until(lambda: graph.node.count_publishers("/segmenter/objects/reds/mask") == 0)
+
+
+def test_topics_of_objects_are_limited_and_the_log_tells_their_names(graph, engine, monkeypatch):
+    monkeypatch.setattr(object_masks, "MOST_TOPICS", 2)
+    # The lines may be older than the subscription: /rosout keeps its lines for those who ask for them.
+    logged = graph.collect(Log, "/rosout", QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+    setup = Setup(graph, engine, object_masks=True)
+    setup.call(SetGoal, "set_goal", goal="red", object_id="the reds", max_instances=4)
+    assert len(setup.send(8)) == 3
+    wait_until(lambda: any("the reds" in line.msg and "/objects/the_reds/mask" in line.msg for line in logged))
+    wait_until(lambda: any("2 objects have a topic of their own already" in line.msg for line in logged))
+    topics = [name for name, _ in setup.node.get_topic_names_and_types()]
+    assert len([name for name in topics if name.startswith("/segmenter/objects/")]) == 2
+    setup.send(3)
+    assert sum("topic of their own" in line.msg for line in logged) == 1
 
 
 def test_without_the_parameter_there_are_no_topics_of_objects(graph, engine):
