@@ -379,9 +379,10 @@ class Asker:
             timeout=self._random.uniform(0.5, 6.0),
             min_score=self._random.choice((0.0, 0.5)),
             clear_when_done=self._random.random() < 0.7,
+            max_instances=self._random.choice((1, 1, 1, 3)),
         )
         self.asked["segment"] += 1
-        life = self.checker.ask(self.clock.now_ns(), request.object_id, self._seen_by(request.camera))
+        life = self._ask(request)
         handle = self._wait("segment", self._segment.send_goal_async(request))
         if not handle.accepted:
             self.checker.was_refused(life)
