@@ -2,7 +2,8 @@
 """VIRST: video encoder + language model + ST-Fusion + SAM 2 (arXiv 2603.27060, figure 2).
 
 One teacher-forced pass turns a sentence and a clip into prompts for every frame of the clip; SAM 2 decodes them and
-carries the masks on. In this file data flows from `encode_clip` through `prompts`.
+carries the masks on. In this file data flows from `encode_clip` through `prompts`, or through `answer_tokens` where a
+question is to be answered in words.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from virst_engine.model.config import LanguageModelConfig, VirstConfig
 from virst_engine.model.sam2 import Sam2
 from virst_engine.model.st_fusion import InitialStFusion, SecondStFusion, dense_position
 from virst_engine.model.video_encoder import VideoEncoder
+from virst_engine.model.words import END, SPECIAL_TOKENS
 
 
 @dataclass(frozen=True)
@@ -124,27 +126,19 @@ class Virst(nn.Module):
         The causal sequence is: sentence, video, N [ST] tokens, answer. The answer comes after the [ST] tokens, so it
         teaches in training and is simply left out otherwise. [ST] hidden states are read at their own positions.
         """
-        embed = self.language_model.embed_tokens
-        rows, n = text.shape[0], self.config.fusion.st_tokens
-        st = self.st_embedding.expand(n, -1).expand(rows, -1, -1)
-        if clip.initial_tokens is not None:
-            st = self.initial_seg_fusion_module(st, clip.initial_tokens[clip_of_row])
-        visual = clip.visual_tokens[clip_of_row]
-        parts = [embed(text), visual, st.to(visual.dtype)]
-        valid = [text_valid, torch.ones(rows, visual.shape[1] + n, dtype=torch.bool, device=text.device)]
+        sequence, mask = self._question(clip, clip_of_row, text, text_valid)
+        start, n = text.shape[1] + clip.visual_tokens.shape[1], self.config.fusion.st_tokens
         if answer is not None and answer_valid is not None:
-            parts.append(embed(answer))
-            valid.append(answer_valid)
-        mask = torch.cat(valid, dim=1)
+            sequence = torch.cat((sequence, self.language_model.embed_tokens(answer)), dim=1)
+            mask = torch.cat((mask, answer_valid), dim=1)
         understood = self.language_model(
-            inputs_embeds=torch.cat(parts, dim=1),
+            inputs_embeds=sequence,
             attention_mask=mask.long(),
             position_ids=self._positions(mask, text.shape[1], clip),
             use_cache=False,
             output_hidden_states=answer is not None,
         )
         hidden = understood.last_hidden_state
-        start = text.shape[1] + visual.shape[1]
         maps = clip.second_maps
         position = dense_position(self.seg_model.sam_prompt_encoder.get_dense_pe(), *maps.shape[-2:])
         st = hidden[:, start : start + n]
@@ -157,6 +151,59 @@ class Virst(nn.Module):
             logits = self.lm_head(hidden[:, start + n - 1 : start + n - 1 + answer.shape[1]])
         presence = self.occ_predictor(prompts.mean(dim=2))[..., 0]
         return PromptOutput(prompts, presence, self.seg_prompter.seg_proj(st), attention, logits, visual_hidden)
+
+    def answer_tokens(self, clip: ClipEncoding, text: Int[Tensor, "1 length"], longest: int) -> list[int]:
+        """The words that follow a question about one clip, each the likeliest after those before it; END is left out.
+
+        They are what `prompts` learnt to foretell: the sequence is the same one, with the video in it. At most
+        `longest` tokens. The keys and values of the question are computed once.
+        """
+        row = torch.zeros(1, dtype=torch.long, device=text.device)
+        sequence, mask = self._question(clip, row, text, torch.ones_like(text, dtype=torch.bool))
+        positions = self._positions(mask, text.shape[1], clip)
+        cache = None
+        tokens: list[int] = []
+        while True:
+            # Always with a mask: without one, transformers takes equal positions for the borders of several texts.
+            understood = self.language_model(
+                inputs_embeds=sequence,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            token = self._likeliest_word(understood.last_hidden_state[0, -1])
+            if token == END or len(tokens) == longest:
+                return tokens
+            tokens.append(token)
+            cache = understood.past_key_values
+            sequence = self.language_model.embed_tokens(torch.tensor([[token]], device=text.device))
+            mask = torch.cat((mask, mask[:, -1:]), dim=1)
+            positions = positions[:, -1:] + 1
+
+    def _likeliest_word(self, hidden: Float[Tensor, " d"]) -> int:
+        """The token of a word, or END: the other special tokens say nothing."""
+        logits = self.lm_head(hidden)
+        is_word = torch.arange(len(logits), device=logits.device) >= SPECIAL_TOKENS
+        is_word[END] = True
+        return int(logits.masked_fill(~is_word, float("-inf")).argmax())
+
+    def _question(
+        self,
+        clip: ClipEncoding,
+        clip_of_row: Int[Tensor, " rows"],
+        text: Int[Tensor, "rows length"],
+        text_valid: Bool[Tensor, "rows length"],
+    ) -> tuple[Float[Tensor, "rows all d"], Bool[Tensor, "rows all"]]:
+        """What the language model reads before any answer: sentence, video, [ST] tokens; and which of it is there."""
+        rows, n = text.shape[0], self.config.fusion.st_tokens
+        st = self.st_embedding.expand(n, -1).expand(rows, -1, -1)
+        if clip.initial_tokens is not None:
+            st = self.initial_seg_fusion_module(st, clip.initial_tokens[clip_of_row])
+        visual = clip.visual_tokens[clip_of_row]
+        behind_text = torch.ones(rows, visual.shape[1] + n, dtype=torch.bool, device=text.device)
+        sequence = torch.cat((self.language_model.embed_tokens(text), visual, st.to(visual.dtype)), dim=1)
+        return sequence, torch.cat((text_valid, behind_text), dim=1)
 
     def _positions(self, valid: Bool[Tensor, "rows all"], start: int, clip: ClipEncoding) -> Int[Tensor, "rows all"]:
         """Position of every element of the sequence; padding does not count. Visual tokens begin at `start`."""

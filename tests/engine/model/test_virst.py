@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.engine.model.small_models import SMALL, small_virst, with_fusion
@@ -34,8 +35,8 @@ def clips(model: Virst) -> ClipEncoding:
     return encode(model, clips=2)
 
 
-def encode(model: Virst, clips: int) -> ClipEncoding:
-    generator = torch.Generator().manual_seed(5)
+def encode(model: Virst, clips: int, seed: int = 5) -> ClipEncoding:
+    generator = torch.Generator().manual_seed(seed)
     frames = torch.randn(clips, T, 3, 64, 64, generator=generator)
     return model.encode_clip(frames, torch.randn(clips, T, C, 16, 16, generator=generator))
 
@@ -241,3 +242,73 @@ def test_a_clip_of_too_many_frames_is_refused(model: Virst) -> None:
     cells = torch.randn(1, longest + 1, 16, 16)
     with pytest.raises(ValueError, match=f"at most {longest} frames"):
         model.encode_cells(cells, torch.randn(1, longest + 1, C, 16, 16))
+
+
+class TestAnswerInWords:
+    """Greedy decoding, word by word, on keys and values that were kept."""
+
+    @pytest.fixture(params=["one position a token", "one position a frame"])
+    def speaker(self, request: pytest.FixtureRequest) -> Virst:
+        if request.param == "one position a token":
+            return small_virst()
+        return small_virst(replace(SMALL, video=replace(SMALL.video, fine_newest=True), language=PER_FRAME))
+
+    @staticmethod
+    def foretold(model: Virst, clip: ClipEncoding, sentence: str, tokens: list[int]) -> list[int]:
+        """The likeliest word at each place of the answer and the one after it, in one teacher-forced pass."""
+        text, valid = rows_of(sentence)
+        answer, answer_valid = pad_rows([[*tokens, END]])
+        logits = model.prompts(clip, torch.tensor([0]), text, valid, answer, answer_valid).answer_logits
+        assert logits is not None
+        words = torch.tensor([END, *range(SPECIAL_TOKENS, logits.shape[-1])])
+        return words[logits[0][:, words].argmax(dim=1)].tolist()
+
+    def test_word_by_word_is_what_one_teacher_forced_pass_foretells(self, speaker: Virst) -> None:
+        longest, lengths = 7, []
+        for sentence in SENTENCES:
+            clip = encode(speaker, clips=1)
+            tokens = speaker.answer_tokens(clip, rows_of(sentence)[0], longest)
+            foretold = self.foretold(speaker, clip, sentence, tokens)
+            assert foretold[: len(tokens)] == tokens
+            assert len(tokens) == longest or foretold[len(tokens)] == END
+            lengths.append(len(tokens))
+        assert max(lengths) > 1
+
+    @staticmethod
+    def read(model: Virst, clip: ClipEncoding, sentence: str) -> Tensor:
+        """What the first word of the answer is made from."""
+        hidden: list[Tensor] = []
+        hook = model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+        model.answer_tokens(clip, rows_of(sentence)[0], 1)
+        hook.remove()
+        return hidden[0]
+
+    def test_the_answer_depends_on_the_video_and_on_the_question(self, speaker: Virst) -> None:
+        """With a head that tells two things that were read apart, they are answered with two words."""
+        one, other = (encode(speaker, clips=1, seed=seed) for seed in (5, 6))
+        for first, second in (
+            ((one, SENTENCES[0]), (other, SENTENCES[0])),
+            ((one, SENTENCES[0]), (one, SENTENCES[1])),
+        ):
+            one_read, other_read = (F.normalize(self.read(speaker, *each), dim=0) for each in (first, second))
+            difference = one_read - other_read
+            assert difference.norm() > 1e-3
+            with torch.no_grad():
+                speaker.lm_head.weight.zero_()
+                speaker.lm_head.weight[SPECIAL_TOKENS] = difference
+                speaker.lm_head.weight[SPECIAL_TOKENS + 1] = -difference
+            words = [speaker.answer_tokens(clip, rows_of(sentence)[0], 1) for clip, sentence in (first, second)]
+            assert words == [[SPECIAL_TOKENS], [SPECIAL_TOKENS + 1]]
+
+    def test_the_answer_ends_at_end_and_after_the_longest(self, speaker: Virst) -> None:
+        clip, (text, _) = encode(speaker, clips=1), rows_of(SENTENCES[0])
+        with torch.no_grad():
+            speaker.lm_head.weight.zero_()  # every word is as likely, the first one of them is taken
+        assert speaker.answer_tokens(clip, text, 5) == []  # which is END
+        hidden = self.read(speaker, clip, SENTENCES[0])
+        with torch.no_grad():
+            speaker.lm_head.weight[SPECIAL_TOKENS] = hidden
+            speaker.lm_head.weight[ANSWER] = 2 * hidden  # likelier, but no word
+        assert speaker.answer_tokens(clip, text, 1) == [SPECIAL_TOKENS]
+        for longest in (1, 3):
+            assert len(speaker.answer_tokens(clip, text, longest)) <= longest
