@@ -18,6 +18,10 @@ class UnknownGoal(VirstError):
     """A goal id that is not set. Nothing changes."""
 
 
+class Unanswered(VirstError):
+    """A question that gets no answer: no frame, no reasoner, none in time, too many at once, or it cannot be read."""
+
+
 class WeightsError(VirstError):
     """Weights that are missing, damaged or made for another model."""
 

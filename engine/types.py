@@ -117,6 +117,7 @@ class ReasonerRequest:
     goal_id: str
     sentence: str
     clip: Clip
+    wants_words: bool = False  # the sentence is a question of the user's; its goal id is one that no goal can have
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ReasonerAnswer:
-    """The reasoner's answer to one request; `error` is not empty when it could not answer and says why."""
+    """The reasoner's answer to one request: prompts, words where these were wanted, or an `error` that says why not."""
 
     request_id: int
     epoch: int
@@ -146,6 +147,7 @@ class ReasonerAnswer:
     prompts: tuple[Prompt, ...]  # at most one per frame of the clip, oldest first; all of one kind
     error: str = ""
     timings_ms: dict[str, float] = field(default_factory=dict)
+    words: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from virst_engine.errors import BadGoal
+from virst_engine.slow.reasoner import refuse_words
 from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest
 
 IDENTITY = "grounding"  # what the segmenter asks for: boxes mean the same to any weights
@@ -45,7 +46,10 @@ class Detector(Protocol):
 
 
 class GroundingReasoner:
-    """`Reasoner` on a detector. `answer` raises BadGoal for a sentence that the detector cannot read."""
+    """`Reasoner` on a detector.
+
+    `answer` raises BadGoal for a sentence that the detector cannot read, VirstError for a question.
+    """
 
     def __init__(self, detector: Detector, *, threshold: float = 0.0, most_boxes: int = 1) -> None:
         """
@@ -61,6 +65,7 @@ class GroundingReasoner:
         self._threshold = threshold or detector.threshold
 
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
+        refuse_words(request, "a detector (reasoner.method grounding)")
         start = time.perf_counter()
         clip = request.clip
         found = self._detector.detect(clip.frames_rgb_u8[-1], phrase_of(request.sentence))

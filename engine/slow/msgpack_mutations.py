@@ -25,13 +25,15 @@ VALID_VALUES: tuple[Any, ...] = (
     "goal-2",
     "request",
     "answer",
+    True,
+    False,
     [0, 300_000_000],
     [1.0, 0.5],
 )
 
 
 def sample_messages() -> list[wire.Message]:
-    """One of every kind, small."""
+    """At least one of every kind, small."""
     random_values = np.random.default_rng(0)
     clip = Clip(
         steps=np.arange(2, dtype=np.int64),
@@ -45,9 +47,11 @@ def sample_messages() -> list[wire.Message]:
     )
     return [
         ReasonerRequest(7, 1, "goal-1", "the red ball", clip),
+        ReasonerRequest(8, 0, "question-1", "what can roll", clip, wants_words=True),
         ReasonerAnswer(7, 1, "goal-1", prompts, timings_ms={"fusion": 1.5}),
         ReasonerAnswer(7, 1, "goal-1", boxed, timings_ms={"detect": 1.5}),
         ReasonerAnswer(7, 1, "goal-1", (), "why"),
+        ReasonerAnswer(8, 0, "question-1", (), words="red ball"),
         wire.Hello("tabletop-tiny 0123"),
         wire.Heartbeat("tabletop-tiny 0123", 0.0, 0, "somewhere:1"),
         wire.Leave(),

@@ -371,3 +371,5 @@ def _check_answer(answer: ReasonerAnswer, request: ReasonerRequest) -> None:
     frames = list(zip(request.clip.steps.tolist(), request.clip.stamps_ns.tolist(), strict=True))
     if answer.prompts and [(prompt.step, prompt.stamp_ns) for prompt in answer.prompts] != frames:
         raise WireError("steps: the answer is about other frames than its request")
+    if not answer.error and bool(answer.words) != request.wants_words:
+        raise WireError(f"words: the request wants {'words' if request.wants_words else 'prompts'}")

@@ -15,7 +15,10 @@ class Reasoner(Protocol):
     """A sentence and a clip become prompts. Methods (VIRST, detectors, ...) differ behind this one call."""
 
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
-        """Prompts for frames of the clip. Pure and synchronous; a VirstError says why it cannot answer."""
+        """Prompts for frames of the clip, or words where the request wants them (`refuse_words`, if it has none).
+
+        Pure and synchronous; a VirstError says why it cannot answer.
+        """
         ...
 
 
@@ -44,6 +47,15 @@ class ReasonerClient(Protocol):
         ...
 
 
+def refuse_words(request: ReasonerRequest, method: str) -> None:
+    """For methods that only segment. Raises VirstError for a request that wants words."""
+    if request.wants_words:
+        raise VirstError(
+            f"{method} has no words for an answer: tell it what to segment (set_goal), or ask tabletop-tiny with "
+            "reasoner.method virst"
+        )
+
+
 def refusal(request: ReasonerRequest, error: str) -> ReasonerAnswer:
     """The answer that says why `request` could not be answered."""
     return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts=(), error=error)
@@ -54,7 +66,7 @@ def _answer_or_refuse(reasoner: Reasoner, request: ReasonerRequest) -> ReasonerA
     try:
         return reasoner.answer(request)
     except VirstError as error:
-        logger.warning("goal %s was not answered: %s", request.goal_id, error)
+        logger.warning("goal %a was not answered: %s", request.goal_id, error)
         return refusal(request, str(error))
 
 

@@ -22,6 +22,7 @@ from virst_engine.errors import WeightsError
 from virst_engine.model.chat_tokenizer import ChatTokenizer
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst_7b import FusionMaps, Virst7b
+from virst_engine.slow.reasoner import refuse_words
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
 CAMERAS = 8  # whose windows are kept; one camera more and the one that was not asked about for longest is forgotten
@@ -42,7 +43,8 @@ class _Window:
 class Virst7bReasoner:
     """`Reasoner` on a Virst7b.
 
-    `answer` raises BadGoal for a sentence that cannot be read, WeightsError for a clip of another model.
+    `answer` raises BadGoal for a sentence that cannot be read, WeightsError for a clip of another model, VirstError for
+    a question: the head that writes words is not loaded (weights_folder.py).
     """
 
     def __init__(self, model: Virst7b, tokenizer: ChatTokenizer) -> None:
@@ -56,6 +58,7 @@ class Virst7bReasoner:
     @torch.inference_mode()
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
         """One prompt for each frame that ST-Fusion sees: all of the clip, or `seg_frames` of them."""
+        refuse_words(request, "virst-7b")
         start = time.perf_counter()
         model, clip = self._model, request.clip
         row = self._tokenizer.row(request.sentence, model.config.fusion.st_tokens)

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method `virst`: one forward pass of the model turns a request into prompts for every frame of its clip."""
+"""The method `virst`: one forward pass of the model turns a request into prompts for every frame of its clip.
+
+A question is answered by the language model alone, word by word.
+"""
 
 import time
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from virst_engine.errors import WeightsError
+from virst_engine.errors import Unanswered, WeightsError
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.model.words import WordTokenizer, pad_rows
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
 LONGEST_GOAL_WORDS = 40
+LONGEST_ANSWER_WORDS = 24
 
 
 class VirstReasoner:
     """`Reasoner` on a Virst in evaluation mode.
 
-    `answer` raises BadGoal for a sentence that the model cannot read, WeightsError for a clip of another model.
+    `answer` raises BadGoal for a sentence that the model cannot read, WeightsError for a clip of another model,
+    Unanswered where it has no word for a question.
     """
 
     def __init__(self, model: Virst, *, second_fusion: bool = True) -> None:
@@ -35,26 +42,35 @@ class VirstReasoner:
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
         start = time.perf_counter()
         tokens = self._tokenizer.encode_goal(request.sentence, LONGEST_GOAL_WORDS)
-        model, clip = self._model, request.clip
-        self._check(clip)
-        device = model.frame_embedding.device
-        text, valid = pad_rows([tokens])
-        encoded = self._encode(clip)
+        self._check(request.clip)
+        text, _ = pad_rows([tokens])
+        encoded = self._encode(request.clip)
         encode_ms = (time.perf_counter() - start) * 1e3
-        row = torch.zeros(1, dtype=torch.long, device=device)
-        output = model.prompts(encoded, row, text.to(device), valid.to(device))
+        text = text.to(self._model.frame_embedding.device)
+        prompts = () if request.wants_words else self._prompts(request.clip, encoded, text)
+        words = self._words(encoded, text) if request.wants_words else ""
+        total_ms = (time.perf_counter() - start) * 1e3
+        timings = {"encode_clip": encode_ms, "language": total_ms - encode_ms, "total": total_ms}
+        return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts, "", timings, words)
+
+    def _prompts(self, clip: Clip, encoded: ClipEncoding, text: Int[Tensor, "1 length"]) -> tuple[Prompt, ...]:
+        row = torch.zeros(1, dtype=torch.long, device=text.device)
+        output = self._model.prompts(encoded, row, text, torch.ones_like(text, dtype=torch.bool))
         embeddings = output.prompts
         if not self._second_fusion:  # ablation: the projected [ST] tokens, the same for every frame
             embeddings = output.projected[:, None].expand_as(embeddings)
         rows = embeddings[0].float().cpu().numpy()
         confidences = self._confidences(output)
-        prompts = tuple(
+        return tuple(
             Prompt(int(step), int(stamp), embedding, confidence)
             for step, stamp, embedding, confidence in zip(clip.steps, clip.stamps_ns, rows, confidences, strict=True)
         )
-        total_ms = (time.perf_counter() - start) * 1e3
-        timings = {"encode_clip": encode_ms, "language": total_ms - encode_ms, "total": total_ms}
-        return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts, "", timings)
+
+    def _words(self, encoded: ClipEncoding, text: Int[Tensor, "1 length"]) -> str:
+        words = self._tokenizer.decode(self._model.answer_tokens(encoded, text, LONGEST_ANSWER_WORDS))
+        if not words:
+            raise Unanswered("the model has no word for an answer; ask in other words")
+        return words
 
     def _confidences(self, output: PromptOutput) -> list[float]:
         if not (self._model.config.fusion.predicts_presence and self._second_fusion):

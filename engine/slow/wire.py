@@ -3,7 +3,7 @@
 
 A message is a list of buffers (one ZeroMQ multipart message). The first is a msgpack map of at most MAX_HEADER_BYTES:
 
-    {"version": 4, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
+    {"version": 5, "kind": "request", <the kind's own fields>, "tensors": [[name, dtype, shape], ...]}
 
 and each tensor follows as one buffer, C order, little endian. A request's sentence is a tensor too (UTF-8 bytes), which
 keeps the header small. Everything is declared below and checked before anything is allocated; decoded arrays are
@@ -21,7 +21,7 @@ import numpy as np
 from virst_engine.errors import WireError
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_HEADER_BYTES = 32 * 1024
 MAX_TENSOR_BYTES = 256 * 1024 * 1024
 MAX_TENSORS = 3
@@ -30,6 +30,7 @@ MAX_FRAMES = 100
 MAX_BOXES = 64  # of one frame
 MAX_NAME_CHARACTERS = 1024  # goal ids, cameras, models, reasoners
 MAX_ERROR_CHARACTERS = 2000
+MAX_WORDS_CHARACTERS = 2000  # of an answer in words
 MAX_SENTENCE_BYTES = 400_000  # goal.max_length at its highest, in UTF-8
 MAX_TIMINGS = 32
 MAX_TIMING_CHARACTERS = 64
@@ -148,6 +149,7 @@ def _encode_request(request: ReasonerRequest) -> list[Buffer]:
         "camera": _text("camera", clip.camera, MAX_NAME_CHARACTERS),
         "steps": _times("steps", clip.steps.tolist()),
         "stamps_ns": _times("stamps_ns", clip.stamps_ns.tolist()),
+        "wants_words": _flag("wants_words", request.wants_words),
     }
     try:
         sentence = request.sentence.encode()
@@ -163,10 +165,11 @@ def _encode_request(request: ReasonerRequest) -> list[Buffer]:
 
 
 def _decode_request(header: dict[str, Any], buffers: Sequence[Buffer]) -> ReasonerRequest:
-    _fields(header, "request_id", "epoch", "goal_id", "camera", "steps", "stamps_ns")
+    _fields(header, "request_id", "epoch", "goal_id", "camera", "steps", "stamps_ns", "wants_words")
     identity = _identity(header["request_id"], header["epoch"], header["goal_id"])
     camera = _text("camera", header["camera"], MAX_NAME_CHARACTERS)
     steps, stamps_ns = _times("steps", header["steps"]), _times("stamps_ns", header["stamps_ns"])
+    wants_words = _flag("wants_words", header["wants_words"])
     sentence, frames, fusion = _tensors(header["tensors"], buffers, (_SENTENCE, _FRAMES, _FUSION))
     _same_length(header, frames=len(frames), fusion=len(fusion))
     try:
@@ -174,7 +177,7 @@ def _decode_request(header: dict[str, Any], buffers: Sequence[Buffer]) -> Reason
     except UnicodeDecodeError as error:
         raise WireError(f"sentence: not UTF-8 ({error.reason} at byte {error.start})") from error
     clip = Clip(np.array(steps, np.int64), np.array(stamps_ns, np.int64), frames, fusion, camera)
-    return ReasonerRequest(**identity, sentence=text, clip=clip)
+    return ReasonerRequest(**identity, sentence=text, clip=clip, wants_words=wants_words)
 
 
 def _encode_answer(answer: ReasonerAnswer) -> list[Buffer]:
@@ -184,8 +187,9 @@ def _encode_answer(answer: ReasonerAnswer) -> list[Buffer]:
         "steps": _times("steps", [int(prompt.step) for prompt in answer.prompts]),
         "stamps_ns": _times("stamps_ns", [int(prompt.stamp_ns) for prompt in answer.prompts]),
         "confidences": _confidences([float(prompt.confidence) for prompt in answer.prompts]),
+        "words": _text("words", answer.words, MAX_WORDS_CHARACTERS),
     }
-    _prompts_or_error(len(answer.prompts), answer.error)
+    _one_of(len(answer.prompts), answer.words, answer.error)
     if not answer.prompts:
         return _pack("answer", header)
     boxes = [prompt.boxes for prompt in answer.prompts if prompt.boxes is not None]
@@ -199,13 +203,16 @@ def _encode_answer(answer: ReasonerAnswer) -> list[Buffer]:
 
 
 def _decode_answer(header: dict[str, Any], buffers: Sequence[Buffer]) -> ReasonerAnswer:
-    _fields(header, "request_id", "epoch", "goal_id", "error", "timings_ms", "steps", "stamps_ns", "confidences")
+    _fields(
+        header, "request_id", "epoch", "goal_id", "error", "timings_ms", "steps", "stamps_ns", "confidences", "words"
+    )
     identity = _identity(header["request_id"], header["epoch"], header["goal_id"])
     error = _text("error", header["error"], MAX_ERROR_CHARACTERS)
     timings_ms = _timings(header["timings_ms"])
     steps, stamps_ns = _times("steps", header["steps"]), _times("stamps_ns", header["stamps_ns"])
     confidences = _confidences(header["confidences"])
-    _prompts_or_error(len(steps), error)
+    words = _text("words", header["words"], MAX_WORDS_CHARACTERS)
+    _one_of(len(steps), words, error)
     prompts: tuple[Prompt, ...] = ()
     if steps:
         has_boxes = _names_first(header["tensors"], _BOXES)
@@ -217,7 +224,7 @@ def _decode_answer(header: dict[str, Any], buffers: Sequence[Buffer]) -> Reasone
     else:
         _tensors(header["tensors"], buffers, ())
         _same_length(header, confidences=len(confidences))
-    return ReasonerAnswer(**identity, prompts=prompts, error=error, timings_ms=timings_ms)
+    return ReasonerAnswer(**identity, prompts=prompts, error=error, timings_ms=timings_ms, words=words)
 
 
 def _decode_hello(header: dict[str, Any], buffers: Sequence[Buffer]) -> Hello:
@@ -366,6 +373,12 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise WireError(f"{name}: true or false was expected, got {_show(value)}")
+    return value
+
+
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, float) or not math.isfinite(value):
         raise WireError(f"{name}: a finite float was expected, got {_show(value)}")
@@ -413,9 +426,9 @@ def _same_length(header: Mapping[str, Any], **tensors: int) -> None:
             raise WireError(f"{name}: {length} entries for {frames} steps")
 
 
-def _prompts_or_error(prompts: int, error: str) -> None:
-    if (prompts == 0) == (error == ""):
-        raise WireError("prompts: an answer has either prompts or an error")
+def _one_of(prompts: int, words: str, error: str) -> None:
+    if [prompts > 0, words != "", error != ""].count(True) != 1:
+        raise WireError("prompts: an answer has either prompts, or words, or an error")
 
 
 def _finite(embeddings: np.ndarray) -> np.ndarray:

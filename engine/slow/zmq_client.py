@@ -42,6 +42,7 @@ class _Asked:
     epoch: int
     goal_id: str
     frames: tuple[tuple[int, int], ...]  # (step, stamp_ns)
+    wants_words: bool
 
 
 class ZmqReasonerClient:
@@ -104,7 +105,7 @@ class ZmqReasonerClient:
         with self._lock:
             if self._is_closed:
                 return
-            self._asked[request.request_id] = _Asked(request.epoch, request.goal_id, frames)
+            self._asked[request.request_id] = _Asked(request.epoch, request.goal_id, frames, request.wants_words)
             while len(self._asked) > REMEMBERED_REQUESTS:
                 self._asked.popitem(last=False)
             self._unsent[request.goal_id] = parts
@@ -255,6 +256,8 @@ class ZmqReasonerClient:
             raise WireError(f"goal_id: request {answer.request_id} was about goal {asked.goal_id}, epoch {asked.epoch}")
         if answer.prompts and tuple((prompt.step, prompt.stamp_ns) for prompt in answer.prompts) != asked.frames:
             raise WireError(f"steps: the answer to request {answer.request_id} is about other frames")
+        if not answer.error and bool(answer.words) != asked.wants_words:
+            raise WireError(f"words: request {answer.request_id} wants {'words' if asked.wants_words else 'prompts'}")
         del self._asked[answer.request_id]
 
     def _send(self, parts: list[wire.Buffer]) -> bool:

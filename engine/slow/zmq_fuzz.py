@@ -439,17 +439,20 @@ class _Echo:
     """A reasoner without a model."""
 
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
+        if request.wants_words:
+            return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, (), words=request.sentence[:100])
         frames = zip(request.clip.steps.tolist(), request.clip.stamps_ns.tolist(), strict=True)
         prompts = tuple(Prompt(step, stamp_ns, np.zeros((3, 2), np.float32)) for step, stamp_ns in frames)
         return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts)
 
 
 def _be_client(address: str, result: Path) -> None:
-    """A session that asks about one goal, as the sample answers answer it."""
-    (sample,) = [message for message in sample_messages() if isinstance(message, ReasonerRequest)]
+    """A session that asks about one goal and one question, as the sample answers answer them."""
+    samples = [message for message in sample_messages() if isinstance(message, ReasonerRequest)]
     with contextlib.closing(ZmqReasonerClient(address, model="tabletop-tiny 0123", heartbeat_s=0.05)) as client:
         while True:
-            client.submit(sample)
+            for sample in samples:
+                client.submit(sample)
             client.poll()
             client.status()
             heartbeat = client.heartbeat()

@@ -14,6 +14,7 @@ def request_of(
     epoch: int = 0,
     frames: int = 3,
     side: int = 4,
+    wants_words: bool = False,
 ) -> ReasonerRequest:
     clip = Clip(
         steps=np.arange(frames, dtype=np.int64),
@@ -21,10 +22,12 @@ def request_of(
         frames_rgb_u8=np.zeros((frames, side, side, 3), np.uint8),
         fusion=np.zeros((frames, 2, side, side), np.float16),
     )
-    return ReasonerRequest(request_id, epoch, goal_id, sentence, clip)
+    return ReasonerRequest(request_id, epoch, goal_id, sentence, clip, wants_words)
 
 
 def answer_to(request: ReasonerRequest, error: str = "") -> ReasonerAnswer:
+    if request.wants_words and not error:
+        return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, (), words=f"{request.sentence}: yes")
     frames = zip(request.clip.steps.tolist(), request.clip.stamps_ns.tolist(), strict=True)
     prompts = tuple(Prompt(step, stamp_ns, np.full((2, 3), step, np.float32)) for step, stamp_ns in frames)
     return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, () if error else prompts, error)

@@ -16,7 +16,9 @@ from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest
 
 
 class ObedientReasoner:
-    """Prompts hold the step of their frame. `sleep` and `spin` take the seconds that follow; others fail as told.
+    """Prompts hold the step of their frame, words repeat the question; `mask` and `talk` give the other one of both.
+
+    `sleep` and `spin` take the seconds that follow; others fail as told.
 
     With a `journal`, each request leaves a line there as it begins: seconds, process, sentence.
     """
@@ -51,6 +53,8 @@ class ObedientReasoner:
             for step, stamp_ns in zip(clip.steps, clip.stamps_ns, strict=True)
         )
         answer = ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts)
+        if (request.wants_words and order != "mask") or order == "talk":
+            answer = replace(answer, prompts=(), words=f"you said: {request.sentence}")
         if order == "forge":
             forged = {
                 "request": {"request_id": 999},

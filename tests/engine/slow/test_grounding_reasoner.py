@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from tests.engine.slow.messages import request_of
 from tests.engine.slow.tiny_detectors import TINY
-from virst_engine.errors import BadGoal, WeightsError
+from virst_engine.errors import BadGoal, VirstError, WeightsError
 from virst_engine.slow.grounding_reasoner import Detections, GroundingReasoner, phrase_of
 from virst_engine.slow.transformers_detector import TransformersDetector, load_detector
 
@@ -214,3 +214,10 @@ def test_an_old_transformers_is_told(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", old)
     with pytest.raises(WeightsError, match=r"transformers >= 4\.50"):
         load_detector(folder)
+
+
+def test_a_question_is_refused_with_what_can_be_asked_instead():
+    detector = Scripted([A], [0.9])
+    with pytest.raises(VirstError, match=r"has no words.*set_goal.*tabletop-tiny"):
+        GroundingReasoner(detector).answer(request_of("the red ball", wants_words=True))
+    assert detector.asked == []

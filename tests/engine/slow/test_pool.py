@@ -120,6 +120,41 @@ def test_a_request_comes_back_answered_under_its_own_id(fleet: Fleet) -> None:
     assert answer.timings_ms["pool"] == 0.0
 
 
+def test_a_question_goes_its_way_beside_the_goals(fleet: Fleet) -> None:
+    fleet.join(b"a")
+    fleet.ask(1, goal_id="g")
+    question = request_of("what can roll", 2, "\x1fquestion_1", wants_words=True)
+    fleet.pool.robot_says(ROBOT, question, fleet.now_s)
+    fleet.deliver()
+    fleet.ask(3, goal_id="g")  # of the goal, while its first request is computed
+    fleet.answer(b"a")
+    assert fleet.at[b"a"] == [replace(question, request_id=1001)]
+    fleet.answer(b"a")
+    fleet.answer(b"a")
+    told = [(answer.request_id, len(answer.prompts), answer.words) for answer in fleet.answers[ROBOT]]
+    assert told == [(1, 3, ""), (2, 0, "what can roll: yes"), (3, 3, "")]
+
+
+def test_a_question_that_is_cancelled_is_not_computed_and_goals_are(fleet: Fleet) -> None:
+    fleet.ask(1, goal_id="g")
+    fleet.pool.robot_says(ROBOT, request_of("what", 2, "\x1fquestion_1", wants_words=True), fleet.now_s)
+    fleet.pool.robot_says(ROBOT, wire.Cancel("\x1fquestion_1"), fleet.now_s)
+    fleet.join(b"a")
+    fleet.answer(b"a")
+    assert fleet.at[b"a"] == []
+    assert fleet.ids() == [1]
+
+
+def test_a_question_is_handed_over_like_a_goal(fleet: Fleet) -> None:
+    fleet.join(b"a", b"b")
+    fleet.greet(ROBOT)
+    fleet.pool.robot_says(ROBOT, request_of("what", 2, "\x1fquestion_1", wants_words=True), fleet.now_s)
+    fleet.deliver()
+    fleet.lose(b"a")
+    fleet.answer(b"b")
+    assert [answer.words for answer in fleet.answers[ROBOT]] == ["what: yes"]
+
+
 def test_robots_with_the_same_ids_get_their_own_answers(fleet: Fleet) -> None:
     fleet.join(b"a", b"b")
     fleet.ask(1, robot=b"r1")
@@ -467,6 +502,7 @@ def test_reasoners_that_stop_in_an_orderly_way_do_not_count(fleet: Fleet) -> Non
         ReasonerAnswer(1000, 0, "another", (), "error"),
         ReasonerAnswer(1000, 9, "goal", (), "error"),
         replace(answer_to(request_of()), request_id=1000, prompts=answer_to(request_of()).prompts[1:]),
+        ReasonerAnswer(1000, 0, "goal", (), words="words for a goal"),
         wire.Cancel("goal"),
         wire.Hello(),
         wire.Refusal("no"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engine.model.small_virst_7b import SMALL_7B, VOCABULARY, small_virst_7b, write_tokenizer
-from virst_engine.errors import BadGoal, WeightsError
+from virst_engine.errors import BadGoal, VirstError, WeightsError
 from virst_engine.model.chat_tokenizer import ChatTokenizer
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst_7b import Virst7b
@@ -272,3 +272,8 @@ def test_nothing_of_the_tests_own_folder_is_needed(tmp_path: Path) -> None:
     own = Virst7bReasoner(model, ChatTokenizer(tmp_path / "tokenizer", VOCABULARY))
     request = request_of(clip_of(1, 2, 3, 4, 5))
     np.testing.assert_array_equal(embeddings_of(reasoner.answer(request)), embeddings_of(own.answer(request)))
+
+
+def test_a_question_is_refused_with_what_can_be_asked_instead(reasoner: Virst7bReasoner) -> None:
+    with pytest.raises(VirstError, match=r"virst-7b has no words.*set_goal.*tabletop-tiny"):
+        reasoner.answer(replace(request_of(clip_of(0)), wants_words=True))

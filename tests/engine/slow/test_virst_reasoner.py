@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The method `virst` behind the reasoner's one call: requests in, prompts for their frames out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.engine.model.small_models import SMALL, small_virst, with_fusion
-from virst_engine.errors import BadGoal, WeightsError
+from virst_engine.errors import BadGoal, Unanswered, WeightsError
 from virst_engine.model.config import VirstConfig
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst import ClipEncoding, Virst
 from virst_engine.model.words import WordTokenizer
-from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
+from virst_engine.slow.virst_reasoner import LONGEST_ANSWER_WORDS, LONGEST_GOAL_WORDS, VirstReasoner
 from virst_engine.types import Clip, ReasonerRequest
 
 T, N, C = 3, SMALL.fusion.st_tokens, SMALL.sam2.channels
@@ -168,3 +170,34 @@ def test_the_level_that_fusion_reads_sets_the_size_of_the_features(level: int, g
 def test_one_frame_is_a_clip(model: Virst) -> None:
     request = request_of(frames=1)
     assert len(VirstReasoner(model).answer(request).prompts) == 1
+
+
+def test_a_question_is_answered_in_the_words_of_the_model(model: Virst) -> None:
+    reasoner, tokenizer, request = VirstReasoner(model), WordTokenizer(SMALL.words), request_of()
+    sentences = ("the red ball", "the big blue box", "is there the can")
+    answers = [reasoner.answer(replace(request, sentence=each, wants_words=True)) for each in sentences]
+    with torch.no_grad():
+        frames = normalise(torch.from_numpy(request.clip.frames_rgb_u8))[None]
+        clip = model.encode_clip(frames, torch.from_numpy(request.clip.fusion).float()[None])
+        expected = [
+            tokenizer.decode(model.answer_tokens(clip, torch.tensor([tokenizer.encode(each)]), LONGEST_ANSWER_WORDS))
+            for each in sentences
+        ]
+    assert [answer.words for answer in answers] == expected
+    for answer in answers:
+        assert (answer.request_id, answer.epoch, answer.goal_id) == (7, 2, "g")
+        assert (answer.prompts, answer.error) == ((), "")
+        assert 1 <= len(answer.words.split()) <= LONGEST_ANSWER_WORDS
+        assert set(answer.words.split()) <= set(SMALL.words)
+
+
+def test_a_question_that_cannot_be_read_is_refused_in_the_words_of_goals(model: Virst) -> None:
+    with pytest.raises(BadGoal, match="does not know 'drawer'"):
+        VirstReasoner(model).answer(replace(request_of("is the drawer there"), wants_words=True))
+
+
+def test_a_model_that_has_no_word_says_so() -> None:
+    silent = small_virst()
+    torch.nn.init.zeros_(silent.lm_head.weight)  # of words that are all as likely the first is taken, which is the end
+    with pytest.raises(Unanswered, match="ask in other words"):
+        VirstReasoner(silent).answer(replace(request_of(), wants_words=True))

@@ -63,7 +63,7 @@ def requests(draw):
         camera=draw(NAMES),
     )
     sentence = draw(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
-    return ReasonerRequest(draw(INTEGERS), draw(INTEGERS), draw(NAMES), sentence, clip)
+    return ReasonerRequest(draw(INTEGERS), draw(INTEGERS), draw(NAMES), sentence, clip, draw(st.booleans()))
 
 
 def boxed(boxes):
@@ -75,7 +75,12 @@ def answers(draw):
     identity = (draw(INTEGERS), draw(INTEGERS), draw(NAMES))
     timings = draw(st.dictionaries(NAMES, FLOATS, max_size=4))
     if draw(st.booleans()):
-        return ReasonerAnswer(*identity, (), draw(NAMES.filter(bool)), timings)
+        text = draw(NAMES.filter(bool))
+        return (
+            ReasonerAnswer(*identity, (), "", timings, text)
+            if draw(st.booleans())
+            else ReasonerAnswer(*identity, (), text, timings)
+        )
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     finite = arrays.arrays(np.float32, shape, elements=st.floats(-(2.0**99), 2.0**99, width=32))
     prompts = st.builds(Prompt, step=INTEGERS, stamp_ns=INTEGERS, embeddings=finite, confidence=st.floats(0.0, 1.0))
@@ -154,6 +159,7 @@ def test_a_long_error_is_shortened_but_sent():
 
 
 REQUEST, ANSWER = travel(small_request()), travel(small_answer())
+WORDS = travel(small_answer(prompts=(), words="red ball"))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +201,16 @@ REQUEST, ANSWER = travel(small_request()), travel(small_answer())
         ([REQUEST[0], b"\xff" * len(REQUEST[1]), *REQUEST[2:]], "sentence: not UTF-8"),
         (with_header(ANSWER, steps=[], stamps_ns=[]), "prompts: an answer has either"),
         (with_header(ANSWER, error="broken"), "prompts: an answer has either"),
+        (with_header(ANSWER, words="red ball"), "prompts: an answer has either"),
+        (with_header(WORDS, error="broken"), "prompts: an answer has either"),
+        (with_header(WORDS, words=""), "prompts: an answer has either"),
+        (with_header(WORDS, words=...), "words"),
+        (with_header(WORDS, words=["red", "ball"]), "words: a text"),
+        (with_header(WORDS, words="x" * 2001), "words: 2001 characters, at most 2000"),
+        (with_header(WORDS, confidences=[1.0]), "confidences: 1 entries for 0"),
+        (with_header(REQUEST, wants_words=...), "wants_words"),
+        (with_header(REQUEST, wants_words=1), "wants_words: true or false"),
+        (with_header(REQUEST, wants_words="yes"), "wants_words: true or false"),
         (with_header([ANSWER[0]], error="broken", steps=[], stamps_ns=[], tensors=[]), "confidences: 2 entries for 0"),
         (with_header(ANSWER, steps=[0], stamps_ns=[0]), "prompts: 2 entries for 1 steps"),
         (with_header(ANSWER, confidences=[1.0]), "confidences: 1 entries for 2 steps"),
@@ -246,6 +262,9 @@ def test_a_tensor_outside_its_declared_bounds_is_rejected(spec):
         (small_request(frames=101), "steps"),
         (replace(small_request(), epoch=-1), "epoch"),
         (small_answer(prompts=()), "prompts"),
+        (small_answer(words="red ball"), "prompts: an answer has either"),
+        (small_answer(prompts=(), words="x" * 2001), "words: 2001 characters"),
+        (small_answer(prompts=(), words="\ud800"), "words: not valid Unicode"),
         (small_answer(prompts=(Prompt(0, 0, np.full((1, 2), np.inf, np.float32)),)), "finite"),
         (small_answer(prompts=(Prompt(0, 0, np.zeros((1, 2), np.float32), 1.5),)), "confidences: numbers from 0 to 1"),
         (small_answer(prompts=(Prompt(0, 0, np.zeros((1, 2), np.float32), np.nan),)), "confidences"),

@@ -34,14 +34,14 @@ SPEC.loader.exec_module(MODULE)
 ObedientReasoner = MODULE.ObedientReasoner
 
 
-def request_of(sentence, request_id=1, goal_id="goal", epoch=0, frames=3, side=4):
+def request_of(sentence, request_id=1, goal_id="goal", epoch=0, frames=3, side=4, wants_words=False):
     clip = Clip(
         steps=np.arange(frames, dtype=np.int64),
         stamps_ns=np.arange(frames, dtype=np.int64) * 100,
         frames_rgb_u8=np.zeros((frames, side, side, 3), np.uint8),
         fusion=np.zeros((frames, 2, side, side), np.float16),
     )
-    return ReasonerRequest(request_id, epoch, goal_id, sentence, clip)
+    return ReasonerRequest(request_id, epoch, goal_id, sentence, clip, wants_words)
 
 
 def wait_until(condition, seconds=20.0):
@@ -105,6 +105,28 @@ def test_an_answer_comes_back_with_its_prompts(endpoint):
         np.testing.assert_array_equal(answer.prompts[2].embeddings, np.full((2, 3), 2.0))
         assert "queue" in answer.timings_ms
         wait_until(lambda: client.status() == "")
+
+
+def test_a_question_comes_back_with_words_beside_the_prompts_of_a_goal(endpoint):
+    with server_thread(endpoint), connected(endpoint) as client:
+        client.submit(request_of("the red ball", request_id=1))
+        client.submit(request_of("what can roll", request_id=2, goal_id="\x1fquestion_1", wants_words=True))
+        answers = []
+        wait_until(lambda: answers.extend(client.poll()) or len(answers) == 2)
+        assert [(answer.request_id, bool(answer.prompts), answer.words) for answer in answers] == [
+            (1, True, ""),
+            (2, False, "you said: what can roll"),
+        ]
+        assert client.status() == ""
+
+
+@pytest.mark.parametrize(("order", "wants_words"), [("mask", True), ("talk", False)])
+def test_prompts_for_a_question_and_words_for_a_goal_are_dropped(endpoint, order, wants_words, caplog):
+    with server_thread(endpoint), connected(endpoint) as client:
+        client.submit(request_of(order, wants_words=wants_words))
+        wait_until(lambda: client.poll() or "dropped a message" in caplog.text)
+        assert f"request 1 wants {'words' if wants_words else 'prompts'}" in caplog.text
+        assert client.dropped == 1
 
 
 def test_the_socket_is_for_its_owner_only_and_goes_with_the_server(endpoint):
