@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig
-from virst_engine.errors import BadPrompt, VirstError
+from virst_engine.errors import BadPrompt, Unanswered, VirstError
 from virst_engine.fast.object_registry import ONLY_CAMERA, ObjectRegistry
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import fit_image, resize_image
@@ -38,7 +38,8 @@ from virst_engine.slow.anchors import (
     select_anchors,
 )
 from virst_engine.slow.frame_window import FrameWindow
-from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
+from virst_engine.slow.question_book import Question, QuestionBook
+from virst_engine.slow.reasoner import NoReasoner, ReasonerClient, refusal
 from virst_engine.slow.request_book import OpenRequest, RequestBook
 from virst_engine.timing import StageTimer
 from virst_engine.types import (
@@ -49,6 +50,7 @@ from virst_engine.types import (
     ObjectResult,
     ObjectState,
     Prompt,
+    ReasonerRequest,
 )
 
 logger = logging.getLogger(__name__)
@@ -150,6 +152,7 @@ class CameraStream:
 
         self._lock = lock  # guards what follows; never held while a model runs
         self._requests = RequestBook(config.reasoner)
+        self._questions = QuestionBook()
         self._commands: list[_Command] = []
         self._pending: dict[str, _Track] = {}  # every goal that is set, the newest included
         self._states: dict[str, ObjectState] = {}  # by goal id
@@ -210,6 +213,18 @@ class CameraStream:
         check_prompt(prompt, image_size, self._sizes.prompt_tokens)
         return step
 
+    def ask(self, sentence: str) -> Question:
+        """A question about the clip that ends at the next frame. Under the lock. Raises Unanswered."""
+        if not self._has_reasoner:
+            raise Unanswered("this model has no reasoner, so it has no words either; ask tabletop-tiny")
+        if not self._cached:
+            raise Unanswered("no frame has been seen yet; ask again when one has")
+        return self._questions.add(sentence)
+
+    def drop_questions(self) -> list[Question]:
+        """Those that are open and get no answer any more. Under the lock; to be failed without it."""
+        return self._questions.drop_all()
+
     def state(self, goal_id: str) -> ObjectState:
         """In the newest frame; SEARCHING for a goal that no frame has met yet. Under the lock."""
         return self._states.get(goal_id, ObjectState.SEARCHING)
@@ -218,12 +233,13 @@ class CameraStream:
         """In the newest frame; None where this camera has no such instance. Under the lock."""
         return self._instance_states.get(object_id)
 
-    def reset(self) -> None:
-        """Under the lock."""
+    def reset(self) -> list[Question]:
+        """Questions that get no answer any more. Under the lock; they are to be failed without it."""
         self._requests.new_epoch()
         self._cached.clear()
         if not (self._commands and self._commands[-1].reset):
             self._commands.append(_Command(reset=True))
+        return self.drop_questions()
 
     def reconfigure(self, config: EngineConfig) -> None:
         """Under the lock."""
@@ -254,7 +270,9 @@ class CameraStream:
                 (self._newest_ns - frame.stamp_ns) / 1e9,
             )
             with self._lock:
-                self.reset()
+                dropped = self.reset()
+            for question in dropped:
+                question.fail(Unanswered("the camera's clock went back: what was seen is forgotten; ask again"))
         self._carry_out_commands()
         self.camera, self._newest_ns = frame.camera, frame.stamp_ns
 
@@ -268,7 +286,10 @@ class CameraStream:
         with timer.stage("anchors"):
             self._listen(frame)
             if self._has_reasoner:
-                self._ask(frame)
+                has_recovered = self._look_after_reasoner()
+                self._ask(frame, has_recovered=has_recovered)
+                if self._questions:
+                    self._ask_in_words(frame, has_recovered=has_recovered)
                 self._listen(frame)  # a reasoner in this process has answered already
         with timer.stage("replay"):
             for slot in self.tracker.catch_up():
@@ -427,15 +448,18 @@ class CameraStream:
         track.is_weak, track.dispute, track.claim = False, Dispute(), None
         track.seen_dispute, track.seen_claim = Dispute(), None
 
-    def _ask(self, frame: Frame) -> None:
-        """Hand the reasoner the newest clip for every goal that is due."""
+    def _look_after_reasoner(self) -> bool:
+        """Whether it listens again, having been in trouble."""
         was_in_trouble = bool(self._trouble)
         self._trouble = self._reasoner.status()
-        recovered = was_in_trouble and not self._trouble
+        return was_in_trouble and not self._trouble
+
+    def _ask(self, frame: Frame, *, has_recovered: bool) -> None:
+        """Hand the reasoner the newest clip for every goal that is due."""
         requests = []
         with self._lock:
-            for goal in self._requests.give_up(frame.stamp_ns, everything=recovered):
-                if not recovered and goal.goal_id in self._tracks:
+            for goal in self._requests.give_up(frame.stamp_ns, everything=has_recovered):
+                if not has_recovered and goal.goal_id in self._tracks:
                     self._tracks[
                         goal.goal_id
                     ].problem = f"no answer of the reasoner for {self._config.reasoner.ttl_s:g} s, asked again"
@@ -457,6 +481,38 @@ class CameraStream:
                 self._reasoner.submit(request)
             except VirstError as error:  # the stream goes on; the request is given up when its time is over
                 track.problem = str(error)
+
+    def _ask_in_words(self, frame: Frame, *, has_recovered: bool) -> None:
+        """Hand the reasoner the next question with the newest clip, and fail those that get no answer."""
+        request: ReasonerRequest | None = None
+        ttl_s = self._config.reasoner.ttl_s
+        with self._lock:
+            if has_recovered:
+                self._questions.ask_again()
+            late = self._questions.meet(frame.stamp_ns, ttl_s)
+            waiting = self._questions.drop_waiting() if self._trouble else []
+            question = None if self._trouble else self._questions.next()
+            if question is not None:
+                request = self._questions.request(question, self._requests.new_request_id(), self._window.clip())
+            worthless = self._questions.take_worthless()
+        for question_id in worthless:
+            self._reasoner.cancel(question_id)
+        for question in late:
+            why = self._trouble or "ask again, or raise reasoner.ttl_s"
+            question.fail(Unanswered(f"no answer of the reasoner for {ttl_s:g} s: {why}"))
+        for question in waiting:
+            question.fail(Unanswered(self._trouble))
+        if request is not None:
+            self._submit_question(request)
+
+    def _submit_question(self, request: ReasonerRequest) -> None:
+        try:
+            self._reasoner.submit(request)
+        except VirstError as error:
+            with self._lock:
+                question = self._questions.take_answer(refusal(request, str(error)))
+            if question is not None:
+                question.fail(Unanswered(str(error)))
 
     def _is_due(self, track: _Track, frame: Frame) -> bool:
         # A goal that was cleared or set anew by another thread has a new track from the next frame on.
@@ -483,11 +539,15 @@ class CameraStream:
     def _listen(self, frame: Frame) -> None:
         for answer in self._reasoner.poll():
             with self._lock:
+                question = self._questions.take_answer(answer)
                 request = self._requests.take_answer(answer)
                 track = self._tracks.get(answer.goal_id)
                 is_current = track is not None and self._is_same_goal(track)
+            if question is not None:
+                question.settle(answer)
+                continue
             if request is None or track is None or not is_current:
-                logger.debug("goal %s: dropped an answer that nobody waits for", answer.goal_id)
+                logger.debug("goal %a: dropped an answer that nobody waits for", answer.goal_id)
                 continue
             track.latency_s = (frame.stamp_ns - request.asked_ns) / 1e9
             track.problem = answer.error or self._what_is_wrong(answer.prompts)

@@ -5,7 +5,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
@@ -14,12 +15,13 @@ import torch
 from virst_engine.backends.base import Stages
 from virst_engine.camera_stream import CameraStream
 from virst_engine.config import EngineConfig
-from virst_engine.errors import BadFrame, BadGoal, BadPrompt, UnknownGoal, VirstError
+from virst_engine.errors import BadFrame, BadGoal, BadPrompt, Unanswered, UnknownGoal, VirstError
 from virst_engine.fast.deadline import Deadline, levels, smaller_sizes
 from virst_engine.fast.object_registry import ObjectRegistry
 from virst_engine.fast.preprocess import check_image
 from virst_engine.fast.tracker import Tracker, step_together, warm_up
-from virst_engine.slow.goals import GoalBook
+from virst_engine.slow.goals import GoalBook, checked_sentence
+from virst_engine.slow.question_book import Question
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.timing import StageTimer
 from virst_engine.types import ClickPrompt, Frame, FrameResult, Goal, KnownObject, MaskPrompt, ObjectState
@@ -229,6 +231,34 @@ class Session:
             stream.prompt(goal.goal_id, object_id, stream.check_prompt(prompt, stamp_ns), prompt)
         return goal
 
+    def ask(self, question: str, camera: str = "") -> Future[str]:
+        """Ask in words about what a camera sees; returns at once, whoever calls. Goals go on as they do.
+
+        The next frame takes the question up, and the answer comes with one of the frames after it. `result` of the
+        future waits for it, so the thread that steps must not call that. Until the question is taken up, `cancel` of
+        the future takes it back.
+
+        Args:
+            question: in the language of goals.
+            camera: the one that it is about; may be empty when there is only one.
+
+        Raises:
+            BadGoal: it is no question, or it is not said which of several cameras it is about.
+            Unanswered: there is no frame yet, no reasoner, or there are too many open questions. From the future:
+                the reasoner has no answer, or is not there, or was silent for `reasoner.ttl_s`; or the session was
+                reset or closed, or the camera's clock went back.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise Unanswered("the session is closed; open a new one")
+            names = self.cameras
+            if len(names) > 1 and not camera:
+                raise BadGoal(f"say which camera the question is about; there are: {', '.join(names)}")
+            if names and camera not in ("", *names):
+                raise BadGoal(f"there is no camera {camera[:40]!r}; there are: {', '.join(names)}")
+            stream = self._streams[camera] if names and camera else next(iter(self._streams.values()))
+            return stream.ask(checked_sentence(question, self._config.goal.max_length)).answer
+
     def clear_goal(self, goal_id: str) -> Goal:
         """Stop tracking its object. Raises UnknownGoal."""
         with self._lock:
@@ -298,13 +328,13 @@ class Session:
     def reset(self, camera: str = "") -> None:
         """Forget all that was seen, by that camera or by all; goals stay and are asked about anew.
 
-        Answers on their way are dropped. What was pointed out stays as a goal, too, but has to be pointed out again:
-        `prompt_object`.
+        Answers on their way are dropped, and so are questions. What was pointed out stays as a goal, too, but has to be
+        pointed out again: `prompt_object`.
         """
         with self._lock:
-            for name, stream in self._streams.items():
-                if camera in ("", name):
-                    stream.reset()
+            streams = [stream for name, stream in self._streams.items() if camera in ("", name)]
+            dropped = [question for stream in streams for question in stream.reset()]
+        _fail(dropped, "the session was reset: what was seen is forgotten; ask again")
 
     def reconfigure(self, config: EngineConfig) -> None:
         """Use other parameters from the next frame on.
@@ -351,11 +381,14 @@ class Session:
             warm_up([tracker] * len(self._streams), between)
 
     def close(self) -> None:
-        """Give back the reasoner's connections. May be called twice."""
-        if not self._is_closed:
-            self._is_closed = True
+        """Give back the reasoner's connections. Open questions get no answer. May be called twice."""
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+            dropped = [question for stream in self._streams.values() for question in stream.drop_questions()]
+        if not was_closed:
             for stream in self._streams.values():
                 stream.close()
+        _fail(dropped, "the session was closed")
 
     def __enter__(self) -> "Session":
         return self
@@ -506,3 +539,9 @@ class Session:
             if stream.follows(goal_id):
                 stream.unfollow(goal_id, [each.slots[camera] for each in released if camera in each.slots])
         return goal
+
+
+def _fail(questions: Iterable[Question], reason: str) -> None:
+    """Without the session's lock."""
+    for question in questions:
+        question.fail(Unanswered(reason))

@@ -243,7 +243,10 @@ def moving_square(colour: tuple[float, float, float] = RED, row: int = 2) -> Squ
 
 
 class FakeReasoner:
-    """A `Reasoner` that finds the first colour word of the sentence; `meaning` may say what a sentence means when."""
+    """A `Reasoner` that finds the first colour word of the sentence; `meaning` may say what a sentence means when.
+
+    It answers a question with the question and the number of the clip's newest frame.
+    """
 
     def __init__(self, meaning: Callable[[ReasonerRequest], tuple[float, float, float]] | None = None) -> None:
         self._meaning = meaning
@@ -251,6 +254,9 @@ class FakeReasoner:
 
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
         self.requests.append(request)
+        if request.wants_words:
+            words = f"{request.sentence}: {request.clip.frames_rgb_u8[-1][0, 0].mean():.0f}"
+            return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, (), words=words)
         if self._meaning is not None:
             colour = self._meaning(request)
         else:

@@ -82,10 +82,15 @@ class RequestBook:
         wait_s = self._reasoner.period_s if is_tracked else self._reasoner.retry_s
         return now_ns - entry.asked_ns >= round(wait_s * 1e9)
 
+    def new_request_id(self) -> int:
+        """One that no request of this camera has had, about a goal or otherwise."""
+        self._request_id += 1
+        return self._request_id
+
     def open_request(self, goal_id: str, clip: Clip, *, is_full_window: bool) -> ReasonerRequest:
         """Note that this goal asks about the clip, at the stamp of its newest frame."""
         entry = self._entries[goal_id]
-        self._request_id += 1
+        self.new_request_id()
         now_ns = int(clip.stamps_ns[-1])
         entry.in_flight = OpenRequest(self._request_id, now_ns, is_full_window, int(clip.steps[-1]))
         entry.unanswered = [*entry.unanswered, entry.in_flight][-MAX_OPEN_REQUESTS:]
