@@ -66,6 +66,11 @@ def understands_sentences(parameters: ModelParameters, method: str = "virst") ->
     return method == "grounding" or not is_sam2(parameters)
 
 
+def answers_questions(parameters: ModelParameters, method: str = "virst") -> bool:
+    """Whether the reasoner of this method and model has words, too."""
+    return method != "grounding" and understands_sentences(parameters, method)
+
+
 def weights_sha256(parameters: ModelParameters) -> str:
     """SHA-256 of the weights file, in hexadecimal. Raises WeightsError."""
     path, digest = weights_path(parameters), hashlib.sha256()

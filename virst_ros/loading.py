@@ -2,6 +2,7 @@
 """From a configuration to a running engine: weights, stages, the connection to the reasoner, the session."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ from virst_engine.session import Session
 from virst_engine.slow.reasoner import NoReasoner, ReasonerClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.weights import (
+    answers_questions,
     load_goal_check,
     load_stages,
     reasoner_identity,
@@ -34,7 +36,8 @@ class LoadedEngine:
     # An object that was pointed at in the image of that stamp (ns, 0 = the newest) and camera -> what tracks it. Raises
     # BadGoal. None: the engine takes sentences only.
     add_object: Callable[[PromptedObject, int, str], Goal] | None = None
-    ask: Callable[[str], str] | None = None  # a question -> the answer in words; None: the method has none
+    # A question, and the camera that it is about -> the answer in words. Raises as Session.ask. None: there are none.
+    ask: Callable[[str, str], Future[str]] | None = None
 
 
 class ToldToEnd(VirstError):
@@ -79,6 +82,7 @@ def load_engine(
         model=LoadedModel(config.model.name, str(path), type(stages).__name__, config.model.device),
         check_goal=check_goal,
         add_object=partial(add_prompted, session),
+        ask=session.ask if answers_questions(config.model, config.reasoner.method) else None,
     )
 
 

@@ -238,6 +238,7 @@ class SegmenterNode(LifecycleNode):
             camera.destroy_inputs()
         if self._segment is not None:
             self._segment.stop(reason)
+        self._requests.stop(reason)
         if self._thread is not None:
             if self._thread.stop(STOP_TIMEOUT_S):
                 self._thread = None

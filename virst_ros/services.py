@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's services. Each returns at once; what takes time goes on in the session, or is an action."""
+"""The node's services. What takes time goes on in the session, or is an action; no answer keeps the others waiting."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rclpy.callback_groups import CallbackGroup
+from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from std_srvs.srv import SetBool, Trigger
 from virst_msgs.srv import AddObjects, Ask, ClearGoal, ListGoals, RemoveObject, SetGoal
 
-from virst_engine.errors import BadGoal, VirstError
+from virst_engine.errors import VirstError
 from virst_ros.goals import Goals
 from virst_ros.loading import LoadedEngine
 from virst_ros.parameters import limits_of
 from virst_ros.prompts import prompted_objects
+from virst_ros.questions import Questions
 
+ANSWER_GRACE_S = 1.0  # on top of reasoner.ttl_s: for the image that takes a question up, and for its telling why not
 LIST_SHARE = 10.0  # list_goals may be asked so many times as often as the others: planners poll it
 
 
@@ -39,6 +41,7 @@ class Services:
     ) -> None:
         self._node, self._goals, self._engine = node, goals, engine
         self._why_closed, self._enable = why_closed, enable
+        self._questions = Questions(node, MutuallyExclusiveCallbackGroup())
         self._listed: list[Any] = []
         self._listed_goals: tuple[Any, ...] = ()
         for kind, name, callback in (
@@ -46,34 +49,58 @@ class Services:
             (ClearGoal, "clear_goal", self._clear_goal),
             (AddObjects, "add_objects", self._add_objects),
             (RemoveObject, "remove_object", self._remove_object),
-            (Ask, "ask", self._ask),
             (SetBool, "enable", self._set_enabled),
             (Trigger, "reset", self._reset),
         ):
             node.create_service(kind, f"~/{name}", self._guarded(name, callback), callback_group=group)
+        node.create_service(Ask, "~/ask", self._guarded_wait("ask", self._ask), callback_group=group)
         node.create_service(ListGoals, "~/list_goals", self._list_goals, callback_group=group)
+
+    def stop(self, reason: str) -> None:
+        """End what is not answered yet: the node does not go on."""
+        self._questions.stop(reason)
 
     def _guarded(self, name: str, callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], Any]:
         """The callback, asked within limits and while the session can answer; what it raises becomes the answer."""
 
         def answer(request: Any, response: Any) -> Any:
-            too_often = self._goals.why_too_often(name)
-            if too_often:
-                response.success, response.message = False, f"nothing was done: {too_often}"
-                return response
-            response.success, response.message = False, self._why_closed()
-            if response.message:
-                self._goals.reject(name, response.message)
-                return response
-            try:
-                callback(request, response)
-            except Exception as error:
-                response.message = self._goals.refusal(name, error)
-                return response
-            response.success = True
+            if not self._is_refused(name, response):
+                try:
+                    callback(request, response)
+                    response.success = True
+                except Exception as error:
+                    response.message = self._goals.refusal(name, error)
             return response
 
         return answer
+
+    def _guarded_wait(
+        self, name: str, callback: Callable[[Any, Any], Awaitable[None]]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        """The same for a callback that waits; the executor serves others meanwhile."""
+
+        async def answer(request: Any, response: Any) -> Any:
+            if not self._is_refused(name, response):
+                try:
+                    await callback(request, response)
+                    response.success = True
+                except Exception as error:
+                    response.message = self._goals.refusal(name, error)
+            return response
+
+        return answer
+
+    def _is_refused(self, name: str, response: Any) -> bool:
+        """Whether the request came too soon after others, or at a wrong time; the response says so then."""
+        response.success = False
+        too_often = self._goals.why_too_often(name)
+        if too_often:
+            response.message = f"nothing was done: {too_often}"
+            return True
+        response.message = self._why_closed()
+        if response.message:
+            self._goals.reject(name, response.message)
+        return bool(response.message)
 
     def _set_goal(self, request: SetGoal.Request, response: SetGoal.Response) -> None:
         goal = self._goals.set(
@@ -127,21 +154,19 @@ class Services:
         response.object_ids = [each.object_id for each in left]
         response.object_indices = [each.instance_id for each in left]
 
-    def _ask(self, request: Ask.Request, response: Ask.Response) -> None:
-        self._goals.check_camera(request.camera)
+    async def _ask(self, request: Ask.Request, response: Ask.Response) -> None:
         engine = self._engine()
         assert engine is not None
         if engine.ask is None:
+            self._goals.check_camera(request.camera)
             raise VirstError(
                 f"the model {engine.model.name} answers with masks, not with words: it can be told what to segment "
                 "(set_goal), but it cannot be asked"
             )
-        if len(request.question) > self._goals.longest:
-            raise BadGoal(
-                f"a question may have {self._goals.longest} characters, got {len(request.question)}; shorten it or "
-                "raise goal.max_length"
-            )
-        response.answer = engine.ask(request.question)
+        self._goals.check(request.question, request.camera)
+        ttl_s = self._node.get_parameter("reasoner.ttl_s").value
+        answer = engine.ask(request.question, request.camera)
+        response.answer = await self._questions.answer_of(answer, ttl_s + ANSWER_GRACE_S)
 
     def _set_enabled(self, request: SetBool.Request, response: SetBool.Response) -> None:
         response.message = self._enable(request.data)

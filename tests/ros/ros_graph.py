@@ -193,6 +193,15 @@ class FakeSession:
         self.closed = True
 
 
+def words(answer: str) -> Any:
+    """What an engine gives for a question that is answered at once."""
+    from concurrent.futures import Future
+
+    made: Future[str] = Future()
+    made.set_result(answer)
+    return made
+
+
 class FakeReasonerClient:
     """The part of a reasoner's client that the node asks."""
 

@@ -14,7 +14,7 @@ from virst_msgs.msg import BoundingBox2D, Point2D
 from virst_msgs.srv import AddObjects, Ask, ClearGoal, ListGoals, RemoveObject, SetGoal
 
 from tests.ros.rgbd_camera import RgbdCamera
-from tests.ros.ros_graph import wait_until
+from tests.ros.ros_graph import wait_until, words
 from virst_engine.errors import BadGoal
 from virst_ros.parameters import LimitParameters
 from virst_ros.prompts import LONGEST_ID, prompted_objects
@@ -74,7 +74,7 @@ def test_length_of_an_object_id(kind):
 class TestOnTheNode:
     @pytest.fixture
     def node(self, graph, engine):
-        engine.ask = lambda question: "yes"
+        engine.ask = lambda question, camera: words("yes")
         node = graph.add(
             SegmenterNode,
             engine,

@@ -2,8 +2,10 @@
 """enable, reset, ask, add_objects and remove_object over the real middleware. Goals are tested with the node."""
 
 import itertools
+import threading
 import time
 from array import array
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("rclpy")
 pytest.importorskip("virst_msgs.msg")
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.parameter import Parameter
 from sensor_msgs.msg import Image
 from std_srvs.srv import SetBool, Trigger
 from virst_msgs.msg import BoundingBox2D, Point2D
@@ -19,9 +22,9 @@ from virst_msgs.srv import AddObjects, Ask, ListGoals, RemoveObject, SetGoal
 
 from tests.fakes import FakeStages, Video, moving_square, small_config
 from tests.ros.rgbd_camera import RgbdCamera
-from tests.ros.ros_graph import wait_until
+from tests.ros.ros_graph import wait_until, words
 from virst_engine import ObjectState, Session
-from virst_engine.errors import BadGoal, BadPrompt
+from virst_engine.errors import BadGoal, BadPrompt, Unanswered
 from virst_engine.slow.reasoner import NoReasoner
 from virst_ros.loading import add_prompted
 from virst_ros.prompts import MOST_POINTS, PromptedObject, prompted_objects
@@ -45,6 +48,29 @@ def node(graph, engine, camera):
 
 def call(graph, kind, name, **fields):
     return graph.call(kind, f"/segmenter/{name}", kind.Request(**fields))
+
+
+def with_words(node, engine, ask):
+    """Load an engine that answers questions so."""
+    engine.ask = ask
+    node.trigger_deactivate()
+    node.trigger_cleanup()
+    node.trigger_configure()
+    node.trigger_activate()
+
+
+def asked(graph, question):
+    """The future of the response."""
+    client = graph.node.create_client(Ask, "/segmenter/ask")
+    assert client.wait_for_service(20.0)
+    return client.call_async(Ask.Request(question=question))
+
+
+def from_elsewhere(call, argument):
+    """On a thread of its own, as answers come."""
+    thread = threading.Thread(target=call, args=(argument,))
+    thread.start()
+    thread.join()
 
 
 def box(x, y, wide, high, theta=0.0):
@@ -108,13 +134,70 @@ class TestAsk:
         assert "the model fake answers with masks, not with words" in answer.message
 
     def test_a_method_with_words_answers(self, graph, node, engine):
-        engine.ask = lambda question: f"you asked: {question}"
-        node.trigger_deactivate()
-        node.trigger_cleanup()
-        node.trigger_configure()
-        node.trigger_activate()
+        with_words(node, engine, lambda question, camera: words(f"you asked: {question}"))
         answer = call(graph, Ask, "ask", question="is it?")
         assert (answer.success, answer.message, answer.answer) == (True, "", "you asked: is it?")
+
+    def test_while_a_question_is_open_other_requests_are_served(self, graph, node, engine):
+        answers = [Future(), Future()]
+        of_question = {"first": answers[0], "second": answers[1]}
+        with_words(node, engine, lambda question, camera: of_question[question])
+        first, second = asked(graph, "first"), asked(graph, "second")
+        assert call(graph, SetGoal, "set_goal", goal="the block").success
+        assert len(call(graph, ListGoals, "list_goals").goals) == 1
+        assert not first.done()
+        assert not second.done()
+        from_elsewhere(answers[1].set_result, "two")
+        wait_until(second.done)
+        assert (second.result().success, second.result().answer) == (True, "two")
+        assert not first.done()
+        from_elsewhere(answers[0].set_exception, Unanswered("the model has no word for it"))
+        wait_until(first.done)
+        assert (first.result().success, first.result().message) == (False, "the model has no word for it")
+
+    def test_a_question_that_no_image_takes_up_is_answered_with_why(self, graph, node, engine):
+        answers = []
+        with_words(node, engine, lambda question, camera: answers.append(Future()) or answers[-1])
+        assert node.set_parameters([Parameter("reasoner.ttl_s", value=0.2)])[0].successful
+        begin_s = time.monotonic()
+        answer = call(graph, Ask, "ask", question="is it?")
+        assert 1.2 <= time.monotonic() - begin_s < 10.0
+        assert not answer.success
+        assert "no image was processed since; see /diagnostics" in answer.message
+        assert answers[0].cancelled()
+        answers.clear()
+        waiting = asked(graph, "and now?")
+        wait_until(lambda: answers)
+        answers[0].set_running_or_notify_cancel()  # a frame has taken it up, and nothing came of it
+        wait_until(waiting.done)
+        assert waiting.result().message == "no answer within 1.2 s; see /diagnostics"
+
+    def test_deactivating_ends_a_question(self, graph, node, engine):
+        answer = Future()
+        with_words(node, engine, lambda question, camera: answer)
+        waiting = asked(graph, "is it?")
+        wait_until(lambda: node._requests._questions._open)
+        node.trigger_deactivate()
+        wait_until(waiting.done)
+        assert (waiting.result().success, waiting.result().message) == (False, "the segmenter was deactivated")
+        assert answer.cancelled()
+
+    @pytest.mark.parametrize(
+        ("question", "says"),
+        [("xyzzy", "does not know 'xyzzy'"), (" ", "got an empty one"), ("x" * 301, "300 characters, got 301")],
+    )
+    def test_what_cannot_be_read_is_refused_at_once(self, graph, node, engine, question, says):
+        with_words(node, engine, lambda question, camera: words("never"))
+        answer = call(graph, Ask, "ask", question=question)
+        assert (answer.success, answer.answer) == (False, "")
+        assert says in answer.message
+
+    def test_what_an_engine_raises_is_the_answer(self, graph, node, engine):
+        def ask(question, camera):
+            raise Unanswered("4 questions are open already")
+
+        with_words(node, engine, ask)
+        assert call(graph, Ask, "ask", question="is it?").message == "4 questions are open already"
 
     def test_a_question_about_another_camera_is_refused(self, graph, node):
         assert "this segmenter sees camera 'camera'" in call(graph, Ask, "ask", question="?", camera="back").message

@@ -318,9 +318,9 @@ FAULTS = (
     ),
     _refused(
         "question",
-        "a question to a model that has no words",
+        "a question in words that the model does not know",
         _asked(Ask, "ask", Ask.Request(question="is the drawer open?")),
-        "cannot be asked",
+        "does not know .drawer., .open.",
     ),
     Fault(
         "parameter_nonsense",
