@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `virst-goal`: set, clear and list a segmenter's goals from a shell, also where there is no `ros2`."""
+"""The program `virst-goal`: set, clear and list a segmenter's goals, and ask, from a shell, also without `ros2`."""
 
 import os
 import sys
@@ -32,12 +32,23 @@ class SegmenterServices:
     def __init__(self, node: Any, segmenter: str, timeout_s: float) -> None:
         self._node, self._segmenter, self._timeout_s = node, f"/{segmenter.strip('/')}", timeout_s
 
-    def set_goal(self, sentence: str, *, object_id: str = "", replace: bool = False, max_instances: int = 0) -> Any:
+    def set_goal(
+        self, sentence: str, *, object_id: str = "", camera: str = "", replace: bool = False, max_instances: int = 0
+    ) -> Any:
         """The response of set_goal. Raises NoAnswer and Refused."""
         from virst_msgs.srv import SetGoal
 
-        request = SetGoal.Request(goal=sentence, object_id=object_id, replace=replace, max_instances=max_instances)
+        request = SetGoal.Request(
+            goal=sentence, object_id=object_id, camera=camera, replace=replace, max_instances=max_instances
+        )
         return self._accepted(self._call(SetGoal, "set_goal", request))
+
+    def ask(self, question: str, *, camera: str = "") -> str:
+        """The answer in words. Raises NoAnswer and Refused."""
+        from virst_msgs.srv import Ask
+
+        request = Ask.Request(question=question, camera=camera)
+        return str(self._accepted(self._call(Ask, "ask", request)).answer)
 
     def clear_goal(self, goal_id: str) -> Any:
         """The response of clear_goal; an empty id means all. Raises NoAnswer and Refused."""
@@ -103,8 +114,15 @@ def _command(
     clear: Annotated[str, typer.Option(metavar="ID", help="Clear the goal of this id.")] = "",
     clear_all: Annotated[bool, typer.Option("--all", help="Clear all goals.")] = False,
     list_goals: Annotated[bool, typer.Option("--list", help="List the goals: id, state, sentence.")] = False,
+    question: Annotated[
+        str,
+        typer.Option("--ask", metavar="QUESTION", help="Answer in words, for example to 'the thing that can roll'."),
+    ] = "",
     node: Annotated[str, typer.Option(help="Full name of the segmenter.")] = "/segmenter",
     object_id: Annotated[str, typer.Option(help="Your name for the object; empty = that of the goal.")] = "",
+    camera: Annotated[
+        str, typer.Option(help="Of a sentence or a question: the only camera that it is about; empty = any.")
+    ] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Clear all other goals first.")] = False,
     instances: Annotated[
         int,
@@ -116,12 +134,14 @@ def _command(
     ] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait, for the segmenter and its answer.")] = 10.0,
 ) -> None:
-    """Tell a running segmenter what to segment. Prints the id of the new goal."""
-    chosen = [bool(sentence.strip()), bool(clear), clear_all, list_goals]
+    """Tell a running segmenter what to segment, or ask what it sees. Prints the id of the new goal, or the answer."""
+    chosen = [bool(sentence.strip()), bool(clear), clear_all, list_goals, bool(question.strip())]
     if sum(chosen) != 1:
-        raise typer.BadParameter("give one of: a sentence, --clear ID, --all, --list")
+        raise typer.BadParameter("give one of: a sentence, --clear ID, --all, --list, --ask QUESTION")
     if (object_id or replace or instances) and not chosen[0]:
         raise typer.BadParameter("--object-id, --replace and --instances belong to a sentence")
+    if camera and not (chosen[0] or chosen[4]):
+        raise typer.BadParameter("--camera belongs to a sentence or a question")
 
     def act(segmenter: SegmenterServices) -> None:
         if list_goals:
@@ -130,8 +150,12 @@ def _command(
                 typer.echo(f"{goal.goal_id}  {states}  {goal.goal}")
         elif clear or clear_all:
             typer.echo(segmenter.clear_goal(clear).message)
+        elif chosen[4]:
+            typer.echo(segmenter.ask(question, camera=camera))
         else:
-            answer = segmenter.set_goal(sentence, object_id=object_id, replace=replace, max_instances=instances)
+            answer = segmenter.set_goal(
+                sentence, object_id=object_id, camera=camera, replace=replace, max_instances=instances
+            )
             typer.echo(answer.goal_id)
 
     try:

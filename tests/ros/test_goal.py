@@ -14,7 +14,7 @@ pytest.importorskip("virst_msgs.msg")
 from typer.testing import CliRunner
 from virst_msgs.srv import ListGoals, SetGoal
 
-from tests.ros.ros_graph import wait_until
+from tests.ros.ros_graph import wait_until, words
 from virst_ros.goal import app
 from virst_ros.segmenter_node import SegmenterNode
 
@@ -58,6 +58,20 @@ def test_set_list_and_clear(graph, segmenter, engine):
     _, third, _ = virst_goal(graph, "the can", "--replace")
     assert [goal.goal_id for goal in engine.session.goals()] == [third]
     assert virst_goal(graph, "--all")[:2] == (0, "1 goal(s) cleared")
+    assert engine.session.goals() == ()
+
+
+def test_a_question_is_answered_in_words(graph, engine):
+    asked = []
+    engine.ask = lambda question, camera: asked.append((question, camera)) or words("the red ball")
+    node = graph.add(SegmenterNode, engine)
+    wait_until(lambda: node.state == "active")
+    assert virst_goal(graph, "--ask", "the thing that can roll", "--camera", "camera") == (0, "the red ball", "")
+    assert asked == [("the thing that can roll", "camera")]
+    assert virst_goal(graph, "--ask", "the xyzzy")[0::2] == (
+        1,
+        "virst-goal: this model does not know 'xyzzy'; say it in other words",
+    )
     assert engine.session.goals() == ()
 
 
@@ -109,6 +123,10 @@ def test_a_segmenter_that_hangs_is_not_waited_for(graph):
         (("--list", "--replace"), "belong to a sentence"),
         (("--list", "--instances", "3"), "belong to a sentence"),
         (("--timeout", "0", "the cup"), "timeout"),
+        (("the cup", "--ask", "the can"), "give one of"),
+        (("--ask", " "), "give one of"),
+        (("--ask", "the can", "--replace"), "belong to a sentence"),
+        (("--list", "--camera", "front"), "belongs to a sentence or a question"),
     ],
 )
 def test_a_wrong_use_is_told_and_ends_with_2(arguments, says):
@@ -126,5 +144,15 @@ def test_a_name_that_no_node_can_have(graph):
 def test_the_help_names_every_option():
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    for option in ("--clear", "--all", "--list", "--node", "--object-id", "--replace", "--instances", "--timeout"):
+    for option in (
+        "--clear",
+        "--all",
+        "--list",
+        "--node",
+        "--object-id",
+        "--replace",
+        "--instances",
+        "--timeout",
+        "--ask",
+    ):
         assert option in result.output
