@@ -30,6 +30,7 @@ class Question:
     sentence: str
     target_ids: tuple[int, ...]  # of the scene's objects; empty: nothing is meant
     absent_frames: int | None = None  # that nothing is meant holds for so many frames from the goal's on; None: for all
+    answer: str = ""  # what is meant in words, like "red ball"; "none" where nothing is
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def ask(recording: Recording, settings: EvaluationSettings, scene: int) -> tuple
                 continue
             if found.text not in questions:
                 frames = None if found.target_ids else _frames_absent(recording, found.text)
-                questions[found.text] = Question(found.kind, found.text, found.target_ids, frames)
+                questions[found.text] = Question(found.kind, found.text, found.target_ids, frames, found.answer)
                 break
     return tuple(questions.values())
 
