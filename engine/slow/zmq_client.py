@@ -45,6 +45,17 @@ class _Asked:
     wants_words: bool
 
 
+def _what_is_wrong(answer: ReasonerAnswer, asked: _Asked) -> str:
+    """Why an answer is not one to the request of its id; empty when it is."""
+    if (answer.epoch, answer.goal_id) != (asked.epoch, asked.goal_id):
+        return f"goal_id: request {answer.request_id} was about goal {asked.goal_id}, epoch {asked.epoch}"
+    if answer.prompts and tuple((prompt.step, prompt.stamp_ns) for prompt in answer.prompts) != asked.frames:
+        return f"steps: the answer to request {answer.request_id} is about other frames"
+    if not answer.error and bool(answer.words) != asked.wants_words:
+        return f"words: request {answer.request_id} wants {'words' if asked.wants_words else 'prompts'}"
+    return ""
+
+
 class ZmqReasonerClient:
     """A ReasonerClient over ZeroMQ. Safe to call from several threads."""
 
@@ -237,8 +248,7 @@ class ZmqReasonerClient:
                 if self._problem_is_told:
                     self._problem = ""
             case ReasonerAnswer():
-                self._check_answer(message)
-                self._answers.append(message)
+                self._take_answer(message)
             case wire.Refusal():
                 self._complaints.warning("the reasoner refused a message: %s", message.error)
                 self._complain(f"the reasoner at {self._endpoint} refuses our messages: {message.error}")
@@ -248,17 +258,17 @@ class ZmqReasonerClient:
     def _complain(self, problem: str) -> None:
         self._problem, self._problem_is_told = problem, False
 
-    def _check_answer(self, answer: ReasonerAnswer) -> None:
-        asked = self._asked.get(answer.request_id)
+    def _take_answer(self, answer: ReasonerAnswer) -> None:
+        asked = self._asked.pop(answer.request_id, None)
         if asked is None:
             raise WireError(f"request_id: {answer.request_id} was not asked, or answered before")
-        if (answer.epoch, answer.goal_id) != (asked.epoch, asked.goal_id):
-            raise WireError(f"goal_id: request {answer.request_id} was about goal {asked.goal_id}, epoch {asked.epoch}")
-        if answer.prompts and tuple((prompt.step, prompt.stamp_ns) for prompt in answer.prompts) != asked.frames:
-            raise WireError(f"steps: the answer to request {answer.request_id} is about other frames")
-        if not answer.error and bool(answer.words) != asked.wants_words:
-            raise WireError(f"words: request {answer.request_id} wants {'words' if asked.wants_words else 'prompts'}")
-        del self._asked[answer.request_id]
+        wrong = _what_is_wrong(answer, asked)
+        if wrong:  # nothing better will come: whoever asked need not wait until the request is given up
+            error = f"the reasoner's answer was of no use: {wrong}"
+            answer = ReasonerAnswer(answer.request_id, asked.epoch, asked.goal_id, prompts=(), error=error)
+        self._answers.append(answer)
+        if wrong:
+            raise WireError(wrong)
 
     def _send(self, parts: list[wire.Buffer]) -> bool:
         """Whether ZeroMQ took the message; it does not while nobody is connected or an earlier one is stuck."""

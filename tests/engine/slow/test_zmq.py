@@ -124,7 +124,9 @@ def test_a_question_comes_back_with_words_beside_the_prompts_of_a_goal(endpoint)
 def test_prompts_for_a_question_and_words_for_a_goal_are_dropped(endpoint, order, wants_words, caplog):
     with server_thread(endpoint), connected(endpoint) as client:
         client.submit(request_of(order, wants_words=wants_words))
-        wait_until(lambda: client.poll() or "dropped a message" in caplog.text)
+        (answer,) = wait_until(client.poll)
+        assert (answer.prompts, answer.words) == ((), "")
+        assert "of no use: words" in answer.error
         assert f"request 1 wants {'words' if wants_words else 'prompts'}" in caplog.text
         assert client.dropped == 1
 
@@ -153,10 +155,14 @@ def test_a_reasoner_that_fails_answers_with_the_reason_and_goes_on(endpoint, sen
 
 @pytest.mark.parametrize("what", ["request", "goal", "epoch", "frames"])
 def test_an_answer_to_something_that_was_not_asked_is_dropped(endpoint, what, caplog):
+    """Whoever asked is told, and need not wait: nothing better will come. Of a foreign id nobody is."""
     with server_thread(endpoint), connected(endpoint) as client:
-        client.submit(request_of(f"forge {what}"))
-        wait_until(lambda: client.poll() or "dropped a message" in caplog.text)
+        request, answers = request_of(f"forge {what}"), []
+        client.submit(request)
+        wait_until(lambda: answers.extend(client.poll()) or "dropped a message" in caplog.text)
         assert client.dropped == 1
+        told = [(answer.request_id, answer.goal_id, answer.epoch, answer.prompts) for answer in answers]
+        assert told == ([] if what == "request" else [(1, request.goal_id, request.epoch, ())])
         client.submit(request_of("the red ball", request_id=2))
         assert [answer.request_id for answer in wait_until(client.poll)] == [2]
 
