@@ -372,15 +372,7 @@ FAULTS = (
         log="carry the same time stamp",
         diagnostics="carry the same time stamp",
     ),
-    Fault(
-        "clock_backwards",
-        "stamps go back by 10 s, and forwards again later",
-        _shifted(-10 * SECOND),
-        Masks.COME,
-        log="went back by",
-        diagnostics="time stamps went back by",
-        least_s=3.0,
-    ),
+    # In this order: stamps that are right again after those that went back jump forwards, too, and the log has that.
     Fault(
         "clock_forwards",
         "stamps jump forwards by an hour, and back again later",
@@ -389,6 +381,15 @@ FAULTS = (
         log="jumped forwards by",
         diagnostics="time stamps jumped forwards by",
         least_s=2.0,
+    ),
+    Fault(
+        "clock_backwards",
+        "stamps go back by 10 s, and forwards again later",
+        _shifted(-10 * SECOND),
+        Masks.COME,
+        log="went back by",
+        diagnostics="time stamps went back by",
+        least_s=3.0,
     ),
     Fault(
         "two_publishers",
