@@ -21,6 +21,7 @@ from virst_engine.types import (
 
 OBJECT_BUCKETS = (1, 4, 8)  # numbers of objects that compiled code is made for; then multiples of the last
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_TOGETHER = 2**22  # numbers in the middle of the feed-forward layers of memory attention: 16 MB
 SAFE_IN_FP16 = ("image_encoder", "memory_attention")  # in the others fp16 errors grow through the recurrent memory
 
 
@@ -97,11 +98,31 @@ class TorchStages:
         objects = memory.spatial.shape[0]
         memory = MemoryTensors(**{name: self._filled(x) for name, x in vars(memory).items()})
         with self._computing("memory_attention"):
-            if frame_of is None:
-                conditioned: Tensor = self._attend_memory(features, memory)
+            if frame_of is None and self._take_turns(objects):
+                conditioned = self._attend_in_turn(features, memory)
+            elif frame_of is None:
+                conditioned = self._attend_memory(features, memory)
             else:
                 conditioned = self._sam2.attend_memory(features, memory, frame_of)
         return self._own(conditioned)[:objects]
+
+    def _take_turns(self, objects: int) -> bool:
+        """Whether what the objects need together would leave the cache of a CPU, which has no more to do at once."""
+        config = self._sam2.config
+        return (
+            self.device.type == "cpu"
+            and not self._is_compiled
+            and objects > 1
+            and objects * config.grid**2 * config.memory_feedforward > MOST_TOGETHER
+        )
+
+    def _attend_in_turn(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+        tokens, queries = self._sam2.memory_queries(features)
+        each = [
+            MemoryTensors(**{name: x[i : i + 1] for name, x in vars(memory).items()})
+            for i in range(memory.spatial.shape[0])
+        ]
+        return torch.cat([self._sam2.read_memory(tokens, queries, without_empty_slots(own)) for own in each])
 
     @torch.inference_mode()
     def mask_decoder(

@@ -9,13 +9,35 @@ from torch import Tensor
 
 from tests.engine.backends.exports import small_sam2
 from tests.engine.backends.test_exported import memories
+from virst_engine.backends import torch_backend
 from virst_engine.backends.torch_backend import TorchStages, object_bucket
+from virst_engine.types import MemoryTensors
 
 
 def test_above_eight_objects_there_is_code_for_multiples_of_eight() -> None:
     counts = [1, 2, 4, 5, 8, 9, 16, 17, 24, 25, 254]
     assert [object_bucket(count) for count in counts] == [1, 4, 4, 8, 8, 16, 16, 24, 24, 32, 256]
     assert len({object_bucket(count) for count in range(1, 33)}) == 6
+
+
+def test_on_a_cpu_large_objects_take_turns_and_see_what_they_see_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = TorchStages(small_sam2())
+    torch.manual_seed(0)
+    features = stages.image_encoder(torch.randn(1, 3, stages.sizes.image_size, stages.sizes.image_size))
+    memory = memories(stages, 3)
+    read, turns = stages._sam2.read_memory, []
+
+    def reads(tokens: Tensor, queries: Tensor, own: MemoryTensors) -> Tensor:
+        turns.append(tuple(own.spatial.shape[:2]))
+        return read(tokens, queries, own)
+
+    monkeypatch.setattr(stages._sam2, "read_memory", reads)
+    together = stages.memory_attention(features, memory)
+    assert [objects for objects, _ in turns] == [3]
+    monkeypatch.setattr(torch_backend, "MOST_TOGETHER", 1)
+    in_turn = stages.memory_attention(features, memory)
+    assert turns[1:] == [(1, int(valid.sum())) for valid in memory.spatial_valid]  # each without its empty slots
+    assert torch.allclose(in_turn, together, atol=1e-5)
 
 
 def test_compiled_stages_see_full_buckets_and_answer_for_the_objects_alone(monkeypatch: pytest.MonkeyPatch) -> None:
