@@ -160,8 +160,7 @@ class Session:
             BadGoal: it cannot be set; nothing has changed.
         """
         with self._lock:
-            if self.cameras and camera and camera not in self.cameras:
-                raise BadGoal(f"there is no camera {camera[:40]!r}; there are: {', '.join(self.cameras)}")
+            self._check_camera(camera, BadGoal)
             goal = self._book.prepare(
                 sentence,
                 goal_id=goal_id,
@@ -251,12 +250,7 @@ class Session:
         with self._lock:
             if self._is_closed:
                 raise Unanswered("the session is closed; open a new one")
-            names = self.cameras
-            if len(names) > 1 and not camera:
-                raise BadGoal(f"say which camera the question is about; there are: {', '.join(names)}")
-            if names and camera not in ("", *names):
-                raise BadGoal(f"there is no camera {camera[:40]!r}; there are: {', '.join(names)}")
-            stream = self._streams[camera] if names and camera else next(iter(self._streams.values()))
+            stream = self._only_stream(camera, BadGoal, "which camera the question is about")
             return stream.ask(checked_sentence(question, self._config.goal.max_length)).answer
 
     def clear_goal(self, goal_id: str) -> Goal:
@@ -512,13 +506,21 @@ class Session:
             raise BadFrame(f"this session sees cameras {', '.join(self.cameras)}, got a frame of {camera[:40]!r}")
         return stream
 
+    def _check_camera(self, camera: str, error: type[VirstError]) -> None:
+        """Raises `error` for a name that no camera has. Empty is one, and so is any where cameras have no names."""
+        if self.cameras and camera and camera not in self.cameras:
+            raise error(f"there is no camera {camera[:40]!r}; there are: {', '.join(self.cameras)}")
+
+    def _only_stream(self, camera: str, error: type[VirstError], which: str) -> CameraStream:
+        """That of one camera, whose name may be empty where there is only one. Under the lock. Raises `error`."""
+        self._check_camera(camera, error)
+        if not camera and len(self._streams) > 1:
+            raise error(f"say {which}; there are: {', '.join(self.cameras)}")
+        return self._stream(camera) if self.cameras and camera else next(iter(self._streams.values()))
+
     def _prompted_stream(self, camera: str) -> CameraStream:
         """Under the lock. Raises BadPrompt."""
-        if camera and self.cameras and camera not in self.cameras:
-            raise BadPrompt(f"there is no camera {camera[:40]!r}; there are: {', '.join(self.cameras)}")
-        if not camera and len(self._streams) > 1:
-            raise BadPrompt(f"say in which camera's image it is; there are: {', '.join(self.cameras)}")
-        return self._stream(camera) if self.cameras and camera else next(iter(self._streams.values()))
+        return self._only_stream(camera, BadPrompt, "in which camera's image it is")
 
     def _follow(self, goal: Goal) -> Goal:
         """Give the goal ids of an object, and set it in its cameras. Under the lock."""

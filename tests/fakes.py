@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from virst_engine.config import EngineConfig, MemoryParameters, ReasonerParameters, TrackingParameters
+from virst_engine.session import Session
 from virst_engine.types import (
     Clip,
     Frame,
+    FrameResult,
     ImageFeatures,
     MaskPrediction,
     MemoryEntry,
@@ -343,3 +345,18 @@ def small_config(**changes: float | int) -> EngineConfig:
         group = next(g for g in groups if hasattr(groups[g], name))
         config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
     return config
+
+
+def session_of(client: InstantClient | None = None, **config: float | int) -> Session:
+    return Session(small_config(**config), FakeStages(), InstantClient() if client is None else client)
+
+
+def run(
+    session: Session, video: Video, frames: Sequence[int], client: InstantClient | None = None
+) -> list[FrameResult]:
+    results = []
+    for t in frames:
+        if isinstance(client, DelayedClient):
+            client.tick()
+        results.append(session.step(video.frame(t)))
+    return results

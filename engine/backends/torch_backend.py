@@ -98,8 +98,8 @@ class TorchStages:
         objects = memory.spatial.shape[0]
         memory = MemoryTensors(**{name: self._filled(x) for name, x in vars(memory).items()})
         with self._computing("memory_attention"):
-            if frame_of is None and self._take_turns(objects):
-                conditioned = self._attend_in_turn(features, memory)
+            if self._take_turns(objects):
+                conditioned = self._attend_in_turn(features, memory, frame_of)
             elif frame_of is None:
                 conditioned = self._attend_memory(features, memory)
             else:
@@ -116,13 +116,17 @@ class TorchStages:
             and objects * config.grid**2 * config.memory_feedforward > MOST_TOGETHER
         )
 
-    def _attend_in_turn(self, features: ImageFeatures, memory: MemoryTensors) -> Float[Tensor, "o c h w"]:
+    def _attend_in_turn(
+        self, features: ImageFeatures, memory: MemoryTensors, frame_of: Int[Tensor, " o"] | None
+    ) -> Float[Tensor, "o c h w"]:
         tokens, queries = self._sam2.memory_queries(features)
-        each = [
-            MemoryTensors(**{name: x[i : i + 1] for name, x in vars(memory).items()})
-            for i in range(memory.spatial.shape[0])
-        ]
-        return torch.cat([self._sam2.read_memory(tokens, queries, without_empty_slots(own)) for own in each])
+        frames = [0] * memory.spatial.shape[0] if frame_of is None else frame_of.tolist()
+        conditioned = []
+        for i, frame in enumerate(frames):
+            own = without_empty_slots(MemoryTensors(**{name: x[i : i + 1] for name, x in vars(memory).items()}))
+            at = slice(frame, frame + 1)
+            conditioned.append(self._sam2.read_memory(tokens[at], queries[at], own))
+        return torch.cat(conditioned)
 
     @torch.inference_mode()
     def mask_decoder(

@@ -25,6 +25,8 @@ from tests.fakes import (
     Square,
     Video,
     moving_square,
+    run,
+    session_of,
     small_config,
 )
 from virst_engine.config import EngineConfig, ReasonerParameters
@@ -43,21 +45,6 @@ from virst_engine.types import (
 
 SEARCHING, TRACKING, LOST, NOT_FOUND = ObjectState
 Colour = tuple[float, float, float]
-
-
-def session_of(client: InstantClient | None = None, **config: float | int) -> Session:
-    return Session(small_config(**config), FakeStages(), InstantClient() if client is None else client)
-
-
-def run(
-    session: Session, video: Video, frames: Sequence[int], client: InstantClient | None = None
-) -> list[FrameResult]:
-    results = []
-    for t in frames:
-        if isinstance(client, DelayedClient):
-            client.tick()
-        results.append(session.step(video.frame(t)))
-    return results
 
 
 def states(results: Sequence[FrameResult], number: int = 0) -> list[ObjectState]:

@@ -16,8 +16,10 @@ from tests.fakes import (
     SilentClient,
     Video,
     moving_square,
+    session_of,
     small_config,
 )
+from tests.fakes import run as run_video
 from virst_engine.errors import BadGoal, Unanswered, VirstError, WireError
 from virst_engine.session import Session
 from virst_engine.slow.question_book import MOST_OPEN
@@ -28,17 +30,8 @@ VIDEO = Video([moving_square()])
 QUESTION = "the thing that can roll"
 
 
-def session_of(client: InstantClient | None = None, **config: float | int) -> Session:
-    return Session(small_config(**config), FakeStages(), InstantClient() if client is None else client)
-
-
 def run(session: Session, frames: Sequence[int], client: InstantClient | None = None) -> list[FrameResult]:
-    results = []
-    for t in frames:
-        if isinstance(client, DelayedClient):
-            client.tick()
-        results.append(session.step(VIDEO.frame(t)))
-    return results
+    return run_video(session, VIDEO, frames, client)
 
 
 def why(answer: Future[str]) -> str:

@@ -20,10 +20,14 @@ def test_above_eight_objects_there_is_code_for_multiples_of_eight() -> None:
     assert len({object_bucket(count) for count in range(1, 33)}) == 6
 
 
-def test_on_a_cpu_large_objects_take_turns_and_see_what_they_see_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frame_of", [None, torch.tensor([0, 1, 1])])
+def test_on_a_cpu_large_objects_take_turns_and_see_what_they_see_together(
+    frame_of: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = TorchStages(small_sam2())
     torch.manual_seed(0)
-    features = stages.image_encoder(torch.randn(1, 3, stages.sizes.image_size, stages.sizes.image_size))
+    cameras = 1 if frame_of is None else 2
+    features = stages.image_encoder(torch.randn(cameras, 3, stages.sizes.image_size, stages.sizes.image_size))
     memory = memories(stages, 3)
     read, turns = stages._sam2.read_memory, []
 
@@ -32,10 +36,10 @@ def test_on_a_cpu_large_objects_take_turns_and_see_what_they_see_together(monkey
         return read(tokens, queries, own)
 
     monkeypatch.setattr(stages._sam2, "read_memory", reads)
-    together = stages.memory_attention(features, memory)
+    together = stages.memory_attention(features, memory, frame_of)
     assert [objects for objects, _ in turns] == [3]
     monkeypatch.setattr(torch_backend, "MOST_TOGETHER", 1)
-    in_turn = stages.memory_attention(features, memory)
+    in_turn = stages.memory_attention(features, memory, frame_of)
     assert turns[1:] == [(1, int(valid.sum())) for valid in memory.spatial_valid]  # each without its empty slots
     assert torch.allclose(in_turn, together, atol=1e-5)
 
