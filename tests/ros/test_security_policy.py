@@ -57,6 +57,20 @@ def names(by_node):
     return {name for name, _ in by_node("segmenter", "/") if "/_action/" not in name}
 
 
+def wait_for(by_node, wanted):
+    """Until the node has all of these; says which it has not."""
+    missing = [set(wanted)]
+
+    def has_all():
+        missing[0] = wanted - names(by_node)
+        return not missing[0]
+
+    try:
+        wait_until(has_all)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; missing: {sorted(missing[0])}") from None
+
+
 def start(graph, engine, **parameters):
     node = graph.add(SegmenterNode, engine, autostart=False, use_depth=True, **parameters)
     node.trigger_configure()
@@ -84,7 +98,7 @@ def test_it_publishes_exactly_what_it_may(graph, engine):
     if vision_outputs.load_vision_msgs() is None:
         assert may >= WITH_VISION_MSGS
         may -= WITH_VISION_MSGS
-    wait_until(lambda: names(graph.node.get_publisher_names_and_types_by_node) >= may)
+    wait_for(graph.node.get_publisher_names_and_types_by_node, may)
     assert names(graph.node.get_publisher_names_and_types_by_node) == may
 
 
@@ -93,7 +107,7 @@ def test_it_subscribes_to_exactly_what_it_may(graph, engine, transport, unused):
     start(graph, engine, image_transport=transport, use_sim_time=True)
     may = Policy().allowed("topics", "subscribe")
     assert unused in may
-    wait_until(lambda: names(graph.node.get_subscriber_names_and_types_by_node) >= may - {unused})
+    wait_for(graph.node.get_subscriber_names_and_types_by_node, may - {unused})
     assert names(graph.node.get_subscriber_names_and_types_by_node) == may - {unused}
 
 
@@ -103,7 +117,7 @@ def test_it_serves_exactly_what_it_may(graph, engine):
     start(graph, engine)
     policy = Policy()
     may = policy.allowed("services", "reply")
-    wait_until(lambda: names(graph.node.get_service_names_and_types_by_node) >= may - NOT_BEFORE_IRON)
+    wait_for(graph.node.get_service_names_and_types_by_node, may - NOT_BEFORE_IRON)
     assert may - NOT_BEFORE_IRON <= names(graph.node.get_service_names_and_types_by_node) <= may
     actions = {name for name, _ in get_action_server_names_and_types_by_node(graph.node, "segmenter", "/")}
     assert actions == policy.allowed("actions", "execute")
