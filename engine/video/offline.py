@@ -183,13 +183,13 @@ def propagate_whole_video(
     sampled = uniform_frames(len(frames), config.reasoner.clip_frames)
     of_clip = {t: frames[t] for t in sorted(set(sampled))}
     kept = {t: _own(encode(frame)) for t, frame in of_clip.items()}
-    embeddings = _prompts(reasoner, _clip(of_clip, kept, sampled, stages.sizes.video_size), sentences)
-    positions = [0] if first_anchor_only else anchor_frames(len(sampled))
+    embeddings, prompted = _prompts(reasoner, _clip(of_clip, kept, sampled, stages.sizes.video_size), sentences)
+    positions = [0] if first_anchor_only else anchor_frames(len(prompted))
 
     anchored: dict[int, MaskPrediction] = {}
     anchors: NearTime = {}
     for position in positions:
-        t = sampled[position]
+        t = prompted[position]
         prompts = torch.from_numpy(embeddings[:, position]).to(device)
         anchored[t] = _own(stages.mask_decoder(kept[t], None, PromptTokens(prompts)))
         anchors[t] = _own(stages.memory_encoder(kept[t], anchored[t]))
@@ -229,12 +229,16 @@ def _clip(
     )
 
 
-def _prompts(reasoner: Reasoner, clip: Clip, sentences: Sequence[str]) -> Float[np.ndarray, "goals t n c"]:
+def _prompts(
+    reasoner: Reasoner, clip: Clip, sentences: Sequence[str]
+) -> tuple[Float[np.ndarray, "goals t n c"], list[int]]:
+    """And the frames that they are for: those of the clip, or some of them."""
     answers = [
         reasoner.answer(ReasonerRequest(number, 0, f"goal_{number}", sentence, clip))
         for number, sentence in enumerate(sentences, start=1)
     ]
-    return np.stack([[prompt.embeddings for prompt in answer.prompts] for answer in answers])
+    embeddings = np.stack([[prompt.embeddings for prompt in answer.prompts] for answer in answers])
+    return embeddings, [prompt.step for prompt in answers[0].prompts]
 
 
 def _own(lent: Lent) -> Lent:
