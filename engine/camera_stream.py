@@ -142,7 +142,9 @@ class CameraStream:
             device=device,
             pins=2 * anchor_count(config.reasoner.frames_asked) if self._has_reasoner else 1,
         )
-        self._window = FrameWindow(config.reasoner.frames_asked, config.reasoner.clip_spacing_s)
+        self._window = FrameWindow(
+            config.reasoner.frames_asked, config.reasoner.clip_spacing_s, on_grid=config.clips_on_grid
+        )
         self._tracks: dict[str, _Track] = {}  # by goal id
         self.camera = camera
         self._newest_ns: int | None = None
@@ -216,7 +218,7 @@ class CameraStream:
     def ask(self, sentence: str) -> Question:
         """A question about the clip that ends at the next frame. Under the lock. Raises Unanswered."""
         if not self._has_reasoner:
-            raise Unanswered("this model has no reasoner, so it has no words either; ask tabletop-tiny")
+            raise Unanswered("this model has no reasoner, so it has no words either; ask tabletop-tiny or virst-7b")
         if not self._cached:
             raise Unanswered("no frame has been seen yet; ask again when one has")
         return self._questions.add(sentence)

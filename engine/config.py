@@ -45,7 +45,8 @@ def check_fields(group: str, config: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-MODELS = ("tabletop-tiny", "sam2.1-tiny", "sam2.1-small", "sam2.1-base-plus", "sam2.1-large")
+VIRST_7B = "virst-7b"
+MODELS = ("tabletop-tiny", VIRST_7B, "sam2.1-tiny", "sam2.1-small", "sam2.1-base-plus", "sam2.1-large")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,13 @@ class ModelParameters:
 
     name: str = parameter("tabletop-tiny", "model to run", choices=MODELS)
     weights: str = parameter(
-        "", "file of the weights, for sam2.1 a checkpoint or its folder; empty = the file shipped with the package"
+        "",
+        "file of the weights, for sam2.1 a checkpoint or its folder, for virst-7b the folder of virst weights convert; "
+        "empty = the file shipped with the package",
     )
-    sha256: str = parameter("", "SHA-256 that the file of the weights must have; empty = any")
+    sha256: str = parameter(
+        "", "SHA-256 that the file of the weights must have, as virst weights info tells it; empty = any"
+    )
     image_size: int = parameter(
         0, "side of the model's square input, a multiple of 32; 0 = what the model was trained at", low=0, high=4096
     )
@@ -211,6 +216,14 @@ class ReasonerParameters:
         800, "grounding: longer side of the frame that the detector sees, pixels; none is enlarged", low=32, high=2048
     )
 
+    memory_budget_gib: float = parameter(
+        0.0,
+        "virst-7b: memory of its device that the reasoner may take (virst-reasoner --memory-budget-gib); 0 = what a "
+        "GPU has free",
+        low=0.0,
+        high=1024.0,
+    )
+
     def __post_init__(self) -> None:
         check_fields("reasoner", self)
 
@@ -244,3 +257,8 @@ class EngineConfig:
     tracking: TrackingParameters = field(default_factory=TrackingParameters)
     reasoner: ReasonerParameters = field(default_factory=ReasonerParameters)
     goal: GoalParameters = field(default_factory=GoalParameters)
+
+    @property
+    def clips_on_grid(self) -> bool:
+        """Whether the clips of a stream share their frames, so that the reasoner can keep what it made of them."""
+        return self.model.name == VIRST_7B and self.reasoner.method == "virst"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find, check, load and save weights: safetensors with the model's configuration in their header.
 
+Those of SAM 2.1 and of VIRST at full size come in forms of their own: model/checkpoint.py, model/weights_folder.py.
 Nothing here executes what a file contains. Weights are stored as float16 and run as float32.
 """
 
@@ -18,15 +19,18 @@ from safetensors.torch import save_file
 from virst_engine.backends.base import Stages
 from virst_engine.backends.choice import choose_stages
 from virst_engine.backends.torch_backend import TorchStages
-from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
+from virst_engine.config import VIRST_7B, EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BadGoal, WeightsError
+from virst_engine.model.chat_tokenizer import ChatTokenizer
 from virst_engine.model.checkpoint import checkpoint_file, load_sam2
 from virst_engine.model.config import VirstConfig
 from virst_engine.model.sam2 import Sam2
 from virst_engine.model.virst import Virst
+from virst_engine.model.weights_folder import find_folder, load_reasoner_model, load_segmenter_model, read_manifest
 from virst_engine.model.words import WordTokenizer
 from virst_engine.slow.grounding_reasoner import IDENTITY, GroundingReasoner, phrase_of
 from virst_engine.slow.reasoner import Reasoner
+from virst_engine.slow.virst_7b_reasoner import WINDOWS, Virst7bReasoner
 from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
 
 log = logging.getLogger(__name__)
@@ -39,7 +43,9 @@ REMEDY = "reinstall the package, train them with `virst train`, or give another 
 
 
 def weights_path(parameters: ModelParameters) -> Path:
-    """The file that `parameters` mean. Raises WeightsError when it does not exist."""
+    """The file that `parameters` mean, or the folder of virst-7b. Raises WeightsError when it does not exist."""
+    if is_full_size(parameters):
+        return find_folder(parameters.weights)
     if is_sam2(parameters):
         return checkpoint_file(parameters.name.removeprefix(SAM2_PREFIX), parameters.weights)
     path = Path(parameters.weights).expanduser() if parameters.weights else SHIPPED / f"{parameters.name}.safetensors"
@@ -67,12 +73,16 @@ def understands_sentences(parameters: ModelParameters, method: str = "virst") ->
 
 
 def answers_questions(parameters: ModelParameters, method: str = "virst") -> bool:
-    """Whether the reasoner of this method and model has words, too."""
+    """Whether the reasoner of this method and model has words, too. Raises WeightsError."""
+    if is_full_size(parameters) and method == "virst":
+        return read_manifest(weights_path(parameters)).has_words
     return method != "grounding" and understands_sentences(parameters, method)
 
 
 def weights_sha256(parameters: ModelParameters) -> str:
-    """SHA-256 of the weights file, in hexadecimal. Raises WeightsError."""
+    """SHA-256 of the weights file, in hexadecimal; of virst-7b, of what its manifest says. Raises WeightsError."""
+    if is_full_size(parameters):
+        return read_manifest(weights_path(parameters)).sha256
     path, digest = weights_path(parameters), hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -201,6 +211,13 @@ def load_goal_check(parameters: ModelParameters, method: str = "virst") -> Calla
 
         return refuse
     path = weights_path(parameters)
+    if is_full_size(parameters):
+        chat = ChatTokenizer(path, read_manifest(path).config.language.vocabulary)
+
+        def is_text(sentence: str) -> None:  # it reads any word
+            chat.row(sentence, st_tokens=0)
+
+        return is_text
     tokenizer = WordTokenizer(read_config(path).words)
 
     def check(sentence: str) -> None:
@@ -228,9 +245,10 @@ def load_stages(
         digest = weights_sha256(parameters)
         _check_sha256(parameters, digest)
     video_size = VIDEO_SIZE
-    if not is_sam2(parameters):
-        config = read_config(weights_path(parameters))
-        video_size = config.video.image_size
+    if is_full_size(parameters):
+        video_size = read_manifest(weights_path(parameters)).config.vision.image_size
+    elif not is_sam2(parameters):
+        video_size = read_config(weights_path(parameters)).video.image_size
 
     def torch_stages(image_size: int) -> TorchStages:
         sam2, fusion_level = load_segmenter(replace(parameters, image_size=image_size))
@@ -263,13 +281,21 @@ def load_segmenter(parameters: ModelParameters) -> tuple[Sam2, int]:
         return sam2, -1
     if parameters.sha256:
         _check_sha256(parameters, weights_sha256(parameters))
-    model = load_model(weights_path(parameters), device=parameters.device)
-    side = model.config.sam2.image_size
+    path = weights_path(parameters)
+    if is_full_size(parameters):
+        config = read_manifest(path).config
+        _check_image_size(parameters, config.sam2.image_size)
+        return load_segmenter_model(path, parameters.device), config.fusion.feature_level
+    model = load_model(path, device=parameters.device)
+    _check_image_size(parameters, model.config.sam2.image_size)
+    return model.seg_model, model.config.fusion.feature_level
+
+
+def _check_image_size(parameters: ModelParameters, side: int) -> None:
     if parameters.image_size not in (0, side):
         raise WeightsError(
             f"{parameters.name} sees images of {side} px, model.image_size is {parameters.image_size}; set it to 0"
         )
-    return model.seg_model, model.config.fusion.feature_level
 
 
 def _check_sha256(parameters: ModelParameters, digest: str) -> None:
@@ -284,19 +310,37 @@ def is_sam2(parameters: ModelParameters) -> bool:
     return parameters.name.startswith(SAM2_PREFIX)
 
 
+def is_full_size(parameters: ModelParameters) -> bool:
+    """Whether this is VIRST at full size, whose weights are a folder."""
+    return parameters.name == VIRST_7B
+
+
 def stages_of(model: Virst) -> TorchStages:
     return TorchStages(
         model.seg_model, fusion_level=model.config.fusion.feature_level, video_size=model.config.video.image_size
     )
 
 
-def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
-    """The reasoner on `parameters.device`; `second_fusion` False: the ablation of table 4. Raises WeightsError."""
+def load_reasoner(
+    parameters: ModelParameters, *, second_fusion: bool = True, memory_budget_gib: float = 0.0
+) -> Reasoner:
+    """The reasoner on `parameters.device`. Raises WeightsError.
+
+    Args:
+        second_fusion: False: the ablation of table 4, of tabletop-tiny only.
+        memory_budget_gib: of virst-7b, `reasoner.memory_budget_gib`.
+    """
     if is_sam2(parameters):
         raise WeightsError(
             f"{parameters.name} has no reasoner; choose a model that has one (tabletop-tiny), or --method grounding"
         )
     _limit_threads(parameters)
+    if is_full_size(parameters):
+        if not second_fusion:
+            raise WeightsError(f"{parameters.name} is not evaluated without Second ST-Fusion; use tabletop-tiny")
+        folder = weights_path(parameters)
+        full = load_reasoner_model(folder, parameters.device, memory_budget_gib, WINDOWS)
+        return Virst7bReasoner(full, ChatTokenizer(folder, full.config.language.vocabulary))
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, second_fusion=second_fusion)
 

@@ -363,7 +363,13 @@ def _command(
         str, typer.Option(metavar="ADDRESS", help="work for the pool that expects its reasoners there")
     ] = "",
     model: Annotated[str, typer.Option(help="model to run")] = ModelParameters().name,
-    weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one")] = "",
+    weights: Annotated[
+        str, typer.Option(help="safetensors file, or folder of virst-7b; empty = the shipped one")
+    ] = "",
+    memory_budget_gib: Annotated[
+        float,
+        typer.Option(min=0, help="virst-7b: memory of the device that it may take; 0 = what a GPU has free"),
+    ] = 0.0,
     method: Annotated[
         str, typer.Option(metavar="METHOD", help=f"how sentences become prompts: {', '.join(METHODS)}")
     ] = ReasonerParameters().method,
@@ -418,11 +424,11 @@ def _command(
             serve_pool(endpoint, pool, curve_keys=curve_keys)
         else:
             parameters = ModelParameters(name=model, weights=weights, device=device, threads=threads or _threads(cpus))
-            ReasonerParameters(method=method)  # ValueError for one that is none
+            ReasonerParameters(method=method, memory_budget_gib=memory_budget_gib)  # ValueError for what cannot be
             if detector and method != "grounding":
                 raise ValueError("--detector is for --method grounding")
             has_ended = serve(
-                lambda: _load(parameters, method, detector, threshold, boxes),
+                lambda: _load(parameters, method, detector, threshold, boxes, memory_budget_gib),
                 join or endpoint,
                 identify=lambda: _identify(parameters, method),
                 curve_keys=curve_keys,
@@ -446,12 +452,14 @@ def stay_on(cpus: str) -> None:
         raise ValueError(f"--cpus: {cpus!r} cannot be had ({error}); this process may use {there}") from error
 
 
-def _load(parameters: ModelParameters, method: str, detector: str, threshold: float, boxes: int) -> Reasoner:
+def _load(
+    parameters: ModelParameters, method: str, detector: str, threshold: float, boxes: int, memory_budget_gib: float
+) -> Reasoner:
     from virst_engine.weights import load_grounding, load_reasoner  # takes seconds; --help should not
 
     if method == "grounding":
         return load_grounding(detector, parameters, threshold=threshold, most_boxes=boxes)
-    return load_reasoner(parameters)
+    return load_reasoner(parameters, memory_budget_gib=memory_budget_gib)
 
 
 def _identify(parameters: ModelParameters, method: str) -> str:

@@ -68,7 +68,7 @@ def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None
     if method == "grounding":
         reasoner = load_grounding(settings.detector, config.model, threshold=settings.threshold)
     else:
-        reasoner = load_reasoner(config.model)
+        reasoner = load_reasoner(config.model, memory_budget_gib=config.reasoner.memory_budget_gib)
     stages = load_stages(config.model, config.engine, config.memory)
     description: dict[str, Any] = {
         "video": str(settings.video),
