@@ -193,7 +193,9 @@ def segment(
         float, typer.Option(min=0, help="Frames per second of a folder, and of a video without times; 0 = 30.")
     ] = 0.0,
     model: Annotated[str, typer.Option(help="Model that segments and understands.")] = "tabletop-tiny",
-    weights: Annotated[str, typer.Option(help="File of the weights; empty = the shipped one.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="File of the weights, or folder of virst-7b; empty = the shipped one.")
+    ] = "",
     method: Annotated[
         Method,
         typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases."),
@@ -576,14 +578,18 @@ def scenes_show(
 
 @weights_app.command("info")
 def weights_info(
-    file: Annotated[str, typer.Argument(help="safetensors file; empty = the shipped one.")] = "",
+    file: Annotated[str, typer.Argument(help="safetensors file, or folder of virst-7b; empty = the shipped one.")] = "",
     model: Annotated[str, typer.Option(help="Name of the shipped model.")] = "tabletop-tiny",
+    verify: Annotated[bool, typer.Option("--verify", help="Of a folder: read all and compare checksums.")] = False,
 ) -> None:
     """Tell what a weights file holds: size, checksum, parameters, and where it comes from."""
     import hashlib
 
     from virst_engine.weights import load_model, read_card, weights_path
 
+    if Path(file).expanduser().is_dir():
+        _folder_info(Path(file).expanduser(), verify)
+        return
     with _values_as_usage():
         path = weights_path(ModelParameters(name=model, weights=file))
     card = read_card(path)
@@ -594,6 +600,24 @@ def weights_info(
     typer.echo(f"model       {loaded.config.name}")
     typer.echo(f"parameters  {sum(p.numel() for p in loaded.parameters()) / 1e6:.2f} M")
     for name, value in card.items():
+        typer.echo(f"{name:<11} {value}")
+
+
+def _folder_info(folder: Path, verify: bool) -> None:
+    from virst_engine.model.weights_folder import read_manifest, verify_folder, weights_bytes
+
+    manifest = read_manifest(folder)
+    if verify:
+        with _status("comparing checksums"):
+            verify_folder(folder)
+    typer.echo(f"folder      {folder}{', every shard as its checksum says' if verify else ''}")
+    typer.echo(f"size        {manifest.bytes / 2**30:.2f} GiB in {len(manifest.shards)} shards")
+    typer.echo(f"segmenter   {weights_bytes(manifest, segmenter=True) / 2**30:.2f} GiB of weights")
+    typer.echo(f"reasoner    {weights_bytes(manifest) / 2**30:.2f} GiB of weights")
+    typer.echo(f"sha256      {manifest.sha256}")
+    typer.echo(f"model       {manifest.config.name}")
+    typer.echo(f"questions   {'answered' if manifest.has_words else 'not answered, lm_head is missing'}")
+    for name, value in manifest.facts.items():
         typer.echo(f"{name:<11} {value}")
 
 
@@ -626,7 +650,7 @@ def weights_convert(
         sources = Sources(base, Path(source) if source else None, sam2)
         manifest = convert(sources, out, config, dtype, written=written)
     typer.echo(f"folder      {out}")
-    typer.echo(f"size        {sum(shard['bytes'] for shard in manifest.shards.values()) / 2**30:.2f} GiB")
+    typer.echo(f"size        {manifest.bytes / 2**30:.2f} GiB")
     typer.echo(f"shards      {len(manifest.shards)}")
     typer.echo(f"tensors     {len(manifest.tensors)}")
     for name, value in manifest.facts.items():

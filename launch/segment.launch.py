@@ -311,7 +311,7 @@ def start(context: LaunchContext) -> list:
     }
     parameters |= {name: value[name] == "true" for name in BOOLEAN_PARAMETERS if value[name]}
     parameters |= {
-        parameter: number(argument, value[argument])
+        parameter: as_number(argument, value[argument])
         for argument, parameter in NUMBER_PARAMETERS.items()
         if value[argument]
     }
@@ -388,7 +388,7 @@ def start(context: LaunchContext) -> list:
     return processes
 
 
-def number(argument: str, text: str) -> float:
+def as_number(argument: str, text: str) -> float:
     """Raises ValueError that names the argument."""
     try:
         return float(text)
@@ -465,12 +465,13 @@ def reasoner(value: dict[str, str], agreed: dict[str, Any]) -> ExecuteProcess:
     for parameter, option in REASONER_OPTIONS.items():
         if agreed.get(parameter):
             command += [option, str(agreed[parameter])]
-    detects = agreed.get("reasoner.method") == DETECTING
+    method = agreed.get("reasoner.method") or "virst"
+    detects = method == DETECTING
     if detects != bool(value["detector"]):
         raise ValueError(
             "the method grounding needs a detector: detector:=FOLDER, a snapshot of one of transformers"
             if detects
-            else f"a detector is for the method grounding, not {agreed.get('reasoner.method')}: method:=grounding"
+            else f"a detector is for the method grounding, not {method}: method:=grounding"
         )
     if detects:
         command += ["--detector", value["detector"]]
