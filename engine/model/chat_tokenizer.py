@@ -57,8 +57,8 @@ class ChatTokenizer:
                 f"{vocabulary - 1} in the weights; {REMEDY}"
             )
         # What is not text: the marks of a turn, and [SEG]. An answer in words has none of them.
-        self.marks = tuple(self._tokenizer.token_to_id(token) for token in (*CHAT_TOKENS, SEG_TOKEN))
-        self.ends = tuple(self._tokenizer.token_to_id(token) for token in END_TOKENS)
+        self.marks = tuple(self._number(token) for token in (*CHAT_TOKENS, SEG_TOKEN))
+        self.ends = tuple(self._number(token) for token in END_TOKENS)
 
     def row(self, sentence: str, st_tokens: int) -> ChatRow:
         """The tokens of a user's goal. Raises BadGoal if it is empty, too long or has special tokens."""
@@ -99,6 +99,11 @@ class ChatTokenizer:
         if set(self.marks) & set(own) or SEG_TOKEN.lower() in sentence.lower():
             raise BadGoal(f"a goal may not hold the marks {', '.join((*CHAT_TOKENS, SEG_TOKEN))}: leave them out")
         return sentence
+
+    def _number(self, mark: str) -> int:
+        number: int | None = self._tokenizer.token_to_id(mark)
+        assert number is not None, f"{mark} was added"
+        return number
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

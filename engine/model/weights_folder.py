@@ -73,8 +73,8 @@ class Manifest:
 def find_folder(path: str) -> Path:
     """The weights folder that `path` means, as a user wrote it. Raises WeightsError when it is none."""
     how = (
-        "`virst weights convert VIRST.pt --base VideoChat-Flash-Qwen2-7B_res448 --out FOLDER` makes one of the published "
-        "files (README, VIRST at full size); give it with the parameter model.weights"
+        "`virst weights convert VIRST.pt --base VideoChat-Flash-Qwen2-7B_res448 --out FOLDER` makes one of the "
+        "published files (README, VIRST at full size); give it with the parameter model.weights"
     )
     if not path:
         raise WeightsError(f"the weights of virst-7b do not come with this package; {how}")
@@ -178,8 +178,7 @@ def load_reasoner_model(folder: Path, device: str = "cpu", budget_gib: float = 0
         _check_gpu(manifest, wanted, device)
     _check_memory(manifest, wanted, device, budget_gib, windows)
     _fill(model, folder, manifest, wanted, device)
-    rotary = model.language_model.rotary_emb
-    for module in (rotary, model.vision_tower):
+    for module in (model.language_model.rotary_emb, model.vision_tower):
         for name, table in module.named_buffers(recurse=False):
             setattr(module, name, table.to(device))
     return model
@@ -198,9 +197,7 @@ def load_segmenter_model(folder: Path, device: str = "cpu") -> Sam2:
 
 def weights_bytes(manifest: Manifest, segmenter: bool = False) -> int:
     """Of the reasoner's weights, or of the segmenter's."""
-    return sum(
-        tensor.bytes for name, tensor in manifest.tensors.items() if name.startswith(SEGMENTER) is segmenter
-    )
+    return sum(tensor.bytes for name, tensor in manifest.tensors.items() if name.startswith(SEGMENTER) is segmenter)
 
 
 def working_bytes(config: Virst7bConfig, windows: int = 1) -> int:
@@ -233,9 +230,7 @@ def _check_gpu(manifest: Manifest, wanted: dict[str, Tensor], device: str) -> No
         )
 
 
-def _check_memory(
-    manifest: Manifest, wanted: dict[str, Tensor], device: str, budget_gib: float, windows: int
-) -> None:
+def _check_memory(manifest: Manifest, wanted: dict[str, Tensor], device: str, budget_gib: float, windows: int) -> None:
     weights = sum(manifest.tensors[name].bytes for name in wanted if name in manifest.tensors)
     needed = (weights + working_bytes(manifest.config, windows)) / 2**30
     there, has = budget_gib or math.inf, f"the budget is {budget_gib:.2f} GiB"

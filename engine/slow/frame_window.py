@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which past frames the reasoner sees, and a bounded store to take them from.
 
-There are two ways to space the frames of a clip. By default each is so far from the newest one as it should be: clips of
-different frames share nearly none. On a grid, time is cut into cells of one spacing, and the first frame of each cell is
-the one that clips have of it: of the next clip, only the frames of new cells and the newest frame are new, for a reasoner
-that keeps what it made of the others. The newest frame is the last one of the clip in both.
+There are two ways to space the frames of a clip. By default each is as far from the newest one as it should be: clips
+that end at different frames share few. On a grid, time is cut into cells of one spacing, and of each cell clips have the
+first frame: in the next clip, only the frames of new cells and the newest one are new to a reasoner that keeps what it
+made of the others. The newest frame is the last one of the clip in both.
 """
 
 from bisect import bisect_left

@@ -52,8 +52,8 @@ def refuse_words(request: ReasonerRequest, method: str) -> None:
     """For methods that only segment. Raises VirstError for a request that wants words."""
     if request.wants_words:
         raise VirstError(
-            f"{method} has no words for an answer: tell it what to segment (set_goal), or ask tabletop-tiny or virst-7b "
-            "with reasoner.method virst"
+            f"{method} has no words for an answer: tell it what to segment (set_goal), or ask tabletop-tiny or "
+            "virst-7b with reasoner.method virst"
         )
 
 

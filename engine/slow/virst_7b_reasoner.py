@@ -3,8 +3,8 @@
 
 What a frame gives does not depend on the sentence, so it is kept while the frame is in the window: ST-Fusion's maps
 frame by frame, visual tokens by short clips, because the frames of one see each other. A short clip that is not full is
-made again when frames are added to it, which costs no more than a new one would. Streams choose frames on a grid of time
-(frame_window.py), so that the frames of a window are those of the one before, but for a few.
+made again when frames are added to it, which costs no more than a new one would. Streams choose frames on a grid of
+time (frame_window.py), so that the frames of a window are those of the one before, but for a few.
 
 A question is answered by the language model alone, about the same visual tokens.
 """

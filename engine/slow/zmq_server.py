@@ -363,9 +363,7 @@ def _command(
         str, typer.Option(metavar="ADDRESS", help="work for the pool that expects its reasoners there")
     ] = "",
     model: Annotated[str, typer.Option(help="model to run")] = ModelParameters().name,
-    weights: Annotated[
-        str, typer.Option(help="safetensors file, or folder of virst-7b; empty = the shipped one")
-    ] = "",
+    weights: Annotated[str, typer.Option(help="safetensors file, or folder of virst-7b; empty = the shipped one")] = "",
     memory_budget_gib: Annotated[
         float,
         typer.Option(min=0, help="virst-7b: memory of the device that it may take; 0 = what a GPU has free"),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`model.name: virst-7b`, from published files in small to masks and words: in one process, in two, and what may fail."""
+"""`model.name: virst-7b`: published files in small to masks and words, in one process and in two; what may be wrong."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -20,8 +21,14 @@ from tests.engine.model.small_virst_7b import RANK, SMALL_7B, published_state, s
 from tests.fakes import BLUE, RED, Square, Video
 from virst_engine import weights
 from virst_engine.backends.base import Stages
-from virst_engine.config import EngineConfig, EngineParameters, MemoryParameters, ModelParameters, ReasonerParameters
-from virst_engine.config import TrackingParameters
+from virst_engine.config import (
+    EngineConfig,
+    EngineParameters,
+    MemoryParameters,
+    ModelParameters,
+    ReasonerParameters,
+    TrackingParameters,
+)
 from virst_engine.errors import BadGoal, WeightsError
 from virst_engine.model import virst_checkpoint
 from virst_engine.model.virst_7b import Virst7b
@@ -138,7 +145,7 @@ def test_refreshes_share_their_frames(folder: Path) -> None:
             session.step(VIDEO.frame(t))
     clips = [set(request.clip.steps.tolist()) for request, _ in reasoner.met]
     assert len(clips) == 24
-    for before, clip in zip(clips[8:], clips[9:], strict=False):
+    for before, clip in itertools.pairwise(clips[8:]):
         assert len(clip) == 12
         assert len(clip - before) <= 3  # two cells at most begin in half a second; and the newest
     other = config_of(folder)
@@ -261,7 +268,9 @@ def test_a_tokenizer_that_is_missing_is_told(folder: Path, tmp_path: Path) -> No
     shutil.copytree(folder, copy)
     (copy / "tokenizer.json").unlink()
     for load in (load_reasoner, load_goal_check):
-        with pytest.raises(WeightsError, match=r"holds neither tokenizer.json nor vocab.json.*convert the weights again"):
+        with pytest.raises(
+            WeightsError, match=r"holds neither tokenizer.json nor vocab.json.*convert the weights again"
+        ):
             load(parameters_of(copy))
     load_stages(parameters_of(copy))  # the segmenter reads no sentence
 

@@ -44,9 +44,7 @@ def test_a_question_is_asked_as_it_is(tokenizer: ChatTokenizer) -> None:
 
 def test_a_question_in_words_keeps_its_capitals_and_leaves_the_answer_to_the_model(tokenizer: ChatTokenizer) -> None:
     row = tokenizer.question(" What is  on\tthe Table?")
-    assert text_of(row.before) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    )
+    assert text_of(row.before) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
     assert text_of(row.after) == "\nWhat is on the Table?<|im_end|>\n<|im_start|>assistant\n"
     assert row.st == ()
 
