@@ -48,12 +48,12 @@ class ObedientReasoner:
                 raise ZeroDivisionError("broken")
             case "nan":
                 fill = np.nan
-            case "leave":
-                clip = replace(clip, steps=clip.steps[1:], stamps_ns=clip.stamps_ns[1:])
         prompts = tuple(
             Prompt(int(step), int(stamp_ns), np.full((2, 3), fill * step, np.float32))
             for step, stamp_ns in zip(clip.steps, clip.stamps_ns, strict=True)
         )
+        if order == "leave":
+            prompts = prompts[1:]
         answer = ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts)
         if (request.wants_words and order != "mask") or order == "talk":
             answer = replace(answer, prompts=(), words=f"you said: {request.sentence}")
