@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from virst_engine.config import MemoryParameters, ModelParameters, TrackingParameters
+from virst_engine.config import MemoryParameters, ModelParameters, ReasonerParameters, TrackingParameters
 from virst_engine.errors import VirstError
 
 COMMANDS_GROUP = "virst_engine.commands"
@@ -206,6 +206,12 @@ def segment(
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="grounding: score from which an object is there; 0 = the usual one.")
     ] = 0.0,
+    clip_frames: Annotated[
+        int, typer.Option(min=1, max=100, help="T_seg: frames of the video that the reasoner looks at together.")
+    ] = ReasonerParameters.clip_frames,
+    memory_budget_gib: Annotated[
+        float, typer.Option(min=0, help="virst-7b: memory of its device that the reasoner may take; 0 = what is free.")
+    ] = 0.0,
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
     stages: Annotated[str, typer.Option(metavar="DIR", help="Stages of `virst export`; empty = torch.")] = "",
@@ -213,7 +219,7 @@ def segment(
     replace: Annotated[bool, typer.Option("--replace", help="Replace the results that DIR holds.")] = False,
 ) -> None:
     """Segment what sentences mean in a recorded video: masks as PNG, a video with overlay, figures as JSON."""
-    from virst_engine.config import EngineConfig, EngineParameters, ReasonerParameters
+    from virst_engine.config import EngineConfig, EngineParameters
     from virst_engine.video.command import SegmentSettings, run_segment
 
     if delay_ms is not None and answers is Answers.instant:
@@ -224,7 +230,9 @@ def segment(
         config = EngineConfig(
             model=ModelParameters(name=model, weights=weights, device=device, threads=threads),
             engine=EngineParameters(path=stages),
-            reasoner=ReasonerParameters(method=method.value),
+            reasoner=ReasonerParameters(
+                method=method.value, clip_frames=clip_frames, memory_budget_gib=memory_budget_gib
+            ),
         )
         settings = SegmentSettings(
             video=video,

@@ -3,8 +3,8 @@
 
 There are two ways to space the frames of a clip. By default each is as far from the newest one as it should be: clips
 that end at different frames share few. On a grid, time is cut into cells of one spacing, and of each cell clips have
-the first frame: in the next clip, only the frames of new cells and the newest one are new to a reasoner that keeps what it
-made of the others. The newest frame is the last one of the clip in both.
+the first frame: in the next clip, only the frames of new cells and the newest one are new to a reasoner that keeps what
+it made of the others. The newest frame is the last one of the clip in both.
 """
 
 from bisect import bisect_left

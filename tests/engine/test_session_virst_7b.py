@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.engine.model.small_virst_7b import RANK, SMALL_7B, published_state, small_virst_7b, write_base
 from tests.fakes import BLUE, RED, Square, Video
 from virst_engine import weights
 from virst_engine.backends.base import Stages
+from virst_engine.cli import app
 from virst_engine.config import (
     EngineConfig,
     EngineParameters,
@@ -308,6 +312,35 @@ def test_an_export_of_other_weights_is_told_by_the_manifests_checksum(
 def test_the_ablation_is_refused(folder: Path) -> None:
     with pytest.raises(WeightsError, match="is not evaluated without Second ST-Fusion"):
         load_reasoner(parameters_of(folder), second_fusion=False)
+
+
+# --- a recording ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [(), ("--offline",)])
+def test_a_recording_is_segmented_by_the_program(folder: Path, tmp_path: Path, mode: tuple[str, ...]) -> None:
+    """With clips of more frames than ST-Fusion sees, of which some have prompts only."""
+    copy = tmp_path / "weights"
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / "manifest.json").read_text())
+    content["config"]["seg_frames"] = 5
+    (copy / "manifest.json").write_text(json.dumps(content))
+    images = tmp_path / "images"
+    images.mkdir()
+    for t in range(14):
+        cv2.imwrite(str(images / f"{t:03d}.png"), VIDEO.frame(t).image_rgb_u8[:, :, ::-1])
+    arguments = ["segment", str(images), "--goal", "the red square", "--out", str(tmp_path / "out"), "--no-overlay"]
+    run = CliRunner().invoke(
+        app, [*arguments, *mode, "--model", "virst-7b", "--weights", str(copy), "--clip-frames", "9", "--threads", "1"]
+    )
+    assert run.exit_code == 0, run.output
+    assert len(list((tmp_path / "out" / "masks").glob("*.png"))) == 14
+    assert re.search(r"'the red square': in \d+ of 14 frames", run.output)
+    refused = CliRunner().invoke(
+        app, [*arguments, "--replace", "--model", "virst-7b", "--weights", str(copy), "--memory-budget-gib", "0.000001"]
+    )
+    assert isinstance(refused.exception, WeightsError)
+    assert "the budget is" in str(refused.exception)
 
 
 # --- two processes -------------------------------------------------------------------------------------------------
