@@ -595,7 +595,7 @@ def weights_info(
 
     from virst_engine.weights import load_model, read_card, weights_path
 
-    if Path(file).expanduser().is_dir():
+    if file and Path(file).expanduser().is_dir():
         _folder_info(Path(file).expanduser(), verify)
         return
     with _values_as_usage():

@@ -20,7 +20,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.engine.model.small_virst_7b import RANK, SMALL_7B, published_state, small_virst_7b, write_base
+from tests.engine.model.small_virst_7b import sure_virst_7b, write_converted
 from tests.fakes import BLUE, RED, Square, Video
 from virst_engine import weights
 from virst_engine.backends.base import Stages
@@ -34,10 +34,6 @@ from virst_engine.config import (
     TrackingParameters,
 )
 from virst_engine.errors import BadGoal, WeightsError
-from virst_engine.model import virst_checkpoint
-from virst_engine.model.virst_7b import Virst7b
-from virst_engine.model.virst_7b_config import with_preset
-from virst_engine.model.virst_checkpoint import Sources, convert
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import InProcessClient, Reasoner
 from virst_engine.slow.virst_7b_reasoner import Virst7bReasoner
@@ -56,31 +52,12 @@ from virst_engine.weights import (
 )
 
 ROOT = Path(__file__).parents[2]
-# A stream reads as many memories as the published model has.
-CONFIG = with_preset(replace(SMALL_7B, sam2=replace(SMALL_7B.sam2, memory_frames=7, max_pointers=16)), "released")
 VIDEO = Video([Square(RED, lambda t: (2, 1 + t % 10)), Square(BLUE, lambda t: (9, 10 - t % 10))], period_s=1 / 30)
-
-
-def sure_model() -> Virst7b:
-    """Random, but whatever it segments is there."""
-    model = small_virst_7b(CONFIG, seed=2)
-    with torch.no_grad():
-        model.seg_model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 50.0
-    return model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `virst weights convert` makes of a random small model's published files."""
-    files = tmp_path_factory.mktemp("virst-7b")
-    model = sure_model()
-    torch.save({"model_state_dict": published_state(model)}, files / "virst.pt")
-    with pytest.MonkeyPatch.context() as patch:
-        shapes = virst_checkpoint.published_shapes
-        patch.setattr(virst_checkpoint, "published_shapes", lambda config: shapes(config, RANK))
-        sources = Sources(write_base(files / "base", model), files / "virst.pt")
-        convert(sources, files / "weights", CONFIG, "float32", shard_bytes=40_000)
-    return files / "weights"
+    return write_converted(tmp_path_factory.mktemp("virst-7b") / "weights")
 
 
 def parameters_of(folder: Path, **changes: str | int) -> ModelParameters:
@@ -180,7 +157,7 @@ def test_stages_are_those_of_the_folder(folder: Path) -> None:
     stages = load_stages(parameters_of(folder))
     assert (stages.sizes.image_size, stages.sizes.video_size) == (64, 32)
     pixels = torch.randn(1, 3, 64, 64)
-    own = sure_model().seg_model
+    own = sure_virst_7b().seg_model
     with torch.inference_mode():
         expected = own.encode_image(pixels, -1)
     assert torch.equal(stages.image_encoder(pixels).fusion, expected.fusion)
