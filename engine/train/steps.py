@@ -215,7 +215,7 @@ def visual_motion_losses(heads: ReadOuts, clip: ClipEncoding, batch: Batch, vide
     encoder knows, and the language model overlooks it.
     """
     t, coarse = batch.clip_frames, batch.clip_frames * video.tokens_per_frame
-    found = heads.visual_motion(clip.visual_tokens).float() / VISUAL_MOTION_SCALE
+    found = heads.visual_motion(clip.visual.tokens).float() / VISUAL_MOTION_SCALE
     losses = [motion_loss(found[:, :coarse].unflatten(1, (t, -1)), batch.colour[:, :t], batch.motion)]
     if video.fine_newest:
         losses.append(motion_loss(found[:, None, coarse:], batch.colour[:, t - 1 : t], batch.motion[:, t - 1 :]))
