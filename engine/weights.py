@@ -18,16 +18,20 @@ from safetensors.torch import save_file
 from virst_engine.backends.base import Stages
 from virst_engine.backends.choice import choose_stages
 from virst_engine.backends.torch_backend import TorchStages
-from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
+from virst_engine.config import METHOD_WINDOWS, EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BadGoal, WeightsError
 from virst_engine.model.checkpoint import checkpoint_file, load_sam2
 from virst_engine.model.config import VirstConfig
+from virst_engine.model.methods import load_method, read_method_config
 from virst_engine.model.sam2 import Sam2
+from virst_engine.model.tempvrs import TempVrsConfig
 from virst_engine.model.virst import Virst
+from virst_engine.model.visa import Visa, VisaConfig
 from virst_engine.model.words import WordTokenizer
 from virst_engine.slow.grounding_reasoner import IDENTITY, GroundingReasoner, phrase_of
 from virst_engine.slow.reasoner import Reasoner
 from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
+from virst_engine.slow.window_reasoner import TempVrsReasoner, VisaReasoner
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +60,54 @@ def weights_identity(parameters: ModelParameters) -> str:
     return f"{parameters.name} {weights_sha256(parameters)[:12]}"
 
 
-def reasoner_identity(parameters: ModelParameters, method: str = "virst") -> str:
+def reasoner_identity(parameters: ModelParameters, method: str = "virst", reasoner_weights: str = "") -> str:
     """Of the reasoner that a segmenter of these parameters can use. Boxes mean the same to any. Raises WeightsError."""
-    return IDENTITY if method == "grounding" else weights_identity(parameters)
+    if method == "grounding":
+        return IDENTITY
+    if method in METHOD_WINDOWS:
+        path = method_weights_path(parameters, method, reasoner_weights)
+        return f"{weights_identity(parameters)} {method} {file_sha256(path)[:12]}"
+    return weights_identity(parameters)
+
+
+def method_weights_path(parameters: ModelParameters, method: str, reasoner_weights: str = "") -> Path:
+    """The file of a reasoner beside VIRST's, for this model. Raises WeightsError when there is none."""
+    if reasoner_weights:
+        path = Path(reasoner_weights).expanduser()
+    else:
+        path = SHIPPED / f"{parameters.name}-{method}.safetensors"
+    if not path.is_file():
+        raise WeightsError(
+            f"there is no reasoner of the method {method} for {parameters.name}: no file {path}; choose another "
+            f"reasoner.method, or train one with `virst train --method {method}` and name it in reasoner.weights"
+        )
+    return path
+
+
+def load_method_config(
+    parameters: ModelParameters, method: str, reasoner_weights: str = ""
+) -> VisaConfig | TempVrsConfig:
+    """Of the reasoner's file. Raises WeightsError where it is of another method, or for another segmenter."""
+    path = method_weights_path(parameters, method, reasoner_weights)
+    config = read_method_config(path)
+    found = "visa" if isinstance(config, VisaConfig) else "tempvrs"
+    if found != method:
+        raise WeightsError(f"{path} holds a reasoner of the method {found}, reasoner.method is {method}; change one")
+    if config.segmenter != weights_sha256(parameters):
+        raise WeightsError(
+            f"{path} was trained for other weights of {parameters.name} than {weights_path(parameters)}, whose SAM 2 "
+            "would not understand its prompts; use the weights that it was trained for, or train it again"
+        )
+    if config.window_frames != METHOD_WINDOWS[method][0]:
+        raise WeightsError(
+            f"{path} reads windows of {config.window_frames} frames, a segmenter sends {METHOD_WINDOWS[method][0]}; "
+            "train it again with this version"
+        )
+    return config
 
 
 def understands_sentences(parameters: ModelParameters, method: str = "virst") -> bool:
-    """Whether there is a reasoner by this method for this model."""
+    """Whether there can be a reasoner by this method for this model."""
     return method == "grounding" or not is_sam2(parameters)
 
 
@@ -73,7 +118,12 @@ def answers_questions(parameters: ModelParameters, method: str = "virst") -> boo
 
 def weights_sha256(parameters: ModelParameters) -> str:
     """SHA-256 of the weights file, in hexadecimal. Raises WeightsError."""
-    path, digest = weights_path(parameters), hashlib.sha256()
+    return file_sha256(weights_path(parameters))
+
+
+def file_sha256(path: Path) -> str:
+    """In hexadecimal. Raises WeightsError."""
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -180,7 +230,9 @@ def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
-def load_goal_check(parameters: ModelParameters, method: str = "virst") -> Callable[[str], None]:
+def load_goal_check(
+    parameters: ModelParameters, method: str = "virst", reasoner_weights: str = ""
+) -> Callable[[str], None]:
     """A function that raises BadGoal for a sentence that this model's reasoner could not read. Raises WeightsError.
 
     What a detector (`method` grounding) can read is known to the detector alone: it says so when it is asked.
@@ -200,8 +252,10 @@ def load_goal_check(parameters: ModelParameters, method: str = "virst") -> Calla
             )
 
         return refuse
-    path = weights_path(parameters)
-    tokenizer = WordTokenizer(read_config(path).words)
+    if method in METHOD_WINDOWS:
+        tokenizer = WordTokenizer(load_method_config(parameters, method, reasoner_weights).words)
+    else:
+        tokenizer = WordTokenizer(read_config(weights_path(parameters)).words)
 
     def check(sentence: str) -> None:
         tokenizer.encode_goal(sentence, LONGEST_GOAL_WORDS)
@@ -290,13 +344,35 @@ def stages_of(model: Virst) -> TorchStages:
     )
 
 
-def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
-    """The reasoner on `parameters.device`; `second_fusion` False: the ablation of table 4. Raises WeightsError."""
+def load_reasoner(
+    parameters: ModelParameters,
+    method: str = "virst",
+    reasoner_weights: str = "",
+    *,
+    second_fusion: bool = True,
+    top_k: int = 0,
+) -> Reasoner:
+    """The reasoner on `parameters.device`, of a method that needs no detector.
+
+    Args:
+        reasoner_weights: file of the method `visa` or `tempvrs`; empty: the shipped one.
+        second_fusion: False: VIRST's ablation of table 4.
+        top_k: of TempVRS; 0: the model's.
+
+    Raises:
+        WeightsError: there is none, or none that can be used.
+        ValueError: of top_k.
+    """
     if is_sam2(parameters):
         raise WeightsError(
             f"{parameters.name} has no reasoner; choose a model that has one (tabletop-tiny), or --method grounding"
         )
     _limit_threads(parameters)
+    if method in METHOD_WINDOWS:
+        load_method_config(parameters, method, reasoner_weights)
+        path = method_weights_path(parameters, method, reasoner_weights)
+        found = load_method(path, device=parameters.device)
+        return VisaReasoner(found) if isinstance(found, Visa) else TempVrsReasoner(found, top_k=top_k)
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, second_fusion=second_fusion)
 

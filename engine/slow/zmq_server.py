@@ -367,6 +367,9 @@ def _command(
     method: Annotated[
         str, typer.Option(metavar="METHOD", help=f"how sentences become prompts: {', '.join(METHODS)}")
     ] = ReasonerParameters().method,
+    reasoner_weights: Annotated[
+        str, typer.Option(help="visa, tempvrs: safetensors file of the reasoner; empty = the shipped one")
+    ] = "",
     detector: Annotated[
         str,
         typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded"),
@@ -422,9 +425,9 @@ def _command(
             if detector and method != "grounding":
                 raise ValueError("--detector is for --method grounding")
             has_ended = serve(
-                lambda: _load(parameters, method, detector, threshold, boxes),
+                lambda: _load(parameters, method, reasoner_weights, detector, threshold, boxes),
                 join or endpoint,
-                identify=lambda: _identify(parameters, method),
+                identify=lambda: _identify(parameters, method, reasoner_weights),
                 curve_keys=curve_keys,
                 joins_pool=bool(join),
             )
@@ -446,18 +449,20 @@ def stay_on(cpus: str) -> None:
         raise ValueError(f"--cpus: {cpus!r} cannot be had ({error}); this process may use {there}") from error
 
 
-def _load(parameters: ModelParameters, method: str, detector: str, threshold: float, boxes: int) -> Reasoner:
+def _load(
+    parameters: ModelParameters, method: str, reasoner_weights: str, detector: str, threshold: float, boxes: int
+) -> Reasoner:
     from virst_engine.weights import load_grounding, load_reasoner  # takes seconds; --help should not
 
     if method == "grounding":
         return load_grounding(detector, parameters, threshold=threshold, most_boxes=boxes)
-    return load_reasoner(parameters)
+    return load_reasoner(parameters, method, reasoner_weights)
 
 
-def _identify(parameters: ModelParameters, method: str) -> str:
+def _identify(parameters: ModelParameters, method: str, reasoner_weights: str) -> str:
     from virst_engine.weights import reasoner_identity
 
-    return reasoner_identity(parameters, method)
+    return reasoner_identity(parameters, method, reasoner_weights)
 
 
 def main() -> None:

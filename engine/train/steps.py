@@ -45,11 +45,11 @@ class ReadOuts(nn.Module):
         hidden, self.layers = config.language.hidden, config.language.layers
         # What a visual token shows: the landmark half-way through the language model ("the blue can" in "left of the
         # blue can"), and from then on, told by it, the target.
-        self.visual_landmark = _token_mark(hidden)
-        self.visual_target = nn.ModuleList(_token_mark(hidden) for _ in range(self.layers - self.layers // 2))
+        self.visual_landmark = token_mark(hidden)
+        self.visual_target = nn.ModuleList(token_mark(hidden) for _ in range(self.layers - self.layers // 2))
 
 
-def _token_mark(hidden: int) -> nn.Sequential:
+def token_mark(hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
 
 
