@@ -113,6 +113,8 @@ class Mode(str, enum.Enum):
 
 class Method(str, enum.Enum):
     virst = "virst"
+    visa = "visa"
+    tempvrs = "tempvrs"
     grounding = "grounding"
 
 
@@ -196,7 +198,7 @@ def segment(
     weights: Annotated[str, typer.Option(help="File of the weights; empty = the shipped one.")] = "",
     method: Annotated[
         Method,
-        typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases."),
+        typer.Option(help="virst, visa, tempvrs: ways to understand; grounding: a detector finds noun phrases."),
     ] = Method.virst,
     detector: Annotated[
         str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded.")

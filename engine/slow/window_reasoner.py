@@ -69,10 +69,12 @@ class WindowReasoner(ABC, Generic[Model, Encoded]):
                 raise Unanswered("the model has no word for an answer; ask in other words")
         else:
             clip = request.clip
-            prompts = tuple(
-                Prompt(int(clip.steps[t]), int(clip.stamps_ns[t]), embeddings, confidence)
+            # At the start of a stream the oldest frame stands for those before it: of its prompts the last one counts.
+            by_step = {
+                int(clip.steps[t]): Prompt(int(clip.steps[t]), int(clip.stamps_ns[t]), embeddings, confidence)
                 for t, embeddings, confidence in self._prompt(question, frames)
-            )
+            }
+            prompts = tuple(by_step.values())
         total_ms = (time.perf_counter() - start) * 1e3
         timings = {
             "encode_clip": encode_ms,
