@@ -59,7 +59,8 @@ def visa_step(model: MethodModel, heads: MethodReadOuts, batch: Batch) -> Losses
     with torch.no_grad():
         cells = visa.encode(_video(batch, visa.config.video))[batch.clip_of_row]
     targets = _random_targets(len(rows), t).to(rows.device)
-    count = int(torch.randint(8, visa.config.references + 1, ()))
+    most = visa.config.references
+    count = int(torch.randint(min(8, most), most + 1, ()))  # section 4.2: 8 to 12
     references = torch.tensor([_random_references(int(f), t, count, visa.config.sampling) for f in targets])
     question = visa.question_about(cells, targets, references.to(rows.device), batch.text, batch.text_valid)
     output = visa.prompts(question, batch.answer, batch.answer_valid)
