@@ -113,6 +113,8 @@ class Mode(str, enum.Enum):
 
 class Method(str, enum.Enum):
     virst = "virst"
+    visa = "visa"
+    tempvrs = "tempvrs"
     grounding = "grounding"
 
 
@@ -198,7 +200,7 @@ def segment(
     ] = "",
     method: Annotated[
         Method,
-        typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases."),
+        typer.Option(help="virst, visa, tempvrs: ways to understand; grounding: a detector finds noun phrases."),
     ] = Method.virst,
     detector: Annotated[
         str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded.")

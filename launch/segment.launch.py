@@ -162,8 +162,14 @@ ARGUMENTS = [
     DeclareLaunchArgument(
         "method",
         default_value="",
-        choices=["", "virst", "grounding"],
+        choices=["", "virst", "visa", "tempvrs", "grounding"],
         description="how segmenter and reasoner turn sentences into prompts; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "reasoner_weights",
+        default_value="",
+        description="safetensors file of the reasoner of the method visa or tempvrs; empty = as in params_file, else "
+        "the shipped one",
     ),
     DeclareLaunchArgument(
         "detector",
@@ -231,6 +237,7 @@ TEXT_PARAMETERS = {
     "device": "model.device",
     "weights": "model.weights",
     "method": "reasoner.method",
+    "reasoner_weights": "reasoner.weights",
     "reasoner_endpoint": "reasoner.endpoint",
     "curve_keys": "reasoner.curve_keys",
 }
@@ -253,6 +260,7 @@ REASONER_OPTIONS = {
     "model.weights": "--weights",
     "model.device": "--device",
     "reasoner.method": "--method",
+    "reasoner.weights": "--reasoner-weights",
     "reasoner.memory_budget_gib": "--memory-budget-gib",
 }
 DETECTING = "grounding"  # the method that needs a detector

@@ -19,7 +19,7 @@ from virst_engine.model.sam2 import Sam2
 from virst_engine.model.st_fusion import InitialStFusion, SecondStFusion
 from virst_engine.model.token_merging import merge_tokens
 from virst_engine.model.umt import UmtEncoder
-from virst_engine.model.virst import build_language_model
+from virst_engine.model.video_language import build_language_model
 from virst_engine.model.virst_7b_config import Virst7bConfig
 
 
