@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig, MemoryParameters
+from virst_engine.errors import VideoError
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
 from virst_engine.slow.reasoner import Reasoner
@@ -232,13 +233,21 @@ def _clip(
 def _prompts(
     reasoner: Reasoner, clip: Clip, sentences: Sequence[str]
 ) -> tuple[Float[np.ndarray, "goals t n c"], list[int]]:
-    """And the frames that they are for: those of the clip, or some of them."""
+    """And the frames that they are for: those of the clip, or some of them, the same for all sentences.
+
+    Raises VideoError where a reasoner chooses other frames for each sentence.
+    """
     answers = [
         reasoner.answer(ReasonerRequest(number, 0, f"goal_{number}", sentence, clip))
         for number, sentence in enumerate(sentences, start=1)
     ]
-    embeddings = np.stack([[prompt.embeddings for prompt in answer.prompts] for answer in answers])
-    return embeddings, [prompt.step for prompt in answers[0].prompts]
+    prompted = [[prompt.step for prompt in answer.prompts] for answer in answers]
+    if any(frames != prompted[0] for frames in prompted):
+        raise VideoError(
+            "this reasoner chooses other frames for each sentence, which a whole video at once cannot follow; give one "
+            "goal at a time, or leave --offline out"
+        )
+    return np.stack([[prompt.embeddings for prompt in answer.prompts] for answer in answers]), prompted[0]
 
 
 def _own(lent: Lent) -> Lent:

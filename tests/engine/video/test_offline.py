@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole-video inference on the fake network: which frames are anchors, what each frame attends to, both directions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from tests.fakes import (
     small_config,
 )
 from virst_engine.config import MemoryParameters
-from virst_engine.errors import BadFrame
+from virst_engine.errors import BadFrame, VideoError
 from virst_engine.fast.postprocess import mask_at_size
 from virst_engine.types import Frame, MemoryEntry
 from virst_engine.video import offline
@@ -100,6 +102,26 @@ def test_masks_spread_backwards_from_an_anchor_in_the_middle(monkeypatch):
     frames = [video.frame(t) for t in range(15)]
     masks = offline.segment_whole_video(FakeStages(), FakeReasoner(), frames, ["red"], CONFIG)
     assert all(np.count_nonzero(mask) >= 40 for mask in masks[0])
+
+
+class Choosy(FakeReasoner):
+    """Leaves so many of the oldest frames out as the sentence ends with."""
+
+    def answer(self, request):
+        answer = super().answer(request)
+        left_out = int(request.sentence.split()[-1])
+        return replace(answer, prompts=answer.prompts[left_out:])
+
+
+def test_a_reasoner_may_leave_frames_out_and_a_prompt_stays_on_its_own():
+    """The fake decoder refuses a prompt of another frame."""
+    video = Video([moving_square(RED), Square(GREEN, lambda t: (10, 3))])
+    frames = [video.frame(t) for t in range(20)]
+    sentences = ["red 3", "green 3"]
+    masks = offline.segment_whole_video(FakeStages(), Choosy(), frames, sentences, CONFIG)
+    assert all(np.count_nonzero(mask) >= 40 for goal in masks for mask in goal)
+    with pytest.raises(VideoError, match=r"chooses other frames for each sentence.*one goal at a time"):
+        offline.segment_whole_video(FakeStages(), Choosy(), frames, ["red 3", "green 2"], CONFIG)
 
 
 def test_an_object_out_of_view_has_no_mask():
