@@ -128,7 +128,7 @@ class TempVrs(VideoLanguage):
         self, visual: VisualTokens, text: Int[Tensor, "rows length"], text_valid: Bool[Tensor, "rows length"]
     ) -> Question:
         """Sentence, window, <TEP>, <SEG> of each clip, or one for all. `visual`: a row for each sentence."""
-        seg = self.seg_embedding
+        seg: Tensor = self.seg_embedding
         if self.config.several_seg:  # each bears its slow frame's time
             ages = torch.arange(self.config.slow_frames - 1, -1, -1, device=text.device).float()
             seg = seg + self.time_embedding(ages)[0, :, 0]

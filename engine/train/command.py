@@ -60,6 +60,7 @@ def train(
         typer.Option(help="virst, or visa or tempvrs: a reasoner beside the segmenter of --init (the shipped one)."),
     ] = "virst",
     supervision: Annotated[str, typer.Option(help="tempvrs: what <TEP> tells of, clip or frame.")] = "clip",
+    one_seg: Annotated[bool, typer.Option("--one-seg", help="tempvrs: one <SEG> for all clips.")] = False,
 ) -> None:
     """Train `tabletop-tiny`: pre-training, then VIRST's alignment, few-image and propagation stages.
 
@@ -79,7 +80,7 @@ def train(
     elif method in get_args(Method):
         init = init or SHIPPED / "tabletop-tiny.safetensors"
         config = method_training(cast(Method, method), scale)
-        model = _start_method(method, init, supervision)
+        model = _start_method(method, init, supervision, several_seg=not one_seg)
         heads = MethodReadOuts(model.reasoner, colours=len(COLOURS), shapes=len(SHAPES))
     else:
         raise typer.BadParameter(f"must be virst, visa or tempvrs, got {method!r}", param_hint="--method")
@@ -150,7 +151,7 @@ def _start_model(init: Path | None, size: int) -> Virst:
     return model
 
 
-def _start_method(method: str, init: Path, supervision: str) -> MethodModel:
+def _start_method(method: str, init: Path, supervision: str, *, several_seg: bool = True) -> MethodModel:
     """A reasoner that goes on from the language model of `init`, and the segmenter of `init`."""
     virst = load_model(init)
     common: dict[str, Any] = {
@@ -162,7 +163,10 @@ def _start_method(method: str, init: Path, supervision: str) -> MethodModel:
         "segmenter": weights_sha256(ModelParameters(name=virst.config.name, weights=str(init))),
     }
     try:
-        config = VisaConfig(**common) if method == "visa" else TempVrsConfig(**common, supervision=supervision)
+        if method == "visa":
+            config: VisaConfig | TempVrsConfig = VisaConfig(**common)
+        else:
+            config = TempVrsConfig(**common, supervision=supervision, several_seg=several_seg)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     reasoner = build_method(config)

@@ -155,6 +155,15 @@ def test_another_method_goes_on_from_weights_whose_segmenter_it_names(
     )
 
 
+def test_the_ablations_of_tempvrs_are_in_its_configuration(tmp_path: Path) -> None:
+    init = tmp_path / "init.safetensors"
+    save_model(Virst(tabletop_tiny(VOCABULARY)), init)
+    reasoner = command._start_method("tempvrs", init, "frame", several_seg=False).reasoner
+    assert (reasoner.config.supervision, reasoner.config.several_seg) == ("frame", False)
+    assert reasoner.tep_mlp[-1].out_features == reasoner.config.window_frames
+    assert len(reasoner.seg_embedding) == 1
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--method", "oracle"), ("--supervision", "none")])
 def test_a_method_that_there_is_not_is_refused(flag: str, value: str, tmp_path: Path) -> None:
     method = () if flag == "--method" else ("--method", "tempvrs")
