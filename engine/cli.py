@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `virst`: segment, train, evaluate, bench, export, build, scenes, weights.
+"""The program `virst`: segment, train, evaluate, compare, bench, export, build, scenes, weights.
 
 A command imports only what it runs.
 
@@ -116,6 +116,14 @@ class Method(str, enum.Enum):
     grounding = "grounding"
 
 
+class Anchors(str, enum.Enum):
+    dynamic = "dynamic"
+    first_frame = "first-frame"
+    guided = "guided"
+    random_3 = "random-3"
+    uniform_3 = "uniform-3"
+
+
 class Answers(str, enum.Enum):
     instant = "instant"
     realtime = "realtime"
@@ -181,6 +189,10 @@ def segment(
         bool,
         typer.Option("--offline", help="Look at the whole video first, as VIRST is published; else as a robot does."),
     ] = False,
+    anchors: Annotated[
+        Anchors,
+        typer.Option(help="--offline: which frames are anchors; dynamic is VIRST's way."),
+    ] = Anchors.dynamic,
     answers: Annotated[
         Answers,
         typer.Option(help="instant: with the frame that asks; realtime: as late as the reasoner takes here."),
@@ -218,6 +230,8 @@ def segment(
         raise typer.BadParameter("--delay-ms needs --answers realtime")
     if offline and answers is Answers.realtime:
         raise typer.BadParameter("--offline asks once, about the whole video: no answer can be late")
+    if not offline and anchors is not Anchors.dynamic:
+        raise typer.BadParameter("--anchors needs --offline: a stream makes anchors of every answer")
     with _values_as_usage():
         config = EngineConfig(
             model=ModelParameters(name=model, weights=weights, device=device, threads=threads),
@@ -230,6 +244,7 @@ def segment(
             out=out,
             config=config,
             is_offline=offline,
+            anchors=anchors.value,
             is_realtime=answers is Answers.realtime,
             delay_s=None if delay_ms is None else delay_ms / 1e3,
             topic=topic,
@@ -278,6 +293,10 @@ def evaluate_command(
         Path | None, typer.Option(metavar="FILE", help="Write a Markdown page here, with example pictures beside it.")
     ] = None,
     per_scene: Annotated[int, typer.Option(min=1, help="Sentences per scene, balanced over kinds.")] = 4,
+    method: Annotated[
+        Method, typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases.")
+    ] = Method.virst,
+    detector: Annotated[str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector.")] = "",
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
@@ -297,6 +316,10 @@ def evaluate_command(
     ] = False,
     first_anchor_only: Annotated[
         bool, typer.Option("--first-anchor-only", help="Ablation: no refresh, and one anchor: the frame of the goal.")
+    ] = False,
+    anchors: Annotated[Anchors, typer.Option(help="offline: which frames are anchors.")] = Anchors.dynamic,
+    no_initial_fusion: Annotated[
+        bool, typer.Option("--no-initial-fusion", help="Ablation: the [ST] tokens do not look at the video first.")
     ] = False,
     no_second_fusion: Annotated[
         bool, typer.Option("--no-second-fusion", help="Ablation: prompts without Second ST-Fusion.")
@@ -327,12 +350,16 @@ def evaluate_command(
             mode=mode.value,
             phrasings=phrasings.value,
             per_scene=per_scene,
+            method=method.value,
+            detector=detector,
             weights=weights,
             device=device,
             threads=threads,
             shuffle_sentences=shuffle_sentences,
             no_refresh=no_refresh,
             first_anchor_only=first_anchor_only,
+            anchors=anchors.value,
+            no_initial_fusion=no_initial_fusion,
             no_second_fusion=no_second_fusion,
             alpha=alpha,
             start_presence=start_presence,
@@ -359,6 +386,58 @@ def evaluate_command(
         report.write_text(markdown({**result, "pictures": pictures}), encoding="utf-8")
     _write_json(json_file, result)
     typer.echo(markdown(result))
+
+
+@app.command("compare")
+def compare_command(
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="What is done is kept here; the same call goes on with it."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw J&F of all rows, as PNG.")] = None,
+    rows: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Rows, or groups of rows; empty = all. --list tells them.")
+    ] = "",
+    list_rows: Annotated[bool, typer.Option("--list", help="List rows and groups, run nothing.")] = False,
+    scenes_per_seed: Annotated[
+        int, typer.Option(min=1, max=1000, help="Scenes of each of three disjoint ranges that no training has seen.")
+    ] = 50,
+    detector: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Snapshot of a zero-shot detector, for the row grounding.")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
+) -> None:
+    """Compare methods, choices of anchors and ablations on the same simulated scenes, as VIRST and TempVRS do."""
+    from virst_engine.evaluate.compare import compare
+    from virst_engine.evaluate.compare_page import page, write_page
+    from virst_engine.evaluate.compare_rows import default_rows
+    from virst_engine.evaluate.comparison import ComparedScenes
+
+    known = default_rows(detector)
+    if list_rows:
+        typer.echo("\n".join(f"{row.name:<22} {row.group:<12} {row.label}" for row in known))
+        return
+    if json_file is None:
+        raise typer.BadParameter("--json FILE is missing: what is done is kept there")
+    wanted = list(filter(None, rows.split(","))) or [row.name for row in known]
+    unknown = [name for name in wanted if name not in {row.name for row in known} | {row.group for row in known}]
+    if unknown:
+        raise typer.BadParameter(f"no row or group {unknown[0]!r}; virst compare --list tells them")
+    chosen = tuple(row for row in known if row.name in wanted or row.group in wanted)
+    with _steps("scenes") as on_step:
+        comparison = compare(
+            chosen,
+            ComparedScenes(scenes_per_seed),
+            json_file,
+            workers=workers or _cores(),
+            on_scene=lambda done, total: on_step(done, total, f"{len(chosen)} rows"),
+        )
+    typer.echo(page(comparison) if report is None else write_page(comparison, report))
+    if plot is not None:
+        from virst_engine.evaluate.compare_plot import draw_comparison
+
+        draw_comparison(comparison, plot)
 
 
 @app.command()

@@ -290,15 +290,19 @@ def stages_of(model: Virst) -> TorchStages:
     )
 
 
-def load_reasoner(parameters: ModelParameters, *, second_fusion: bool = True) -> Reasoner:
-    """The reasoner on `parameters.device`; `second_fusion` False: the ablation of table 4. Raises WeightsError."""
+def load_reasoner(
+    parameters: ModelParameters, *, method: str = "virst", initial_fusion: bool = True, second_fusion: bool = True
+) -> Reasoner:
+    """The reasoner on `parameters.device`; a fusion that is False: the ablations of table 4. Raises WeightsError."""
+    if method != "virst":
+        raise WeightsError(f"{parameters.name} has no weights for the method {method}")
     if is_sam2(parameters):
         raise WeightsError(
             f"{parameters.name} has no reasoner; choose a model that has one (tabletop-tiny), or --method grounding"
         )
     _limit_threads(parameters)
     model = load_model(weights_path(parameters), device=parameters.device)
-    return VirstReasoner(model, second_fusion=second_fusion)
+    return VirstReasoner(model, initial_fusion=initial_fusion, second_fusion=second_fusion)
 
 
 def load_grounding(

@@ -48,6 +48,10 @@ class Case:
         scored = self.instance_mask[self.goal_frame :]
         return np.stack([np.isin(scored, [k + 1 for k in question.target_ids]) for question in self.questions])
 
+    def presence(self, target_ids: tuple[int, ...]) -> Bool[np.ndarray, " t"]:
+        """In which frames of the whole recording a pixel of a target shows."""
+        return np.asarray(np.isin(self.instance_mask, [k + 1 for k in target_ids]).any(axis=(1, 2)))
+
     def foreground(self) -> Bool[np.ndarray, "scored h w"]:
         """Every object's visible pixels in the same frames; the arm is none."""
         scored = self.instance_mask[self.goal_frame :]

@@ -22,6 +22,10 @@ class ExpressionScore:
     absent_frames: int  # scored frames; where nothing is meant, those in which that is still so
     empty_frames: int  # of these, with an empty predicted mask
     empty_at_end: bool  # ... the last of them is one
+    presence_right: float = 1.0  # share of all scored frames whose mask is empty where no target shows, and only there
+    settled_jf: float = 0.0  # J&F of the frames from `settings.SETTLED_FRAMES` after the goal's on
+    course: tuple[float, ...] = ()  # J&F of equal stretches of the scored frames, in order
+    reappears: bool = False  # a target is out of sight for a while and shows again in a scored frame
 
 
 def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
