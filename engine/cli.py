@@ -293,6 +293,16 @@ def evaluate_command(
         Path | None, typer.Option(metavar="FILE", help="Write a Markdown page here, with example pictures beside it.")
     ] = None,
     per_scene: Annotated[int, typer.Option(min=1, help="Sentences per scene, balanced over kinds.")] = 4,
+    long_s: Annotated[
+        float,
+        typer.Option(
+            "--long",
+            metavar="SECONDS",
+            min=0,
+            help="With --family full: scenes of so many seconds (100 = 1,000 frames) in which things leave and come "
+            "back; sentences about order, events and counts, set early.",
+        ),
+    ] = 0.0,
     method: Annotated[
         Method, typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases.")
     ] = Method.virst,
@@ -350,6 +360,7 @@ def evaluate_command(
             mode=mode.value,
             phrasings=phrasings.value,
             per_scene=per_scene,
+            long_s=long_s,
             method=method.value,
             detector=detector,
             weights=weights,
@@ -609,10 +620,15 @@ def scenes_write(
     family: Annotated[Family, typer.Option(help="Kind of scenes.")] = Family.plain,
     size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the frames, pixels.")] = "128x128",
     fps: Annotated[float, typer.Option(min=1, max=100, help="Frames per second.")] = 10.0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip.")] = 4.8,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Length of a clip; in full ones of more than 12, things go on happening.")
+    ] = 4.8,
+    queries: Annotated[
+        int, typer.Option(min=0, help="Sentences per clip with their targets, and the frames that show these.")
+    ] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
 ) -> None:
-    """Record simulated scenes with their truth: images, instance masks, poses, visibility."""
+    """Record simulated scenes with their truth: images, instance masks, poses, visibility, presence in each frame."""
     from virst_engine.sim.dataset import write_clips
 
     range_of_seeds = parse_range(seeds)
@@ -633,6 +649,7 @@ def scenes_write(
             fps=fps,
             duration_s=seconds,
             size=width_and_height,
+            queries=queries,
             workers=workers or _cores(),
             progress=show,
         )
@@ -646,11 +663,23 @@ def scenes_show(
     family: Annotated[Family, typer.Option(help="Kind of scenes.")] = Family.plain,
     sentences: Annotated[int, typer.Option(min=1, max=12, help="Per scene.")] = 3,
     phrasings: Annotated[Phrasings, typer.Option(help="Trained or held-out sentences.")] = Phrasings.train,
+    seconds: Annotated[float, typer.Option(min=2.4, help="Length of a scene, as of `virst scenes write`.")] = 4.8,
 ) -> None:
-    """Draw a contact sheet: a row per scene with moments of it, and the target of each sentence outlined."""
+    """Draw a contact sheet: a row per scene with moments of it, and the target of each sentence outlined.
+
+    The bar below a sentence is green while its target shows.
+    """
     from virst_engine.sim.dataset import contact_sheet
 
-    typer.echo(contact_sheet(picture, parse_range(seeds), family.value, sentences=sentences, phrasings=phrasings.value))
+    sheet = contact_sheet(
+        picture,
+        parse_range(seeds),
+        family.value,
+        sentences=sentences,
+        phrasings=phrasings.value,
+        duration_s=seconds,
+    )
+    typer.echo(sheet)
 
 
 @weights_app.command("info")

@@ -29,6 +29,7 @@ from virst_engine.evaluate.compare_summary import (
 )
 from virst_engine.evaluate.comparison import SEEDS, Comparison
 from virst_engine.evaluate.provenance import code_version, command_line, device_description, versions
+from virst_engine.evaluate.runner import MOVES
 
 BEGIN, END = "<!-- by hand: kept when this page is written again -->", "<!-- end of what is kept -->"
 NOT_YET = "Not written yet."
@@ -86,8 +87,8 @@ def _how(comparison: Comparison) -> list[str]:
         "",
         "Ways: *whole video* knows all frames and asks once (VIRST as published). *Stream* knows each frame and those"
         " before it, no frame is left out; its answers come at once, or as late as the method's reasoner was measured"
-        f" to take here. {MOTION}: sentences about motion; {REAPPEARING}: the target is out of sight for 0.4 s or more"
-        " and shows again after the goal was set.",
+        f" to take here. *{MOTION}*: by {MOVES} image widths or more in the recording; *{REAPPEARING}*: it is out of"
+        " sight for 0.4 s or more and shows again after the goal was set.",
         "",
         "R: ReVOS's robustness with masks as 0/1, and as 0/255 (VISA's, VRS-HQ's and VIRST's tool); compare within one"
         " convention only. Absent: sentences about nothing whose mask is empty in every frame, in percent.",

@@ -7,7 +7,7 @@ from virst_engine.evaluate.settings import EvaluationSettings
 
 DEFAULT_FAMILY = "full"  # only there objects leave, are hidden, and come back
 MANY_ANCHORS = 8  # VIRST's K in a long video: what its choice of the nearest alpha is about
-PRESENT, MOTION, REAPPEARING, MOVING = "all", "motion", "reappearing", "motion or reappearing"
+PRESENT, MOTION, REAPPEARING, MOVING = "all", "target moves", "target reappears", "moves or reappears"
 SUBSETS = (PRESENT, MOTION, REAPPEARING, MOVING)
 
 # What is reported of a row. In `delayed` no frame is left out, and answers come as late as the reasoner takes here.

@@ -37,9 +37,9 @@ Value = Callable[[ExpressionScore], float]
 
 IN_SUBSET: dict[str, Choose] = {
     PRESENT: lambda score: True,
-    MOTION: lambda score: score.kind == "motion",
+    MOTION: lambda score: score.moves,
     REAPPEARING: lambda score: score.reappears,
-    MOVING: lambda score: score.kind == "motion" or score.reappears,
+    MOVING: lambda score: score.moves or score.reappears,
 }
 
 

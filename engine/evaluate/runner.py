@@ -27,6 +27,7 @@ from virst_engine.types import ReasonerAnswer, ReasonerRequest
 logger = logging.getLogger(__name__)
 
 GONE_FRAMES = 4  # of a target that is out of sight for 0.4 s or more
+MOVES = 0.15  # image widths; a target that is only hidden in part seems to move by less
 STRETCHES = 10  # of the scored frames, whose figures are told one by one
 PICTURE_FRAMES = 4  # frames of the scored stretch whose masks are kept for the example pictures
 
@@ -116,6 +117,7 @@ def evaluate_scene(system: System, settings: EvaluationSettings, scene: int, cas
             presence_right=float((predicted.any(axis=(1, 2)) == truth.any(axis=(1, 2))).mean()),
             settled_jf=mean_score(per_frame[min(SETTLED_FRAMES, len(per_frame) - 1) :]).jf,
             course=tuple(mean_score(stretch).jf for stretch in stretches),
+            moves=case.travels(question.target_ids) >= MOVES,
             reappears=reappears(case.presence(question.target_ids), case.goal_frame),
         )
         answered.append(

@@ -12,6 +12,7 @@ from virst_engine.config import (
     ReasonerParameters,
     TrackingParameters,
 )
+from virst_engine.sim.scenes import LONGEST_SCRIPT_S, is_long
 from virst_engine.video.offline import AnchorStrategy
 
 FIRST_EVALUATION_SEED = 1_000_000  # training never reaches it
@@ -20,7 +21,7 @@ MODES = ("offline", "stream", "realtime")
 PHRASINGS = ("train", "held-out", "all")
 
 RATE_HZ = 10  # of the recordings
-FRAMES = 48  # per scene
+FRAMES = 48  # per scene, but in long ones
 SETTLED_FRAMES = 10  # a second after the goal any answer to it is there; from then on the score knows no waiting
 GOAL_FRAME = 21  # the goal is set when one clip window (8 frames 0.3 s apart) has been seen; scoring starts here
 
@@ -35,6 +36,7 @@ class EvaluationSettings:
     mode: str = "stream"
     phrasings: str = "train"
     per_scene: int = 4
+    long_s: float = 0.0  # scenes of so many seconds on which things go on happening; 0: short ones
     method: str = "virst"  # reasoner.method
     detector: str = ""  # grounding only: folder of the detector
     weights: str = ""  # empty: the shipped ones of the method
@@ -66,6 +68,8 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if not 0 <= self.first_scene < self.last_scene:
             raise ValueError(f"scenes must be FIRST < LAST, got {self.first_scene}:{self.last_scene}")
+        if self.long_s and not is_long(self.family, self.long_s):
+            raise ValueError(f"long scenes are of the family full, and last more than {LONGEST_SCRIPT_S:.0f} s")
         if self.no_refresh and self.mode == "offline":
             raise ValueError("no_refresh needs mode stream or realtime: the whole-video mode asks once anyway")
         if self.mode == "offline" and self.method == "grounding":
@@ -81,6 +85,10 @@ class EvaluationSettings:
     @property
     def scenes(self) -> range:
         return range(self.first_scene, self.last_scene)
+
+    @property
+    def frames(self) -> int:
+        return round(self.long_s * RATE_HZ) if self.long_s else FRAMES
 
     def engine_config(self) -> EngineConfig:
         """The engine's parameters under these settings; raises ValueError where one is out of range."""
@@ -116,6 +124,6 @@ class EvaluationSettings:
             "scenes": f"{first}:{last}",
             "scenes_count": last - first,
             "rate_hz": RATE_HZ,
-            "frames": FRAMES,
+            "frames": self.frames,
             "goal_frame": GOAL_FRAME,
         }
