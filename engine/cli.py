@@ -414,6 +414,10 @@ def compare_command(
     scenes_per_seed: Annotated[
         int, typer.Option(min=1, max=1000, help="Scenes of each of three disjoint ranges that no training has seen.")
     ] = 50,
+    delay_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="How late answers are; measured if left out, so let nothing else run at the start."),
+    ] = None,
     detector: Annotated[
         str, typer.Option(metavar="FOLDER", help="Snapshot of a zero-shot detector, for the row grounding.")
     ] = "",
@@ -442,6 +446,7 @@ def compare_command(
             ComparedScenes(scenes_per_seed),
             json_file,
             workers=workers or _cores(),
+            delay_s=None if delay_ms is None else delay_ms / 1e3,
             on_scene=lambda done, total: on_step(done, total, f"{len(chosen)} rows"),
         )
     typer.echo(page(comparison) if report is None else write_page(comparison, report))

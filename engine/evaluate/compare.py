@@ -44,6 +44,7 @@ def compare(
     file: Path,
     *,
     workers: int = 1,
+    delay_s: float | None = None,
     on_scene: Callable[[int, int], None] = lambda done, total: None,
     system_of: LoadSystem = load_system,
     case_of: LoadCase = load_case,
@@ -52,6 +53,7 @@ def compare(
 
     Args:
         workers: processes; 1 runs in this one. The figures do not depend on it.
+        delay_s: how late answers are; None: as the file says, or as measured here and now.
         on_scene: called with scenes done and scenes to do, first with none done.
         system_of, case_of: what is evaluated on what; module-level functions, for they travel to the workers.
 
@@ -60,12 +62,13 @@ def compare(
             is skipped, and one whose method fails is given up; both say why.
     """
     kept = _read(file)
-    comparison = plan(rows, scenes, kept, system_of=system_of, case_of=case_of)
+    systems: dict[EvaluationSettings, System] = {}
+    comparison = plan(rows, scenes, kept, systems, delay_s=delay_s, system_of=system_of, case_of=case_of)
     _write(file, comparison, kept)
     wanted = {scene: comparison_runs(comparison, scene) for scene in scenes.in_turns}
     jobs = {scene: runs for scene, runs in wanted.items() if runs}
     on_scene(0, len(jobs))
-    for done, (_, answers) in enumerate(_all_jobs(jobs, workers, system_of, case_of), start=1):
+    for done, (_, answers) in enumerate(_all_jobs(jobs, workers, systems, system_of, case_of), start=1):
         for key, (scene, scores, failed) in answers.items():
             comparison.runs[key].failed = comparison.runs[key].failed or failed
             if not failed:
@@ -82,16 +85,25 @@ def comparison_runs(comparison: Comparison, scene: int) -> tuple[tuple[str, Eval
 
 
 def plan(
-    rows: tuple[Row, ...], scenes: ComparedScenes, kept: dict[str, Any], *, system_of: LoadSystem, case_of: LoadCase
+    rows: tuple[Row, ...],
+    scenes: ComparedScenes,
+    kept: dict[str, Any],
+    systems: dict[EvaluationSettings, System],
+    *,
+    delay_s: float | None,
+    system_of: LoadSystem,
+    case_of: LoadCase,
 ) -> Comparison:
-    """Which runs the rows need, with what is known of them already; measures how late answers are where that is not."""
+    """Which runs the rows need, with what is known of them already; measures how late answers are where that is not.
+
+    `systems` gets those that were loaded on the way.
+    """
     comparison = Comparison(rows, scenes, {}, {}, {})
     version = code_version()
     for row in rows:
         settings = replace(row.settings, weights=_shipped(row.shipped)) if row.shipped else row.settings
         try:
-            settings.engine_config()
-            system = system_of(settings)
+            system = _system(settings, systems, system_of)
             identity = _identity(settings)
         except (VirstError, ValueError) as error:
             comparison.skipped[row.name] = str(error)
@@ -104,10 +116,12 @@ def plan(
                 continue
             known = kept.get("runs", {}).get(key, {})
             if way == DELAYED:
-                delay_s = known.get("reasoner_delay_s")
-                if delay_s is None:
-                    delay_s = round(measure_times(system, case_of(of_way, scenes.in_turns[0]))[1], 4)
-                of_way = replace(of_way, reasoner_delay_s=delay_s)
+                late_s = known.get("reasoner_delay_s") if delay_s is None else delay_s
+                if late_s is None:
+                    late_s = round(measure_times(system, case_of(of_way, scenes.in_turns[0]))[1], 4)
+                if late_s != known.get("reasoner_delay_s"):
+                    known = {}
+                of_way = replace(of_way, reasoner_delay_s=late_s)
             comparison.runs[key] = Run(key, of_way, _scores_from(known))
     return comparison
 
@@ -139,10 +153,13 @@ Wanted = tuple[tuple[str, EvaluationSettings], ...]
 
 
 def _all_jobs(
-    jobs: dict[int, Wanted], workers: int, system_of: LoadSystem, case_of: LoadCase
+    jobs: dict[int, Wanted],
+    workers: int,
+    systems: dict[EvaluationSettings, System],
+    system_of: LoadSystem,
+    case_of: LoadCase,
 ) -> Iterator[tuple[int, Answers]]:
     if workers <= 1:
-        systems: dict[EvaluationSettings, System] = {}
         for scene, wanted in jobs.items():
             yield scene, _answer_scene(wanted, scene, systems, system_of, case_of)
         return
@@ -193,13 +210,14 @@ def _answer_scene(
 
 def _system(settings: EvaluationSettings, systems: dict[EvaluationSettings, System], system_of: LoadSystem) -> System:
     """The system of the settings; networks that rows share are loaded once."""
+    config = settings.engine_config()
     networks = replace(
         settings, mode="stream", anchors="dynamic", anchor_count=0, alpha=EvaluationSettings.alpha, reasoner_delay_s=0.0
     )
     if networks not in systems:
         systems[networks] = system_of(networks)
     loaded = systems[networks]
-    return replace(loaded, config=replace(loaded.config, memory=settings.engine_config().memory))
+    return replace(loaded, config=replace(loaded.config, memory=config.memory))
 
 
 # the file

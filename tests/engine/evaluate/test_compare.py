@@ -26,6 +26,7 @@ from virst_engine.evaluate.compare_summary import (
 )
 from virst_engine.evaluate.comparison import SEEDS, ComparedScenes
 from virst_engine.evaluate.modes import System
+from virst_engine.evaluate.runner import evaluate_scene
 from virst_engine.evaluate.settings import EvaluationSettings
 from virst_engine.slow.reasoner import Reasoner
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
@@ -156,6 +157,40 @@ def test_figures_of_other_code_are_not_counted(tmp_path, counting, monkeypatch):
     monkeypatch.setattr(module, "code_version", lambda: "another")
     run((BLIND,), file, counting)
     assert counting.scenes == TWO.in_turns
+
+
+def test_another_delay_is_another_run(tmp_path, counting):
+    file = tmp_path / "a.json"
+    row = replace(SEEING, ways=(DELAYED,))
+    first = run((row,), file, counting, delay_s=0.25)
+    assert first.run_of("seeing", DELAYED).settings.reasoner_delay_s == 0.25
+    counting.scenes.clear()
+    assert run((row,), file, counting).run_of("seeing", DELAYED).settings.reasoner_delay_s == 0.25
+    assert counting.scenes == []
+    later = run((row,), file, counting, delay_s=0.35)
+    assert counting.scenes == TWO.in_turns
+    delays = [run_figures(each, each.run_of("seeing", DELAYED))["JF"]["all"]["mean"] for each in (first, later)]
+    assert delays[0] > delays[1]  # nothing is found before the first answer
+
+
+def test_networks_that_rows_share_are_loaded_once(tmp_path, counting):
+    settings = [replace(PLAIN, mode="offline", alpha=alpha) for alpha in (1, 2, 3)]
+    alphas = tuple(Row(f"alpha-{each.alpha}", "alpha", "", (OFFLINE,), each) for each in settings)
+    seen = []
+
+    def system(settings):
+        made = counting.system(settings)
+        return replace(made, config=replace(made.config, memory=settings.engine_config().memory))
+
+    def evaluate(system, settings, *rest):
+        seen.append((settings.alpha, system.config.memory.anchors_attended))
+        return evaluate_scene(system, settings, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "evaluate_scene", evaluate)
+        compare((SEEING, *alphas), ComparedScenes(1), tmp_path / "a.json", system_of=system, case_of=counting.case)
+    assert len(counting.loaded) == 1
+    assert set(seen) == {(1, 1), (2, 2), (3, 3)}
 
 
 def test_rows_of_the_same_settings_are_run_once(tmp_path, counting):

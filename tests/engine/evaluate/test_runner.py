@@ -162,3 +162,18 @@ def test_two_workers_give_the_figures_of_one():
 def test_an_error_of_a_worker_arrives():
     with pytest.raises(WeightsError, match="no weights"):
         evaluate(FOUR, workers=2, system_of=failing_system, case_of=fake_case)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_on_a_long_scene():
+    """Closed loop: half a minute is drawn in which targets of early goals move, leave and come back."""
+    settings = EvaluationSettings(family="full", long_s=30.0, per_scene=3, first_scene=1_000_000, last_scene=1_000_001)
+    try:
+        result = evaluate(settings).result
+    except SceneError as error:
+        pytest.skip(str(error))
+    assert result["overall"]["n"] == 3
+    assert set(result["by_kind"]) <= {"order", "event", "count"}
+    assert len(result["course"]) == 10
+    assert result["presence_right"] > 50
+    assert result["overall"]["JF"] > 20
