@@ -414,6 +414,10 @@ def compare_command(
     scenes_per_seed: Annotated[
         int, typer.Option(min=1, max=1000, help="Scenes of each of three disjoint ranges that no training has seen.")
     ] = 50,
+    long_s: Annotated[
+        float,
+        typer.Option("--long", metavar="SECONDS", min=0, help="Long scenes instead, as of `virst evaluate --long`."),
+    ] = 0.0,
     delay_ms: Annotated[
         float | None,
         typer.Option(min=0, help="How late answers are; measured if left out, so let nothing else run at the start."),
@@ -429,7 +433,8 @@ def compare_command(
     from virst_engine.evaluate.compare_rows import default_rows
     from virst_engine.evaluate.comparison import ComparedScenes
 
-    known = default_rows(detector)
+    with _values_as_usage():
+        known = default_rows(detector, long_s)
     if list_rows:
         typer.echo("\n".join(f"{row.name:<22} {row.group:<12} {row.label}" for row in known))
         return

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "virst-comparison-1"
 DIGITS = 5
+MEASURED_FRAMES = 40  # after the goal's, in which the reasoner is timed
 MODE_OF_WAY = {OFFLINE: "offline", STREAM: "stream", DELAYED: "realtime"}
 # Settings that say how something is run and not what: the figures do not depend on them, or they are kept beside them.
 NOT_COMPARED = ("scenes", "scenes_count", "threads", "weights", "reasoner_delay_s", "frame_time_s")
@@ -65,7 +66,9 @@ def compare(
     systems: dict[EvaluationSettings, System] = {}
     comparison = plan(rows, scenes, kept, systems, delay_s=delay_s, system_of=system_of, case_of=case_of)
     _write(file, comparison, kept)
-    wanted = {scene: comparison_runs(comparison, scene) for scene in scenes.in_turns}
+    if workers > 1:
+        systems.clear()  # each worker has its own
+    wanted = {scene: runs_that_lack(comparison, scene) for scene in scenes.in_turns}
     jobs = {scene: runs for scene, runs in wanted.items() if runs}
     on_scene(0, len(jobs))
     for done, (_, answers) in enumerate(_all_jobs(jobs, workers, systems, system_of, case_of), start=1):
@@ -79,7 +82,7 @@ def compare(
     return comparison
 
 
-def comparison_runs(comparison: Comparison, scene: int) -> tuple[tuple[str, EvaluationSettings], ...]:
+def runs_that_lack(comparison: Comparison, scene: int) -> tuple[tuple[str, EvaluationSettings], ...]:
     """(key, settings) of the runs that lack a scene."""
     return tuple((run.key, run.settings) for run in comparison.runs.values() if run.missing([scene]))
 
@@ -118,7 +121,9 @@ def plan(
             if way == DELAYED:
                 late_s = known.get("reasoner_delay_s") if delay_s is None else delay_s
                 if late_s is None:
-                    late_s = round(measure_times(system, case_of(of_way, scenes.in_turns[0]))[1], 4)
+                    case = case_of(of_way, scenes.in_turns[0])
+                    case = replace(case, frames=case.frames[: case.goal_frame + MEASURED_FRAMES])
+                    late_s = round(measure_times(system, case)[1], 4)
                 if late_s != known.get("reasoner_delay_s"):
                     known = {}
                 of_way = replace(of_way, reasoner_delay_s=late_s)

@@ -30,6 +30,7 @@ from virst_engine.evaluate.compare_summary import (
 from virst_engine.evaluate.comparison import SEEDS, Comparison
 from virst_engine.evaluate.provenance import code_version, command_line, device_description, versions
 from virst_engine.evaluate.runner import MOVES
+from virst_engine.evaluate.settings import RATE_HZ
 
 BEGIN, END = "<!-- by hand: kept when this page is written again -->", "<!-- end of what is kept -->"
 NOT_YET = "Not written yet."
@@ -75,9 +76,10 @@ def _how(comparison: Comparison) -> list[str]:
     seeds = map(comparison.scenes.of_seed, range(SEEDS))
     ranges = ", ".join(f"{scenes.start}:{scenes.stop}" for scenes in seeds)
     some = comparison.rows[0].settings
+    length = f"{some.frames} frames ({some.frames / RATE_HZ:g} s)"
     return [
-        f"Scenes of family {some.family} that no training has seen: {SEEDS} seeds of {comparison.scenes.per_seed}"
-        f" scenes each ({ranges}), {some.per_scene} sentences a scene."
+        f"Scenes of family {some.family}, {length} each, that no training has seen: {SEEDS} seeds of"
+        f" {comparison.scenes.per_seed} scenes each ({ranges}), up to {some.per_scene} sentences a scene."
         " A seed here is a range of scenes: the weights are trained once, so that the spread tells of scenes and"
         " sentences, not of trainings.",
         "",

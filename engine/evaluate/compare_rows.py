@@ -57,9 +57,12 @@ GROUPS = {
 }
 
 
-def default_rows(detector: str = "") -> tuple[Row, ...]:
-    """All rows, in the order of the tables."""
-    plain = EvaluationSettings(family=DEFAULT_FAMILY)
+def default_rows(detector: str = "", long_s: float = 0.0) -> tuple[Row, ...]:
+    """All rows, in the order of the tables; on scenes of `long_s` seconds instead of short ones.
+
+    Raises ValueError for scenes that are too short to be long ones.
+    """
+    plain = EvaluationSettings(family=DEFAULT_FAMILY, long_s=long_s)
 
     def anchors(name: str, label: str, count: int = 0) -> Row:
         strategy = name.removeprefix("anchors-").removesuffix("-K")

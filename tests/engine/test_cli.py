@@ -97,6 +97,7 @@ def test_version_lists_what_it_is_built_on():
         (["evaluate", "--method", "grounding", "--mode", "offline"], "whole video"),
         (["segment", "a.mp4", "--goal", "it", "--out", "b", "--anchors", "guided"], "--offline"),
         (["compare"], "--json"),
+        (["compare", "--list", "--long", "5"], "more than 12 s"),
         (["compare", "--json", "a.json", "--rows", "virst,nobody"], "no row or group 'nobody'"),
         (["scenes", "write", "out", "--size", "big"], "WIDTHxHEIGHT"),
         (["bench", "--frames", "1"], "10"),

@@ -292,6 +292,12 @@ def test_the_plot_has_a_bar_for_every_row_and_way(tmp_path, counting):
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_row_can_be_run_on_long_scenes():
+    rows = default_rows(long_s=100.0)
+    assert {row.settings.frames for row in rows} == {1000}
+    assert [row.name for row in rows] == [row.name for row in default_rows()]
+
+
 def test_the_rows_are_told_apart_and_claims_are_about_rows():
     rows = default_rows()
     names = [row.name for row in rows]
