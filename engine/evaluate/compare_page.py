@@ -20,6 +20,7 @@ from virst_engine.evaluate.compare_rows import (
     Row,
 )
 from virst_engine.evaluate.compare_summary import (
+    FEWEST_SCENES,
     Figure,
     Verdict,
     run_figures,
@@ -156,7 +157,7 @@ def _claims(comparison: Comparison) -> list[str]:
         return ["None of the rows of this page are compared by a paper."]
     lines = [
         "An order is reproduced, or reversed, where the 95 % interval of the difference leaves out 0, and else not"
-        " distinguishable. A requirement is met by the mean.",
+        f" distinguishable, as is what fewer than {FEWEST_SCENES} scenes tell. A requirement is met by the mean.",
         "",
         "| source | order | sentences | in the paper | here | says |",
         "|---|---|---|---|---|---|",

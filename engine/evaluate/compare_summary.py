@@ -29,6 +29,7 @@ from virst_engine.evaluate.comparison import SEEDS, Comparison, Run
 from virst_engine.evaluate.metrics import bootstrap_interval
 from virst_engine.evaluate.summary import ExpressionScore
 
+FEWEST_SCENES = 10  # a bootstrap over fewer is surer than it may be: no order is told from them
 REPRODUCED, REVERSED, UNCLEAR, NOT_RUN = "reproduced", "reversed", "not distinguishable", "not run"
 MET, MISSED = "met", "missed"
 
@@ -51,6 +52,7 @@ class Figure:
     sd: float | None
     interval: tuple[float, float] | None
     n: int
+    scenes: int = 0  # that the sentences are about
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def verdict_of(gap: Figure, claim: Claim) -> str:
     if gap.mean is None or gap.interval is None:
         return NOT_RUN
     low, high = gap.interval
-    order = REPRODUCED if low > 0 else REVERSED if high < 0 else UNCLEAR
+    order = UNCLEAR
+    if gap.scenes >= FEWEST_SCENES and not low <= 0 <= high:
+        order = REPRODUCED if low > 0 else REVERSED
     if not claim.is_required:
         return order
     return f"{MET if gap.mean >= claim.points else MISSED}; {order}"
@@ -205,6 +209,7 @@ def _figure(comparison: Comparison, scenes: Sequence[int], values: Sequence[floa
         sd=round(100 * float(np.std(means, ddof=1)), 2) if len(means) > 1 else None,
         interval=(round(100 * low, 2), round(100 * high, 2)),
         n=len(values),
+        scenes=len(set(scenes)),
     )
 
 
