@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `virst`: segment, train, evaluate, bench, export, build, scenes, weights.
+"""The program `virst`: segment, train, evaluate, compare, bench, export, build, scenes, weights.
 
 A command imports only what it runs.
 
@@ -118,6 +118,14 @@ class Method(str, enum.Enum):
     grounding = "grounding"
 
 
+class Anchors(str, enum.Enum):
+    dynamic = "dynamic"
+    first_frame = "first-frame"
+    guided = "guided"
+    random_3 = "random-3"
+    uniform_3 = "uniform-3"
+
+
 class Answers(str, enum.Enum):
     instant = "instant"
     realtime = "realtime"
@@ -183,6 +191,10 @@ def segment(
         bool,
         typer.Option("--offline", help="Look at the whole video first, as VIRST is published; else as a robot does."),
     ] = False,
+    anchors: Annotated[
+        Anchors,
+        typer.Option(help="--offline: which frames are anchors; dynamic is VIRST's way."),
+    ] = Anchors.dynamic,
     answers: Annotated[
         Answers,
         typer.Option(help="instant: with the frame that asks; realtime: as late as the reasoner takes here."),
@@ -228,6 +240,8 @@ def segment(
         raise typer.BadParameter("--delay-ms needs --answers realtime")
     if offline and answers is Answers.realtime:
         raise typer.BadParameter("--offline asks once, about the whole video: no answer can be late")
+    if not offline and anchors is not Anchors.dynamic:
+        raise typer.BadParameter("--anchors needs --offline: a stream makes anchors of every answer")
     with _values_as_usage():
         config = EngineConfig(
             model=ModelParameters(name=model, weights=weights, device=device, threads=threads),
@@ -242,6 +256,7 @@ def segment(
             out=out,
             config=config,
             is_offline=offline,
+            anchors=anchors.value,
             is_realtime=answers is Answers.realtime,
             delay_s=None if delay_ms is None else delay_ms / 1e3,
             topic=topic,
@@ -290,6 +305,20 @@ def evaluate_command(
         Path | None, typer.Option(metavar="FILE", help="Write a Markdown page here, with example pictures beside it.")
     ] = None,
     per_scene: Annotated[int, typer.Option(min=1, help="Sentences per scene, balanced over kinds.")] = 4,
+    long_s: Annotated[
+        float,
+        typer.Option(
+            "--long",
+            metavar="SECONDS",
+            min=0,
+            help="With --family full: scenes of so many seconds (100 = 1,000 frames) in which things leave and come "
+            "back; sentences about order, events and counts, set early.",
+        ),
+    ] = 0.0,
+    method: Annotated[
+        Method, typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases.")
+    ] = Method.virst,
+    detector: Annotated[str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector.")] = "",
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
@@ -309,6 +338,10 @@ def evaluate_command(
     ] = False,
     first_anchor_only: Annotated[
         bool, typer.Option("--first-anchor-only", help="Ablation: no refresh, and one anchor: the frame of the goal.")
+    ] = False,
+    anchors: Annotated[Anchors, typer.Option(help="offline: which frames are anchors.")] = Anchors.dynamic,
+    no_initial_fusion: Annotated[
+        bool, typer.Option("--no-initial-fusion", help="Ablation: the [ST] tokens do not look at the video first.")
     ] = False,
     no_second_fusion: Annotated[
         bool, typer.Option("--no-second-fusion", help="Ablation: prompts without Second ST-Fusion.")
@@ -339,12 +372,17 @@ def evaluate_command(
             mode=mode.value,
             phrasings=phrasings.value,
             per_scene=per_scene,
+            long_s=long_s,
+            method=method.value,
+            detector=detector,
             weights=weights,
             device=device,
             threads=threads,
             shuffle_sentences=shuffle_sentences,
             no_refresh=no_refresh,
             first_anchor_only=first_anchor_only,
+            anchors=anchors.value,
+            no_initial_fusion=no_initial_fusion,
             no_second_fusion=no_second_fusion,
             alpha=alpha,
             start_presence=start_presence,
@@ -371,6 +409,68 @@ def evaluate_command(
         report.write_text(markdown({**result, "pictures": pictures}), encoding="utf-8")
     _write_json(json_file, result)
     typer.echo(markdown(result))
+
+
+@app.command("compare")
+def compare_command(
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="What is done is kept here; the same call goes on with it."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw J&F of all rows, as PNG.")] = None,
+    rows: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Rows, or groups of rows; empty = all. --list tells them.")
+    ] = "",
+    list_rows: Annotated[bool, typer.Option("--list", help="List rows and groups, run nothing.")] = False,
+    scenes_per_seed: Annotated[
+        int, typer.Option(min=1, max=1000, help="Scenes of each of three disjoint ranges that no training has seen.")
+    ] = 50,
+    long_s: Annotated[
+        float,
+        typer.Option("--long", metavar="SECONDS", min=0, help="Long scenes instead, as of `virst evaluate --long`."),
+    ] = 0.0,
+    delay_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="How late answers are; measured if left out, so let nothing else run at the start."),
+    ] = None,
+    detector: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Snapshot of a zero-shot detector, for the row grounding.")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
+) -> None:
+    """Compare methods, choices of anchors and ablations on the same simulated scenes, as VIRST and TempVRS do."""
+    from virst_engine.evaluate.compare import compare
+    from virst_engine.evaluate.compare_page import page, write_page
+    from virst_engine.evaluate.compare_rows import default_rows
+    from virst_engine.evaluate.comparison import ComparedScenes
+
+    with _values_as_usage():
+        known = default_rows(detector, long_s)
+    if list_rows:
+        typer.echo("\n".join(f"{row.name:<22} {row.group:<12} {row.label}" for row in known))
+        return
+    if json_file is None:
+        raise typer.BadParameter("--json FILE is missing: what is done is kept there")
+    wanted = list(filter(None, rows.split(","))) or [row.name for row in known]
+    unknown = [name for name in wanted if name not in {row.name for row in known} | {row.group for row in known}]
+    if unknown:
+        raise typer.BadParameter(f"no row or group {unknown[0]!r}; virst compare --list tells them")
+    chosen = tuple(row for row in known if row.name in wanted or row.group in wanted)
+    with _steps("scenes") as on_step:
+        comparison = compare(
+            chosen,
+            ComparedScenes(scenes_per_seed),
+            json_file,
+            workers=workers or _cores(),
+            delay_s=None if delay_ms is None else delay_ms / 1e3,
+            on_scene=lambda done, total: on_step(done, total, f"{len(chosen)} rows"),
+        )
+    typer.echo(page(comparison) if report is None else write_page(comparison, report))
+    if plot is not None:
+        from virst_engine.evaluate.compare_plot import draw_comparison
+
+        draw_comparison(comparison, plot)
 
 
 @app.command()
@@ -542,10 +642,15 @@ def scenes_write(
     family: Annotated[Family, typer.Option(help="Kind of scenes.")] = Family.plain,
     size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the frames, pixels.")] = "128x128",
     fps: Annotated[float, typer.Option(min=1, max=100, help="Frames per second.")] = 10.0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip.")] = 4.8,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Length of a clip; in full ones of more than 12, things go on happening.")
+    ] = 4.8,
+    queries: Annotated[
+        int, typer.Option(min=0, help="Sentences per clip with their targets, and the frames that show these.")
+    ] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
 ) -> None:
-    """Record simulated scenes with their truth: images, instance masks, poses, visibility."""
+    """Record simulated scenes with their truth: images, instance masks, poses, visibility, presence in each frame."""
     from virst_engine.sim.dataset import write_clips
 
     range_of_seeds = parse_range(seeds)
@@ -566,6 +671,7 @@ def scenes_write(
             fps=fps,
             duration_s=seconds,
             size=width_and_height,
+            queries=queries,
             workers=workers or _cores(),
             progress=show,
         )
@@ -579,11 +685,23 @@ def scenes_show(
     family: Annotated[Family, typer.Option(help="Kind of scenes.")] = Family.plain,
     sentences: Annotated[int, typer.Option(min=1, max=12, help="Per scene.")] = 3,
     phrasings: Annotated[Phrasings, typer.Option(help="Trained or held-out sentences.")] = Phrasings.train,
+    seconds: Annotated[float, typer.Option(min=2.4, help="Length of a scene, as of `virst scenes write`.")] = 4.8,
 ) -> None:
-    """Draw a contact sheet: a row per scene with moments of it, and the target of each sentence outlined."""
+    """Draw a contact sheet: a row per scene with moments of it, and the target of each sentence outlined.
+
+    The bar below a sentence is green while its target shows.
+    """
     from virst_engine.sim.dataset import contact_sheet
 
-    typer.echo(contact_sheet(picture, parse_range(seeds), family.value, sentences=sentences, phrasings=phrasings.value))
+    sheet = contact_sheet(
+        picture,
+        parse_range(seeds),
+        family.value,
+        sentences=sentences,
+        phrasings=phrasings.value,
+        duration_s=seconds,
+    )
+    typer.echo(sheet)
 
 
 @weights_app.command("info")

@@ -319,6 +319,7 @@ def load_reasoner(
     method: str = "virst",
     reasoner_weights: str = "",
     *,
+    initial_fusion: bool = True,
     second_fusion: bool = True,
     top_k: int = 0,
     memory_budget_gib: float = 0.0,
@@ -327,7 +328,7 @@ def load_reasoner(
 
     Args:
         reasoner_weights: file of the method `visa` or `tempvrs`; empty: the shipped one.
-        second_fusion: False: VIRST's ablation of table 4, of tabletop-tiny only.
+        initial_fusion, second_fusion: False: VIRST's ablations of table 4, of tabletop-tiny only.
         top_k: of TempVRS; 0: the model's.
         memory_budget_gib: of virst-7b, `reasoner.memory_budget_gib`.
 
@@ -346,13 +347,13 @@ def load_reasoner(
         found = load_method(path, device=parameters.device)
         return VisaReasoner(found) if isinstance(found, Visa) else TempVrsReasoner(found, top_k=top_k)
     if is_full_size(parameters):
-        if not second_fusion:
-            raise WeightsError(f"{parameters.name} is not evaluated without Second ST-Fusion; use tabletop-tiny")
+        if not (initial_fusion and second_fusion):
+            raise WeightsError(f"{parameters.name} is not evaluated without its fusion; use tabletop-tiny")
         folder = weights_path(parameters)
         full = load_reasoner_model(folder, parameters.device, memory_budget_gib, WINDOWS)
         return Virst7bReasoner(full, ChatTokenizer(folder, full.config.language.vocabulary))
     model = load_model(weights_path(parameters), device=parameters.device)
-    return VirstReasoner(model, second_fusion=second_fusion)
+    return VirstReasoner(model, initial_fusion=initial_fusion, second_fusion=second_fusion)
 
 
 def load_grounding(

@@ -10,6 +10,7 @@ from jaxtyping import Bool, UInt8
 
 from virst_engine.errors import SceneError
 from virst_engine.evaluate.settings import FRAMES, GOAL_FRAME, RATE_HZ, EvaluationSettings
+from virst_engine.sim.queries import Query
 from virst_engine.sim.recording import Recording
 from virst_engine.sim.spec import Family
 from virst_engine.types import Frame
@@ -19,6 +20,8 @@ Split = Literal["train", "held-out", "all"]
 WIDTH, HEIGHT = 320, 240  # of the camera
 FIRST_STAMP_NS = 1_000_000_000
 ABSENT_EVERY = 5  # every fifth question is about something that is not there
+EARLY_FRAMES = 200  # of a long scene, in one of which its goals are set
+MORE_TRIES = 4
 STILL_ABSENT_EVERY = 3  # frames from one look to the next whether that is so
 
 
@@ -48,6 +51,20 @@ class Case:
         scored = self.instance_mask[self.goal_frame :]
         return np.stack([np.isin(scored, [k + 1 for k in question.target_ids]) for question in self.questions])
 
+    def presence(self, target_ids: tuple[int, ...]) -> Bool[np.ndarray, " t"]:
+        """In which frames of the whole recording a pixel of a target shows."""
+        return np.asarray(np.isin(self.instance_mask, [k + 1 for k in target_ids]).any(axis=(1, 2)))
+
+    def travels(self, target_ids: tuple[int, ...]) -> float:
+        """How far a target gets from where it was first seen, at most, in image widths."""
+        width = self.instance_mask.shape[2]
+        farthest = 0.0
+        for k in target_ids:
+            seen = [np.argwhere(mask == k + 1) for mask in self.instance_mask]
+            middles = [pixels.mean(axis=0) for pixels in seen if len(pixels)]
+            farthest = max([farthest, *(float(np.linalg.norm(middle - middles[0])) for middle in middles)])
+        return farthest / width
+
     def foreground(self) -> Bool[np.ndarray, "scored h w"]:
         """Every object's visible pixels in the same frames; the arm is none."""
         scored = self.instance_mask[self.goal_frame :]
@@ -64,17 +81,48 @@ def load_case(settings: EvaluationSettings, scene: int) -> Case:
     from virst_engine.sim.mujoco_world import record
     from virst_engine.sim.scenes import generate_scene_and_motion
 
-    spec, motion = generate_scene_and_motion(
-        scene, cast(Family, settings.family), fps=RATE_HZ, duration_s=FRAMES / RATE_HZ
-    )
-    recording = record(spec, fps=RATE_HZ, duration_s=FRAMES / RATE_HZ, width=WIDTH, height=HEIGHT, trajectory=motion)
+    duration_s = settings.frames / RATE_HZ
+    spec, motion = generate_scene_and_motion(scene, cast(Family, settings.family), fps=RATE_HZ, duration_s=duration_s)
+    recording = record(spec, fps=RATE_HZ, duration_s=duration_s, width=WIDTH, height=HEIGHT, trajectory=motion)
     assert recording.image_rgb_u8 is not None
     assert recording.instance_mask is not None
     frames = tuple(
         Frame(image, FIRST_STAMP_NS + round(float(time_s) * 1e9))
         for image, time_s in zip(recording.image_rgb_u8, recording.time_s, strict=True)
     )
-    return Case(frames, recording.instance_mask, GOAL_FRAME, len(spec.objects), ask(recording, settings, scene))
+    if settings.long_s:
+        goal_frame, questions = ask_early(recording, settings, scene)
+    else:
+        goal_frame, questions = GOAL_FRAME, ask(recording, settings, scene)
+    return Case(frames, recording.instance_mask, goal_frame, len(spec.objects), questions)
+
+
+def ask_early(recording: Recording, settings: EvaluationSettings, scene: int) -> tuple[int, tuple[Question, ...]]:
+    """The frame of the goals of a long scene, and at most `per_scene` temporal questions about it.
+
+    It is the first one in which each of TempVRS's families has a clear sentence, or of the first EARLY_FRAMES the one
+    in which most have. What is meant in it is the target for the rest of the scene, whether it shows or not.
+    """
+    from virst_engine.sim.queries import TEMPORAL_KINDS
+    from virst_engine.sim.queries import ask as ask_each_kind
+
+    rng = np.random.default_rng([scene, 4])
+    split = settings.phrasings
+    best: list[Query] = []
+    for frame in range(GOAL_FRAME, min(GOAL_FRAME + EARLY_FRAMES, len(recording))):
+        found = ask_each_kind(recording, frame, rng=rng, split=split)
+        best = max(best, found, key=len)
+        if len(best) == len(TEMPORAL_KINDS):
+            break
+    if not best:
+        return GOAL_FRAME, ()
+    goal_frame = best[0].query_frame
+    for _ in range(MORE_TRIES):  # other sentences of the same kinds, until there are enough
+        texts = {query.expression.text for query in best}
+        more = ask_each_kind(recording, goal_frame, rng=rng, split=split)
+        best += [query for query in more if query.expression.text not in texts]
+    said = [query.expression for query in best[: settings.per_scene]]
+    return goal_frame, tuple(Question(e.kind, e.text, e.target_ids, answer=e.answer) for e in said)
 
 
 def ask(recording: Recording, settings: EvaluationSettings, scene: int) -> tuple[Question, ...]:

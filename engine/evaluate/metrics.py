@@ -102,8 +102,13 @@ def score_sequence(
     Raises:
         ValueError: there is no frame.
     """
-    if len(truth) == 0:
-        raise ValueError("score_sequence needs at least one frame, got 0")
+    return mean_score(score_frames(predicted, truth, foreground))
+
+
+def score_frames(
+    predicted: Bool[np.ndarray, "t h w"], truth: Bool[np.ndarray, "t h w"], foreground: Bool[np.ndarray, "t h w"]
+) -> Float[np.ndarray, "t 4"]:
+    """Every figure of every frame: columns J, F, R with masks as 0/1, R with masks as 0/255."""
     per_frame = [
         (
             region_similarity(p, g),
@@ -113,7 +118,14 @@ def score_sequence(
         )
         for p, g, fg in zip(predicted, truth, foreground, strict=True)
     ]
-    j, f, r_01, r_0255 = (float(value) for value in np.mean(per_frame, axis=0))
+    return np.array(per_frame, dtype=np.float64).reshape(-1, 4)
+
+
+def mean_score(per_frame: Float[np.ndarray, "t 4"]) -> SequenceScore:
+    """The score of a stretch out of `score_frames`. Raises ValueError where there is no frame."""
+    if len(per_frame) == 0:
+        raise ValueError("a score needs at least one frame, got 0")
+    j, f, r_01, r_0255 = (float(value) for value in per_frame.mean(axis=0))
     return SequenceScore(j, f, r_01, r_0255, len(per_frame))
 
 

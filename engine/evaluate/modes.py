@@ -28,27 +28,45 @@ class System:
 
 def load_system(settings: EvaluationSettings) -> System:
     """The model that the settings name, with their ablations. Raises WeightsError."""
-    from virst_engine.weights import load_reasoner, load_stages
+    from virst_engine.weights import load_grounding, load_reasoner, load_stages
 
     config = settings.engine_config()
-    reasoner = load_reasoner(config.model, second_fusion=not settings.no_second_fusion)
+    reasoner: Reasoner
+    if settings.method == "grounding":
+        reasoner = load_grounding(settings.detector, config.model)
+    else:
+        reasoner = load_reasoner(
+            config.model,
+            method=settings.method,
+            initial_fusion=not settings.no_initial_fusion,
+            second_fusion=not settings.no_second_fusion,
+        )
     return System(load_stages(config.model, config.engine, config.memory), reasoner, config)
 
 
 def run_mode(
-    system: System, settings: EvaluationSettings, frames: Sequence[Frame], goal_frame: int, sentences: Sequence[str]
+    system: System,
+    settings: EvaluationSettings,
+    frames: Sequence[Frame],
+    goal_frame: int,
+    sentences: Sequence[str],
+    *,
+    seed: int = 0,
 ) -> Bool[np.ndarray, "goals scored height width"]:
-    """The masks that the system gives for each sentence from the goal's frame to the last, at the camera's size."""
+    """The masks that the system gives for each sentence from the goal's frame to the last, at the camera's size.
+
+    `seed`: of random anchors.
+    """
     if settings.mode == "offline":
-        masks = segment_whole_video(
-            system.stages,
-            system.reasoner,
-            frames,
-            sentences,
-            system.config,
-            first_anchor_only=settings.first_anchor_only,
-        )
-        return masks[:, goal_frame:]
+        strategy = settings.anchor_strategy(seed)
+        # Sentences with different anchors would share the direction in which masks spread: each is run alone.
+        together = settings.method == "virst" and strategy.is_same_for_all
+        groups = [list(sentences)] if together else [[sentence] for sentence in sentences]
+        masks = [
+            segment_whole_video(system.stages, system.reasoner, frames, group, system.config, strategy=strategy)
+            for group in groups
+        ]
+        return np.concatenate(masks)[:, goal_frame:]
     if settings.mode == "stream":
         group = system.config.tracking.max_objects
         return np.concatenate(

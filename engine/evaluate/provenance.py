@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where figures come from: the versions, the device and the command that a report names."""
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -56,3 +58,23 @@ def _cpu_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+# Folders and files of the package that move no figure of an evaluation: they make, tell or time something else.
+NOT_EVALUATED = (
+    "cli.py", "export/", "train/", "data/", "evaluate/bench", "evaluate/compare", "evaluate/pictures",
+    "evaluate/provenance", "evaluate/answers", "evaluate/peers", "evaluate/sam2_peer", "evaluate/transformers_peer",
+    "sim/live", "video/command", "video/results", "video/segment",
+)  # fmt: skip
+
+
+@functools.cache
+def code_version() -> str:
+    """The start of a SHA-256 over the source that figures of evaluations depend on."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(NOT_EVALUATED):
+            digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from virst_engine.errors import SceneError, VirstError
 from virst_engine.evaluate.cases import Case, load_case
-from virst_engine.evaluate.metrics import score_sequence
+from virst_engine.evaluate.metrics import mean_score, score_frames
 from virst_engine.evaluate.modes import System, load_system, run_mode
 from virst_engine.evaluate.provenance import command_line, device_description, versions
-from virst_engine.evaluate.settings import EvaluationSettings
+from virst_engine.evaluate.settings import SETTLED_FRAMES, EvaluationSettings
 from virst_engine.evaluate.summary import ExpressionScore, summarise
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import InProcessClient, Reasoner
@@ -26,6 +26,9 @@ from virst_engine.types import ReasonerAnswer, ReasonerRequest
 
 logger = logging.getLogger(__name__)
 
+GONE_FRAMES = 4  # of a target that is out of sight for 0.4 s or more
+MOVES = 0.15  # image widths; a target that is only hidden in part seems to move by less
+STRETCHES = 10  # of the scored frames, whose figures are told one by one
 PICTURE_FRAMES = 4  # frames of the scored stretch whose masks are kept for the example pictures
 
 LoadSystem = Callable[[EvaluationSettings], System]
@@ -93,22 +96,29 @@ def evaluate_scene(system: System, settings: EvaluationSettings, scene: int, cas
     sentences = [question.sentence for question in case.questions]
     if settings.shuffle_sentences:
         sentences = _other_sentences(settings, scene, case, case_of)
-    masks = run_mode(system, settings, case.frames, case.goal_frame, sentences)
+    masks = run_mode(system, settings, case.frames, case.goal_frame, sentences, seed=scene)
     truths = case.truth_masks()
     foreground = case.foreground()
     pictured = np.linspace(0, masks.shape[1] - 1, PICTURE_FRAMES).round().astype(int)
     answered = []
     for question, sentence, predicted, truth in zip(case.questions, sentences, masks, truths, strict=True):
         is_empty = ~predicted[: question.absent_frames].any(axis=(1, 2))
+        per_frame = score_frames(predicted, truth, foreground)
+        stretches = np.array_split(per_frame, min(STRETCHES, len(per_frame)))
         score = ExpressionScore(
             scene=scene,
             kind=question.kind,
             sentence=sentence,
             absent=not question.target_ids,
-            score=score_sequence(predicted, truth, foreground),
+            score=mean_score(per_frame),
             absent_frames=len(is_empty),
             empty_frames=int(is_empty.sum()),
             empty_at_end=bool(is_empty[-1]),
+            presence_right=float((predicted.any(axis=(1, 2)) == truth.any(axis=(1, 2))).mean()),
+            settled_jf=mean_score(per_frame[min(SETTLED_FRAMES, len(per_frame) - 1) :]).jf,
+            course=tuple(mean_score(stretch).jf for stretch in stretches),
+            moves=case.travels(question.target_ids) >= MOVES,
+            reappears=reappears(case.presence(question.target_ids), case.goal_frame),
         )
         answered.append(
             Answered(
@@ -119,6 +129,13 @@ def evaluate_scene(system: System, settings: EvaluationSettings, scene: int, cas
             )
         )
     return answered
+
+
+def reappears(is_present: Bool[np.ndarray, " t"], goal_frame: int) -> bool:
+    """Whether a target that has shown is out of sight for GONE_FRAMES and shows again after the goal's frame."""
+    (shows,) = np.nonzero(is_present)
+    gone = np.diff(shows) - 1
+    return bool(((gone >= GONE_FRAMES) & (shows[1:] > goal_frame)).any())
 
 
 def measure_times(system: System, case: Case) -> tuple[float, float]:

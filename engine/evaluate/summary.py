@@ -22,6 +22,11 @@ class ExpressionScore:
     absent_frames: int  # scored frames; where nothing is meant, those in which that is still so
     empty_frames: int  # of these, with an empty predicted mask
     empty_at_end: bool  # ... the last of them is one
+    presence_right: float = 1.0  # share of all scored frames whose mask is empty where no target shows, and only there
+    settled_jf: float = 0.0  # J&F of the frames from `settings.SETTLED_FRAMES` after the goal's on
+    course: tuple[float, ...] = ()  # J&F of equal stretches of the scored frames, in order
+    moves: bool = False  # a target travels a good part of the image in the recording
+    reappears: bool = False  # a target is out of sight for a while and shows again in a scored frame
 
 
 def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
@@ -32,7 +37,9 @@ def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
     share of goals whose mask is empty in every scored frame, `right_at_end` of those where it is empty in the last one
     (the settled answer), `right_frames` the share of frames. A sentence that begins to mean something later, when
     objects have moved, is scored until then; `shortened` counts these. `R` is ReVOS's robustness with masks as 0/1;
-    `R_0_255` is the same as VISA, VRS-HQ and VIRST compute it.
+    `R_0_255` is the same as VISA, VRS-HQ and VIRST compute it. `reappearing` are the means over targets that are out of
+    sight for a while and show again; `presence_right` is the share of frames whose mask is empty where no target shows,
+    and only there; `course` J&F in equal stretches of the scored frames, in order.
     """
     present = [s for s in scores if not s.absent]
     absent = [s for s in scores if s.absent]
@@ -47,6 +54,12 @@ def summarise(scores: Sequence[ExpressionScore]) -> dict[str, Any]:
             "shortened": sum(s.absent_frames < s.score.frames for s in absent),
             "n": len(absent),
         },
+        "reappearing": _means([s for s in present if s.reappears]),
+        "presence_right": _percent([s.presence_right for s in present]),
+        "course": [
+            _percent([s.course[stretch] for s in present if len(s.course) > stretch])
+            for stretch in range(max((len(s.course) for s in present), default=0))
+        ],
         "R": _percent([s.score.r_01 for s in present]),
         "R_0_255": _percent([s.score.r_0255 for s in present]),
     }
@@ -60,7 +73,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`",
         "",
-        f"{settings['scenes_count']} scenes (seeds {settings['scenes']}), {result['seconds']:.0f} s,"
+        f"{settings['scenes_count']} scenes (seeds {settings['scenes']}) of {settings['frames']} frames,"
+        f" {result['seconds']:.0f} s,"
         f" {result['device']}.",
         "",
         "| kind | J | F | J&F | 95 % interval | n |",
@@ -81,6 +95,11 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Robustness R: {_cell(result['R'])} with masks as 0/1, {_cell(result['R_0_255'])} with"
         " masks as 0/255; compare within one convention only.",
+        "",
+        f"Targets that are out of sight for 0.4 s or more and show again (n = {result['reappearing']['n']}): J&F"
+        f" {_cell(result['reappearing']['JF'])}. Whether a target shows is right in"
+        f" {_cell(result['presence_right'])} % of frames. J&F over the scored time, in equal stretches:"
+        f" {', '.join(_cell(value) for value in result['course']) or '-'}.",
         "",
         "J, F: DAVIS 2017, every frame from the goal's to the last; mean over frames, then over expressions. Intervals:"
         " bootstrap over scenes.",

@@ -2,7 +2,9 @@
 """Clips on disk: shards of recorded scenes that training maps into memory, and a picture to look at them.
 
 A shard is a folder of plain arrays: frames.npy (s, t, h, w, 3) and masks.npy (s, t, h, w), uint8; truth.npz with the
-other arrays of Recording, padded to 7 objects; scenes.json. It appears under its name only when it is complete.
+other arrays of Recording, padded to 7 objects, and `present` (s, t, 7), whether a pixel of an object shows;
+scenes.json; and, where queries were asked for, queries.json: of each scene its sentences with their frame, targets, and
+the frames of the whole clip that show them. It appears under its name only when it is complete.
 """
 
 import json
@@ -18,17 +20,21 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from virst_engine.errors import SceneError
-from virst_engine.sim.expressions import sample_expressions
+from virst_engine.sim.expressions import KINDS_FULL, KINDS_PLAIN, WINDOW_FRAMES, sample_expressions
+from virst_engine.sim.queries import TEMPORAL_KINDS, ask, ask_all_along
 from virst_engine.sim.recording import TRUTH_ARRAYS, Recording
-from virst_engine.sim.scenes import generate_scene_and_motion
+from virst_engine.sim.scenes import generate_scene_and_motion, is_long
 from virst_engine.sim.spec import FAMILIES, MAX_OBJECTS, Family, SceneSpec
 
 logger = logging.getLogger(__name__)
 
 SHARD_SCENES = 50
+QUERIES_FILE = "queries.json"
+BAR_PX = 4  # height of the bar that tells when a target shows
+FIRST_QUERY = WINDOW_FRAMES - 1  # the first frame whose window is full at 10 Hz
 Progress = Callable[[int, int], None]
 
 
@@ -54,6 +60,13 @@ def record_scene(
     )
 
 
+def query_kinds(family: Family, duration_s: float) -> tuple[str, ...]:
+    """The kinds of sentences that are asked about such scenes."""
+    if is_long(family, duration_s):
+        return TEMPORAL_KINDS
+    return KINDS_FULL if family == "full" else KINDS_PLAIN
+
+
 def write_clips(
     out_dir: str | Path,
     seeds: range,
@@ -62,6 +75,7 @@ def write_clips(
     fps: float = 10.0,
     duration_s: float = 4.8,
     size: tuple[int, int] = (128, 128),
+    queries: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -69,6 +83,7 @@ def write_clips(
 
     Args:
         size: (width, height) of the frames.
+        queries: sentences per scene, all along it, of its family's kinds in turns; of long scenes the temporal ones.
         workers: processes; one per CPU core when None, 1 records in this process.
         progress: called with (scenes done, scenes in all).
 
@@ -88,7 +103,7 @@ def write_clips(
     waiting = {}
     for path, group in jobs.items():
         if path.exists():
-            _check_settings(path, group, fps, duration_s, size)
+            _check_settings(path, group, fps, duration_s, size, queries)
             done += len(group)
         else:
             waiting[path] = group
@@ -97,7 +112,7 @@ def write_clips(
     workers = min(len(waiting), workers or os.cpu_count() or 1)
     if workers <= 1:
         for path, group in waiting.items():
-            for scenes in _write_shard_steps(path, group, family, fps, duration_s, size):
+            for scenes in _write_shard_steps(path, group, family, fps, duration_s, size, queries):
                 if progress:
                     progress(done + scenes, len(seeds))
             done += len(group)
@@ -105,7 +120,7 @@ def write_clips(
     context = multiprocessing.get_context("spawn")  # a forked OpenGL context is a broken one
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = {
-            pool.submit(_write_shard, path, group, family, fps, duration_s, size): group
+            pool.submit(_write_shard, path, group, family, fps, duration_s, size, queries): group
             for path, group in waiting.items()
         }
         for future in as_completed(futures):
@@ -120,7 +135,9 @@ def _shard_path(out_dir: Path, family: str, seeds: range) -> Path:
     return out_dir / f"{family}-{seeds[0]:08d}-{seeds[-1]:08d}"
 
 
-def _check_settings(path: Path, seeds: range, fps: float, duration_s: float, size: tuple[int, int]) -> None:
+def _check_settings(
+    path: Path, seeds: range, fps: float, duration_s: float, size: tuple[int, int], queries: int
+) -> None:
     shard = ClipShard(path)
     wanted = (len(seeds), round(fps * duration_s), size[1], size[0], 3)
     if shard.frames.shape != wanted or shard.fps != fps:
@@ -128,17 +145,19 @@ def _check_settings(path: Path, seeds: range, fps: float, duration_s: float, siz
             f"{path} holds clips of shape {shard.frames.shape} at {shard.fps} Hz, asked for {wanted} at {fps} Hz;"
             " choose another folder or delete this one"
         )
+    if queries and not (path / QUERIES_FILE).exists():
+        raise SceneError(f"{path} holds clips without queries; choose another folder or delete this one")
 
 
 def _write_shard(
-    path: Path, seeds: range, family: Family, fps: float, duration_s: float, size: tuple[int, int]
+    path: Path, seeds: range, family: Family, fps: float, duration_s: float, size: tuple[int, int], queries: int
 ) -> None:
-    for _ in _write_shard_steps(path, seeds, family, fps, duration_s, size):
+    for _ in _write_shard_steps(path, seeds, family, fps, duration_s, size, queries):
         pass
 
 
 def _write_shard_steps(
-    path: Path, seeds: range, family: Family, fps: float, duration_s: float, size: tuple[int, int]
+    path: Path, seeds: range, family: Family, fps: float, duration_s: float, size: tuple[int, int], queries: int
 ) -> Iterator[int]:
     """Record one shard; yields the number of its scenes done so far."""
     width, height = size
@@ -151,6 +170,8 @@ def _write_shard_steps(
     masks = np.lib.format.open_memmap(partial / "masks.npy", "w+", np.uint8, shape)
     truth: dict[str, np.ndarray] = {}
     specs = []
+    present = np.zeros((len(seeds), frames_per_clip, MAX_OBJECTS), bool)
+    asked: list[list[dict[str, Any]]] = []
     for row, seed in enumerate(seeds):
         recording = record_scene(seed, family, fps=fps, duration_s=duration_s, size=size)
         assert recording.image_rgb_u8 is not None
@@ -161,15 +182,23 @@ def _write_shard_steps(
             if name not in truth:
                 truth[name] = np.zeros((len(seeds), frames_per_clip, MAX_OBJECTS, *values.shape[2:]), np.float32)
             truth[name][row, :, : values.shape[1]] = values
+        for k in range(len(recording.spec.objects)):
+            present[row, :, k] = recording.presence((k,))
+        if queries:
+            rng = np.random.default_rng([seed, 3])
+            found = ask_all_along(recording, queries, query_kinds(family, duration_s), rng=rng, first_frame=FIRST_QUERY)
+            asked.append([query.to_json() for query in found])
         specs.append(recording.spec.to_json())
         yield row + 1
     frames.flush()
     masks.flush()
     del frames, masks
     time_s = np.arange(frames_per_clip) / fps
-    arrays: dict[str, Any] = {"time_s": time_s, **truth}
+    arrays: dict[str, Any] = {"time_s": time_s, "present": present, **truth}
     np.savez(partial / "truth.npz", **arrays)
     header = {"fps": fps, "width": width, "height": height, "seeds": list(seeds), "specs": specs}
+    if queries:
+        (partial / QUERIES_FILE).write_text(json.dumps(asked))
     (partial / "scenes.json").write_text(json.dumps(header))
     try:
         partial.rename(path)
@@ -177,7 +206,9 @@ def _write_shard_steps(
         if not (path / "scenes.json").exists():
             raise
         shutil.rmtree(partial)
-        _check_settings(path, seeds, fps, duration_s, size)  # another process has written the same clips meanwhile
+        _check_settings(
+            path, seeds, fps, duration_s, size, queries
+        )  # another process has written the same clips meanwhile
 
 
 class ClipShard:
@@ -239,6 +270,25 @@ class ClipShard:
     def specs(self) -> list[SceneSpec]:
         return [SceneSpec.from_json(spec) for spec in self._header["specs"]]
 
+    def presence(self, scene: int, target_ids: tuple[int, ...]) -> Bool[np.ndarray, " t"]:
+        """In which frames of a scene a pixel of a target shows; read off the masks where no truth was written of it."""
+        if "present" in self._truth:
+            return np.asarray(self._truth["present"][scene][:, list(target_ids)].any(axis=1))
+        return self.recording(scene, images=True).presence(target_ids)
+
+    def queries(self, scene: int) -> list[dict[str, Any]]:
+        """The queries of a scene as they were written (`Query.to_json`).
+
+        Raises:
+            SceneError: none were asked for, or the file is damaged.
+        """
+        try:
+            return list(json.loads((self.path / QUERIES_FILE).read_text())[scene])
+        except (OSError, EOFError, ValueError) as error:
+            raise SceneError(
+                f"no queries in {self.path} ({error}); write the clips with `virst scenes write --queries N`"
+            ) from error
+
     def recording(self, scene: int, *, images: bool = False) -> Recording:
         """One scene's recording; its images are views of the mapped arrays if asked for, else None."""
         spec = self.specs[scene]
@@ -277,13 +327,17 @@ def contact_sheet(
     phrasings: str = "train",
     size: tuple[int, int] = (320, 240),
     query_frame: int | None = None,
+    duration_s: float = 4.8,
 ) -> Path:
     """A picture with a row per scene: three moments of it, then a picture per sentence with its target outlined.
+
+    A bar below each sentence tells over the whole recording when its target shows; the black line is the sentence's
+    frame. Sentences of long scenes are temporal ones.
 
     Raises:
         SceneError: no OpenGL, unknown family.
     """
-    rows = [_sheet_row(seed, family, sentences, phrasings, size, query_frame) for seed in seeds]
+    rows = [_sheet_row(seed, family, sentences, phrasings, size, query_frame, duration_s) for seed in seeds]
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate(rows, axis=0)
@@ -293,13 +347,22 @@ def contact_sheet(
 
 
 def _sheet_row(
-    seed: int, family: Family, sentences: int, phrasings: str, size: tuple[int, int], query_frame: int | None
+    seed: int,
+    family: Family,
+    sentences: int,
+    phrasings: str,
+    size: tuple[int, int],
+    query_frame: int | None,
+    duration_s: float,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    recording = record_scene(seed, family, size=size)
+    recording = record_scene(seed, family, duration_s=duration_s, size=size)
     assert recording.image_rgb_u8 is not None
     rng = np.random.default_rng([seed, 7])
     query = int(rng.integers(21, len(recording))) if query_frame is None else query_frame
-    chosen = sample_expressions(recording, rng, sentences, query, split=phrasings)
+    kinds = query_kinds(family, duration_s)
+    if is_long(family, duration_s):
+        query = _frame_with_sentences(recording, query, kinds)
+    chosen = sample_expressions(recording, rng, sentences, query, split=phrasings, kinds=kinds)
     cells = []
     for frame in (query - 21, query - 10, query):
         frame = max(0, frame)
@@ -307,8 +370,24 @@ def _sheet_row(
     for expression in chosen:
         mask = recording.target_mask(query, expression.target_ids)
         caption = [expression.text, f"{expression.kind} {expression.template_id}: {expression.answer}"]
-        cells.append(_captioned(recording.image_rgb_u8[query], caption, mask))
+        cell = _captioned(recording.image_rgb_u8[query], caption, mask)
+        _draw_presence(cell, recording.presence(expression.target_ids), query)
+        cells.append(cell)
     return np.concatenate(cells, axis=1)
+
+
+def _frame_with_sentences(recording: Recording, query: int, kinds: tuple[str, ...]) -> int:
+    """The frame from `query` on, and then from the start, in which most of the kinds have a clear sentence."""
+    later = [*range(query, len(recording)), *range(FIRST_QUERY, query)][::3]
+    rng = np.random.default_rng(0)
+    return max(later, key=lambda frame: len(ask(recording, frame, kinds, rng=rng)))
+
+
+def _draw_presence(cell: UInt8[np.ndarray, "h w 3"], is_present: Bool[np.ndarray, " t"], query: int) -> None:
+    """In the lowest rows: green where the target shows, grey where not, over the whole recording."""
+    frame_of_column = (np.arange(cell.shape[1] - 1) * len(is_present)) // (cell.shape[1] - 1)
+    cell[-BAR_PX:, :-1] = np.where(is_present[frame_of_column, None], (0, 150, 90), (190, 190, 190))
+    cell[-BAR_PX:, np.flatnonzero(frame_of_column == query)] = 0
 
 
 def _captioned(image: np.ndarray, lines: list[str], mask: np.ndarray | None) -> UInt8[np.ndarray, "h w 3"]:

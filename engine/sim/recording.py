@@ -3,12 +3,13 @@
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from virst_engine.errors import SceneError
 from virst_engine.sim.spec import Intrinsics, SceneSpec
@@ -40,6 +41,12 @@ class SimFrame:
     quaternion_wxyz: Float[np.ndarray, "n 4"]
     velocity_m_s: Float[np.ndarray, "n 3"]
     centre_px: Float[np.ndarray, "n 2"]
+
+
+def stretches(is_present: Bool[np.ndarray, " t"]) -> list[tuple[int, int]]:
+    """The frames in which something is present, as (first, last) of each stretch."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_present, [False]]).astype(np.int8)))
+    return [(int(first), int(end) - 1) for first, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,18 @@ class Recording:
         if self.instance_mask is None:
             raise SceneError("this recording has no images; record it with images or load its masks from the shard")
         return np.isin(self.instance_mask[frame], [k + 1 for k in target_ids])
+
+    def presence(self, target_ids: tuple[int, ...]) -> Bool[np.ndarray, " t"]:
+        """In which frames a pixel of a target shows: the truth to a query, frame by frame. Nothing is never there."""
+        if self.instance_mask is None:
+            raise SceneError("this recording has no images; record it with images or load its masks from the shard")
+        return np.asarray(self._shown[:, [k + 1 for k in target_ids]].any(axis=1))
+
+    @cached_property
+    def _shown(self) -> Bool[np.ndarray, "t 256"]:
+        """Which values the instance mask of each frame has."""
+        assert self.instance_mask is not None
+        return np.stack([np.bincount(mask.ravel(), minlength=256) > 0 for mask in self.instance_mask])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by field name; absent images are left out."""

@@ -2,7 +2,8 @@
 """Scenes out of a seed. A draft is drawn, its physics is run without drawing, and it is kept if it suits its family.
 
 `plain`: every object stays in the view and at least 80 % visible. `full`: patterned tables, a robot arm, objects that
-hide each other, leave and come back, and movements one after the other.
+hide each other, leave and come back, and movements one after the other. A `full` scene of more than LONGEST_SCRIPT_S is
+a long one (long_scenes.py), on which things go on happening to the end.
 """
 
 import numpy as np
@@ -20,10 +21,13 @@ __all__ = ["SceneSpec", "generate_scene", "generate_scene_and_motion"]
 
 MAX_HIDDEN_PLAIN = 0.18  # of an outline; the rendered fraction is held to 0.2
 ATTEMPTS = 120
+LONGEST_SCRIPT_S = 12.0  # of scenes that are written beforehand
 
 
 def generate_scene(seed: int, family: str, *, duration_s: float = 4.8) -> SceneSpec:
     """The scene of a seed: the same seed, family and duration give the same scene on every machine.
+
+    A long one (`is_long`) is another scene than the short one of that seed.
 
     Raises:
         SceneError: unknown family or a negative seed.
@@ -39,6 +43,11 @@ def generate_scene_and_motion(
 
     if family not in FAMILIES:
         raise SceneError(f"unknown scene family {family!r}; use one of {', '.join(FAMILIES)}")
+    if is_long(family, duration_s):
+        from virst_engine.sim.long_scenes import generate_long_scene
+
+        long_spec = generate_long_scene(seed, duration_s=duration_s).spec
+        return long_spec, simulate(long_spec, fps=fps, duration_s=duration_s)
     if seed < 0:
         raise SceneError(f"scene seeds are >= 0, got {seed}; choose another seed")
     which = FAMILIES.index(family)
@@ -52,6 +61,11 @@ def generate_scene_and_motion(
         if _suits(spec, trajectory):
             return spec, trajectory
     raise SceneError(f"no valid {family} scene for seed {seed} in {ATTEMPTS} drafts; choose another seed")
+
+
+def is_long(family: str, duration_s: float) -> bool:
+    """Whether things go on happening for so long that they are not written beforehand."""
+    return family == "full" and duration_s > LONGEST_SCRIPT_S
 
 
 def hidden_fractions(spec: SceneSpec, position: np.ndarray, quaternion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ A question is answered by the language model alone, word by word.
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,11 +27,15 @@ class VirstReasoner:
 
     `answer` raises BadGoal for a sentence that the model cannot read, WeightsError for a clip of another model,
     Unanswered where it has no word for a question.
+
+    Ablations of VIRST's table 4, on weights that were trained with both (the paper trains each anew). Without
+    `initial_fusion` the [ST] tokens enter the language model as they were learnt, without `second_fusion` they leave it
+    as prompts, the same for every frame.
     """
 
-    def __init__(self, model: Virst, *, second_fusion: bool = True) -> None:
+    def __init__(self, model: Virst, *, initial_fusion: bool = True, second_fusion: bool = True) -> None:
         self._model = model.eval()
-        self._second_fusion = second_fusion
+        self._initial_fusion, self._second_fusion = initial_fusion, second_fusion
         self._tokenizer = WordTokenizer(model.config.words)
         self._newest: tuple[Clip, ClipEncoding] | None = None
         fusion_side = model.config.sam2.grid * (4, 2, 1)[model.config.fusion.feature_level]
@@ -84,7 +89,10 @@ class VirstReasoner:
             device = self._model.frame_embedding.device
             frames = normalise(torch.from_numpy(np.array(clip.frames_rgb_u8)).to(device))
             maps = torch.from_numpy(np.array(clip.fusion)).to(device, torch.float32)
-            self._newest = clip, self._model.encode_clip(frames[None], maps[None])
+            encoded = self._model.encode_clip(frames[None], maps[None])
+            if not self._initial_fusion:
+                encoded = replace(encoded, initial_tokens=None)
+            self._newest = clip, encoded
         return self._newest[1]
 
     def _check(self, clip: Clip) -> None:

@@ -12,6 +12,7 @@ from virst_engine.config import EngineConfig
 from virst_engine.errors import VideoError
 from virst_engine.slow.reasoner import Reasoner
 from virst_engine.types import ObjectState
+from virst_engine.video.offline import AnchorStrategy
 from virst_engine.video.recordings import RecordedVideo, open_recording
 from virst_engine.video.results import SegmentWriter
 from virst_engine.video.segment import Segmented, measure_delay, segment_offline, segment_stream
@@ -26,6 +27,7 @@ class SegmentSettings:
     out: Path
     config: EngineConfig
     is_offline: bool = False
+    anchors: str = "dynamic"  # offline only: AnchorStrategy
     is_realtime: bool = False
     delay_s: float | None = None  # None: measured, when it is needed
     topic: str = ""
@@ -42,6 +44,7 @@ class SegmentSettings:
             raise ValueError("the whole-video mode asks once: no answer can be late")
         if self.is_offline and self.config.reasoner.method == "grounding":
             raise ValueError("--offline needs a method that understands a whole video: virst")
+        AnchorStrategy(self.anchors)
         if self.detector and self.config.reasoner.method != "grounding":
             raise ValueError("--detector is for --method grounding")
 
@@ -85,7 +88,9 @@ def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None
     if settings.is_offline:
         on_step(0, None, "reading the video")
         total = len(recording)
-        found = segment_offline(stages, reasoner, recording, settings.goals, config)
+        description["anchors"] = settings.anchors
+        strategy = AnchorStrategy(settings.anchors)
+        found = segment_offline(stages, reasoner, recording, settings.goals, config, strategy=strategy)
     else:
         delay_s = _delay_s(settings, stages, reasoner, recording)
         description["answers_delay_ms"] = round(1e3 * delay_s, 3)

@@ -2,11 +2,16 @@
 """VIRST as published: inference over a whole recorded video, non-causal. The yardstick for the stream.
 
 T_seg frames are sampled uniformly from the video (section 3.2); the reasoner answers once; Algorithm 2 picks
-K = max(1, floor(T_seg / 4)) of them as anchors; every other frame attends to the alpha anchors nearest in time, future
-ones included, and to its P - 1 predecessors. Masks spread from the earliest anchor to the end and then backwards to the
-start, as SAM 2's video predictor does (sam2/sam2_video_predictor.py, `propagate_in_video`, commit 2b90b9f). An anchor
-frame keeps the mask of its prompt. As published, no memory write is gated: an absent object is remembered as absent,
-and absence is the mask decoder's alone to tell, whatever the prompts' confidence.
+K = max(1, floor(T_seg / 4)) of them as anchors, or an `AnchorStrategy` picks others; every other frame attends to the
+alpha anchors nearest in time, future ones included, and to its P - 1 predecessors. Masks spread from the earliest
+anchor to the end and then backwards to the start, as SAM 2's video predictor does (sam2/sam2_video_predictor.py,
+`propagate_in_video`, commit 2b90b9f). An anchor frame keeps the mask of its prompt. As published, no memory write is
+gated: an absent object is remembered as absent, and absence is the mask decoder's alone to tell, whatever the prompts'
+confidence.
+
+Sentences may have different anchors (`guided`, and methods that name the frames themselves). Asked together they set
+out together, at the earliest anchor of any, as SAM 2's objects do: a frame before the first anchor of its object
+attends to that one alone. Where that matters, ask one sentence at a time.
 
 The features of a frame are computed when its turn comes and then dropped, so a long video takes no more memory than a
 short one: those of the clip, the anchors, and the memory of the newest frames.
@@ -18,11 +23,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Int
 
 from virst_engine.backends.base import Stages
 from virst_engine.config import EngineConfig, MemoryParameters
-from virst_engine.errors import VideoError
 from virst_engine.fast.postprocess import empty_mask, mask_at_size
 from virst_engine.fast.preprocess import Preprocess, check_image, resize_image
 from virst_engine.slow.reasoner import Reasoner
@@ -34,6 +38,7 @@ from virst_engine.types import (
     MaskPrediction,
     MemoryEntry,
     MemoryTensors,
+    Prompt,
     PromptTokens,
     ReasonerRequest,
     StageSizes,
@@ -41,6 +46,62 @@ from virst_engine.types import (
 
 NearTime = dict[int, MemoryEntry]  # frame index -> memory of every object in that frame
 Lent = TypeVar("Lent", ImageFeatures, MaskPrediction, MemoryEntry)
+
+
+ANCHOR_STRATEGIES = ("dynamic", "first-frame", "guided", "random-3", "uniform-3")
+FIXED_ANCHORS = 3  # of random-3 and uniform-3
+
+
+@dataclass(frozen=True)
+class AnchorStrategy:
+    """Which of the clip's frames become anchors: VIRST's own choice, and the baselines of its table 5.
+
+    dynamic: `count` frames, evenly spread, the first always; 0 = max(1, T // 4), Algorithm 2.
+    first-frame: the first alone, as when a user marks the object there.
+    guided: the one frame that a score of image and sentence prefers. The paper takes CLIP's; here it is the reasoner's
+    own confidence that the target is in the frame. Of equal ones the earliest.
+    random-3, uniform-3: three frames, drawn with `seed` or evenly spread.
+
+    Of a method that names the frames itself, `dynamic` takes all.
+    Raises ValueError for another name, and a negative count.
+    """
+
+    name: str = "dynamic"
+    count: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in ANCHOR_STRATEGIES:
+            raise ValueError(f"anchors must be one of {', '.join(ANCHOR_STRATEGIES)}, got {self.name!r}")
+        if self.count < 0 or (self.count and self.name != "dynamic"):
+            raise ValueError(f"the number of anchors is for dynamic ones, and not negative; got {self.count}")
+
+    @property
+    def is_same_for_all(self) -> bool:
+        """Whether every sentence about a clip gets the same anchors, where a method answers for every frame."""
+        return self.name != "guided"
+
+    def choose(self, prompts: Sequence[Prompt], *, has_chosen: bool = False) -> list[Prompt]:
+        """The prompts of the anchors, oldest first; none of none. `has_chosen`: the method names the frames itself."""
+        if not prompts:
+            return []
+        if self.name == "first-frame":
+            positions = [0]
+        elif self.name == "guided":
+            positions = [int(np.argmax([prompt.confidence for prompt in prompts]))]
+        elif self.name == "random-3":
+            drawn = np.random.default_rng(self.seed).permutation(len(prompts))[:FIXED_ANCHORS]
+            positions = sorted(int(position) for position in drawn)
+        elif self.name == "uniform-3":
+            positions = spread(len(prompts), FIXED_ANCHORS)
+        elif has_chosen:
+            positions = list(range(len(prompts)))
+        else:
+            positions = spread(len(prompts), self.count) if self.count else anchor_frames(len(prompts))
+        return [prompts[position] for position in positions]
+
+
+DYNAMIC = AnchorStrategy()
 
 
 class FrameSource(Protocol):
@@ -63,8 +124,12 @@ class OfflineFrame:
 
 def anchor_frames(clip_frames: int) -> list[int]:
     """Positions in the clip that Algorithm 2 makes anchors: max(1, floor(T/4)), evenly spread, the first always."""
-    count = max(1, clip_frames // 4)
-    return sorted({int(position) for position in np.linspace(0, clip_frames - 1, count).round()})
+    return spread(clip_frames, max(1, clip_frames // 4))
+
+
+def spread(frames: int, count: int) -> list[int]:
+    """At most `count` of so many positions, evenly spread, the first always, no position twice."""
+    return sorted({int(position) for position in np.linspace(0, frames - 1, count).round()})
 
 
 def uniform_frames(video_frames: int, clip_frames: int) -> list[int]:
@@ -127,14 +192,14 @@ def segment_whole_video(
     sentences: Sequence[str],
     config: EngineConfig,
     *,
-    first_anchor_only: bool = False,
+    strategy: AnchorStrategy = DYNAMIC,
 ) -> Bool[np.ndarray, "goals frames height width"]:
     """One mask per goal and frame of a recorded video, at the camera's size. All frames must have one size.
 
     Arguments and errors as of `propagate_whole_video`.
     """
     masks: dict[int, Bool[np.ndarray, "goals height width"]] = {}
-    for seen in propagate_whole_video(stages, reasoner, frames, sentences, config, first_anchor_only=first_anchor_only):
+    for seen in propagate_whole_video(stages, reasoner, frames, sentences, config, strategy=strategy):
         masks[seen.number] = camera_masks(seen)
     return np.stack([masks[number] for number in range(len(frames))], axis=1)
 
@@ -160,7 +225,7 @@ def propagate_whole_video(
     sentences: Sequence[str],
     config: EngineConfig,
     *,
-    first_anchor_only: bool = False,
+    strategy: AnchorStrategy = DYNAMIC,
 ) -> Iterator[OfflineFrame]:
     """Each frame once: from the earliest anchor to the end, then from there backwards to the start.
 
@@ -168,8 +233,8 @@ def propagate_whole_video(
 
     Args:
         frames: the whole video, at least one frame.
-        config: `reasoner.clip_frames` is T_seg, `memory` gives alpha, P - 1 and the pointers.
-        first_anchor_only: ablation, the first frame of the clip is the only anchor (VIRST, table 5).
+        config: `reasoner.frames_asked` is T_seg, `memory` gives alpha, P - 1 and the pointers.
+        strategy: which frames are anchors.
 
     Raises:
         VirstError: the reasoner cannot answer a sentence, or an image cannot be used.
@@ -181,41 +246,106 @@ def propagate_whole_video(
         check_image(frame.image_rgb_u8)
         return stages.image_encoder(preprocess(frame.image_rgb_u8))
 
-    sampled = uniform_frames(len(frames), config.reasoner.clip_frames)
+    sampled = uniform_frames(len(frames), config.reasoner.frames_asked)
     of_clip = {t: frames[t] for t in sorted(set(sampled))}
     kept = {t: _own(encode(frame)) for t, frame in of_clip.items()}
-    embeddings, prompted = _prompts(reasoner, _clip(of_clip, kept, sampled, stages.sizes.video_size), sentences)
-    positions = [0] if first_anchor_only else anchor_frames(len(prompted))
+    answers = _prompts(reasoner, _clip(of_clip, kept, sampled, stages.sizes.video_size), sentences)
+    has_chosen = config.reasoner.chooses_frames
+    chosen = [strategy.choose(prompts, has_chosen=has_chosen) for prompts in answers]
+    together = _those_with_the_same_anchors(chosen)
+    companies = [_Company(stages, config.memory, [chosen[g] for g in goals], kept, device) for goals in together]
+    order_of_goals = torch.tensor([goal for goals in together for goal in goals], device=device).argsort()
 
-    anchored: dict[int, MaskPrediction] = {}
-    anchors: NearTime = {}
-    for position in positions:
-        t = prompted[position]
-        prompts = torch.from_numpy(embeddings[:, position]).to(device)
-        anchored[t] = _own(stages.mask_decoder(kept[t], None, PromptTokens(prompts)))
-        anchors[t] = _own(stages.memory_encoder(kept[t], anchored[t]))
-    for t in anchored:
+    anchored_everywhere = set.intersection(*(set(company.anchored) for company in companies))
+    for t in anchored_everywhere:
         del kept[t]
-    first, reach = min(anchors), max(config.memory.recent_frames, config.memory.pointers)
+    first = min((t for company in companies for t in company.anchored), default=0)
+    reach = max(config.memory.recent_frames, config.memory.pointers)
     for order, backwards in ((range(first, len(frames)), False), (range(first - 1, -1, -1), True)):
-        recent: NearTime = {}
+        for company in companies:
+            company.recent.clear()
         for t in order:
             frame = frames[t]
-            if t in anchored:
-                yield OfflineFrame(t, frame, anchored[t], {})
-                continue
             timer = StageTimer(device)
-            with timer.stage("image_encoder"):
-                features = kept.pop(t) if t in kept else encode(frame)
-            with timer.stage("memory_attention"):
-                memory = assemble_memory(t, anchors, recent, config.memory, stages.sizes, backwards)
-                conditioned = stages.memory_attention(features, memory)
-            with timer.stage("mask_decoder"):
-                prediction = stages.mask_decoder(features, conditioned, None)
-            with timer.stage("memory_encoder"):
-                recent[t] = _own(stages.memory_encoder(features, prediction))
-            recent.pop(t + reach if backwards else t - reach, None)
-            yield OfflineFrame(t, frame, prediction, timer.ms())
+            features: ImageFeatures | None = None
+            if any(company.reads(t) for company in companies):
+                with timer.stage("image_encoder"):
+                    features = kept.pop(t) if t in kept else encode(frame)
+            predictions = []
+            for company in companies:
+                prediction = company.step(t, features, backwards, timer)
+                company.recent.pop(t + reach if backwards else t - reach, None)
+                predictions.append(prediction if len(companies) == 1 else _own(prediction))
+            merged = predictions[0] if len(companies) == 1 else _in_order(predictions, order_of_goals)
+            yield OfflineFrame(t, frame, merged, timer.ms())
+
+
+class _Company:
+    """Sentences whose objects have the same anchors: what is remembered of them, and their masks frame by frame.
+
+    `anchors`: the prompts of each sentence's anchors. Without any the objects are nowhere.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        parameters: MemoryParameters,
+        anchors: Sequence[Sequence[Prompt]],
+        features: dict[int, ImageFeatures],
+        device: torch.device,
+    ) -> None:
+        self._stages, self._parameters, self._objects, self._device = stages, parameters, len(anchors), device
+        self.anchored: dict[int, MaskPrediction] = {}
+        self._anchors: NearTime = {}
+        self.recent: NearTime = {}
+        for prompts in zip(*anchors, strict=True):
+            t = prompts[0].step
+            tokens = torch.from_numpy(np.stack([prompt.embeddings for prompt in prompts])).to(device)
+            self.anchored[t] = _own(stages.mask_decoder(features[t], None, PromptTokens(tokens)))
+            self._anchors[t] = _own(stages.memory_encoder(features[t], self.anchored[t]))
+
+    def reads(self, t: int) -> bool:
+        """Whether frame t needs its features."""
+        return bool(self._anchors) and t not in self.anchored
+
+    def step(self, t: int, features: ImageFeatures | None, backwards: bool, timer: StageTimer) -> MaskPrediction:
+        if t in self.anchored:
+            return self.anchored[t]
+        if not self._anchors:
+            return self._nowhere()
+        assert features is not None
+        stages = self._stages
+        with timer.stage("memory_attention"):
+            memory = assemble_memory(t, self._anchors, self.recent, self._parameters, stages.sizes, backwards)
+            conditioned = stages.memory_attention(features, memory)
+        with timer.stage("mask_decoder"):
+            prediction = stages.mask_decoder(features, conditioned, None)
+        with timer.stage("memory_encoder"):
+            self.recent[t] = _own(stages.memory_encoder(features, prediction))
+        return prediction
+
+    def _nowhere(self) -> MaskPrediction:
+        side, channels = self._stages.sizes.mask, self._stages.sizes.channels
+        return MaskPrediction(
+            mask_logits=torch.full((self._objects, side, side), -1.0, device=self._device),
+            iou=torch.zeros(self._objects, device=self._device),
+            object_score_logits=torch.full((self._objects,), -1.0, device=self._device),
+            pointer=torch.zeros(self._objects, channels, device=self._device),
+        )
+
+
+def _those_with_the_same_anchors(chosen: Sequence[Sequence[Prompt]]) -> list[list[int]]:
+    """Groups of sentences, each in the order of the sentences."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for goal, prompts in enumerate(chosen):
+        groups.setdefault(tuple(prompt.step for prompt in prompts), []).append(goal)
+    return list(groups.values())
+
+
+def _in_order(predictions: Sequence[MaskPrediction], order: Int[torch.Tensor, " goals"]) -> MaskPrediction:
+    """The groups' predictions as one, in the order of the sentences."""
+    names = vars(predictions[0])
+    return MaskPrediction(**{name: torch.cat([vars(each)[name] for each in predictions])[order] for name in names})
 
 
 def _clip(
@@ -230,24 +360,11 @@ def _clip(
     )
 
 
-def _prompts(
-    reasoner: Reasoner, clip: Clip, sentences: Sequence[str]
-) -> tuple[Float[np.ndarray, "goals t n c"], list[int]]:
-    """And the frames that they are for: those of the clip, or some of them, the same for all sentences.
-
-    Raises VideoError where a reasoner chooses other frames for each sentence.
-    """
-    answers = [
-        reasoner.answer(ReasonerRequest(number, 0, f"goal_{number}", sentence, clip))
+def _prompts(reasoner: Reasoner, clip: Clip, sentences: Sequence[str]) -> list[tuple[Prompt, ...]]:
+    return [
+        reasoner.answer(ReasonerRequest(number, 0, f"goal_{number}", sentence, clip)).prompts
         for number, sentence in enumerate(sentences, start=1)
     ]
-    prompted = [[prompt.step for prompt in answer.prompts] for answer in answers]
-    if any(frames != prompted[0] for frames in prompted):
-        raise VideoError(
-            "this reasoner chooses other frames for each sentence, which a whole video at once cannot follow; give one "
-            "goal at a time, or leave --offline out"
-        )
-    return np.stack([[prompt.embeddings for prompt in answer.prompts] for answer in answers]), prompted[0]
 
 
 def _own(lent: Lent) -> Lent:

@@ -15,7 +15,7 @@ from virst_engine.session import Session
 from virst_engine.slow.goals import GoalBook
 from virst_engine.slow.reasoner import DelayedClient, Reasoner, refusal
 from virst_engine.types import Frame, FrameResult, Goal, ObjectResult, ObjectState, ReasonerAnswer, ReasonerRequest
-from virst_engine.video.offline import FrameSource, camera_masks, propagate_whole_video
+from virst_engine.video.offline import DYNAMIC, AnchorStrategy, FrameSource, camera_masks, propagate_whole_video
 
 MEASURED_ANSWERS = 3
 
@@ -58,7 +58,13 @@ def segment_stream(
 
 
 def segment_offline(
-    stages: Stages, reasoner: Reasoner, frames: FrameSource, sentences: Sequence[str], config: EngineConfig
+    stages: Stages,
+    reasoner: Reasoner,
+    frames: FrameSource,
+    sentences: Sequence[str],
+    config: EngineConfig,
+    *,
+    strategy: AnchorStrategy = DYNAMIC,
 ) -> Iterator[Segmented]:
     """Whole video, as published (offline.py); frames come in the order in which they are computed.
 
@@ -74,7 +80,7 @@ def segment_offline(
         raise VideoError("the recording has no frames; give another one")
     goals = book.goals()
     words = [goal.sentence for goal in goals]
-    for seen in propagate_whole_video(stages, reasoner, frames, words, config):
+    for seen in propagate_whole_video(stages, reasoner, frames, words, config, strategy=strategy):
         presence = torch.sigmoid(seen.prediction.object_score_logits.float()).tolist()
         iou = seen.prediction.iou.float().clamp(0.0, 1.0).tolist()
         objects = tuple(

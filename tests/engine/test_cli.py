@@ -17,6 +17,7 @@ COMMANDS = [
     ["segment"],
     ["train"],
     ["evaluate"],
+    ["compare"],
     ["bench"],
     ["scenes"],
     ["scenes", "write"],
@@ -42,7 +43,7 @@ def test_every_command_explains_itself(command, option):
 
 def test_help_of_the_program_names_every_command():
     output = run("--help").output
-    for command in ("segment", "train", "evaluate", "bench", "scenes", "weights", "version"):
+    for command in ("segment", "train", "evaluate", "compare", "bench", "scenes", "weights", "version"):
         assert command in output
 
 
@@ -90,6 +91,14 @@ def test_version_lists_what_it_is_built_on():
         (["evaluate", "--scenes", "7:7"], "holds no scene"),
         (["evaluate", "--family", "rich"], "plain"),
         (["evaluate", "--mode", "offline", "--no-refresh"], "no_refresh"),
+        (["evaluate", "--anchors", "guided"], "mode offline"),
+        (["evaluate", "--long", "100"], "family full"),
+        (["evaluate", "--family", "full", "--long", "5"], "more than 12 s"),
+        (["evaluate", "--method", "grounding", "--mode", "offline"], "whole video"),
+        (["segment", "a.mp4", "--goal", "it", "--out", "b", "--anchors", "guided"], "--offline"),
+        (["compare"], "--json"),
+        (["compare", "--list", "--long", "5"], "more than 12 s"),
+        (["compare", "--json", "a.json", "--rows", "virst,nobody"], "no row or group 'nobody'"),
         (["scenes", "write", "out", "--size", "big"], "WIDTHxHEIGHT"),
         (["bench", "--frames", "1"], "10"),
         (["fly"], "No such command"),
@@ -137,6 +146,31 @@ def test_missing_weights_are_named(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(("text", "seeds"), [("3:7", range(3, 7)), ("12", range(12, 13))])
 def test_ranges_of_scenes(text, seeds):
     assert cli.parse_range(text) == seeds
+
+
+def test_the_rows_of_a_comparison_are_listed():
+    lines = run("compare", "--list").output.splitlines()
+    assert any(line.startswith("anchors-first-frame") and "first frame" in line for line in lines)
+    assert len({line.split()[0] for line in lines}) == len(lines) > 20
+
+
+def test_a_comparison_goes_to_its_files(monkeypatch, tmp_path):
+    from tests.engine.evaluate import test_runner as fakes
+    from virst_engine.evaluate import compare as module
+
+    compare = module.compare
+    monkeypatch.setattr(
+        module,
+        "compare",
+        lambda *given, **rest: compare(*given, **rest, system_of=fakes.fake_system, case_of=fakes.fake_case),
+    )
+    files = [tmp_path / "new" / name for name in ("a.json", "a.md", "a.png")]
+    options = ["--rows", "anchors", "--scenes-per-seed", "1", "--workers", "1"]
+    result = run("compare", "--json", str(files[0]), "--markdown", str(files[1]), "--plot", str(files[2]), *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(files[0].read_text())["figures"]["rows"]["anchors-guided"]["ways"]["offline"]["scenes"] == 3
+    assert "| first frame (`anchors-first-frame`) |" in files[1].read_text()
+    assert files[2].stat().st_size > 1000
 
 
 def test_figures_go_to_the_json_file_and_the_report(monkeypatch, tmp_path):

@@ -73,3 +73,14 @@ def test_absence_is_scored_while_it_lasts():
     frames = {question.sentence: question.absent_frames for question in case.questions if not question.target_ids}
     assert 0 < frames["the can that is going right"] < len(case.truth_masks()[0])
     assert all(question.absent_frames is None for question in case.questions if question.target_ids)
+
+
+def test_how_far_a_target_travels():
+    masks = np.zeros((3, 10, 20), dtype=np.uint8)
+    masks[0, 2, 2] = masks[2, 5, 6] = 1  # 3 rows and 4 columns away; hidden in between
+    masks[:, 9, 0:2] = 2
+    case = Case((), masks, 0, 2, ())
+    assert case.travels((0,)) == pytest.approx(5 / 20)
+    assert case.travels((1,)) == 0.0
+    assert case.travels((1, 0)) == pytest.approx(5 / 20)
+    assert case.travels(()) == 0.0

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes import GREEN, RED, FakeReasoner, FakeStages, Square, Video, moving_square, small_config
 from virst_engine.errors import SceneError, WeightsError
-from virst_engine.evaluate.cases import Case, Question
+from virst_engine.evaluate.cases import Case, Question, load_case
 from virst_engine.evaluate.modes import System
 from virst_engine.evaluate.runner import evaluate, measure_times
 from virst_engine.evaluate.settings import EvaluationSettings
@@ -162,3 +162,21 @@ def test_two_workers_give_the_figures_of_one():
 def test_an_error_of_a_worker_arrives():
     with pytest.raises(WeightsError, match="no weights"):
         evaluate(FOUR, workers=2, system_of=failing_system, case_of=fake_case)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_on_a_long_scene():
+    """Closed loop: half a minute is drawn in which targets of early goals move, leave and come back."""
+    settings = EvaluationSettings(family="full", long_s=30.0, per_scene=3, first_scene=1_000_000, last_scene=1_000_001)
+    try:
+        evaluation = evaluate(settings)
+    except SceneError as error:
+        pytest.skip(str(error))
+    result, case = evaluation.result, load_case(settings, 1_000_000)
+    assert result["overall"]["n"] == 3
+    assert set(result["by_kind"]) <= {"order", "event", "count"}
+    assert len(result["course"]) == 10
+    assert np.mean(result["course"]) == pytest.approx(result["overall"]["JF"], abs=1.5)
+    absent = [1 - case.presence(question.target_ids)[case.goal_frame :].mean() for question in case.questions]
+    assert result["overall"]["JF"] > 100 * np.mean(absent) + 5  # what a system would get that publishes nothing
+    assert any(each.score.reappears for each in evaluation.answered)

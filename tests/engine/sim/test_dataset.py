@@ -8,7 +8,8 @@ import pytest
 from virst_engine.errors import SceneError
 from virst_engine.sim import dataset
 from virst_engine.sim.dataset import ClipShard, contact_sheet, open_clips, record_scene, write_clips
-from virst_engine.sim.expressions import expressions
+from virst_engine.sim.expressions import expressions, find_meaning
+from virst_engine.sim.recording import stretches
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,52 @@ def test_contact_sheet_is_a_picture(rendered, tmp_path):
     assert image.shape == (156, 5 * 160, 3)
     with pytest.raises(SceneError, match=r"ends in \.png"):
         contact_sheet(tmp_path / "sheet.unknown", range(30, 31), "plain", sentences=1, size=(64, 48))
+
+
+def test_shards_tell_when_objects_show_and_what_was_asked(rendered, tmp_path):
+    options = {"duration_s": 4.8, "size": (64, 48), "workers": 1}
+    (path,) = write_clips(tmp_path / "asked", range(41, 43), "full", queries=4, **options)
+    shard = ClipShard(path)
+    for row in range(2):
+        recording = shard.recording(row, images=True)
+        for k in range(len(recording.spec.objects)):
+            shows = [bool((mask == k + 1).any()) for mask in recording.instance_mask]
+            assert shard.presence(row, (k,)).tolist() == recording.presence((k,)).tolist() == shows
+        asked = shard.queries(row)
+        assert len(asked) == 4
+        for query in asked:
+            meaning = find_meaning(recording, query["sentence"], query_frame=query["query_frame"])
+            assert list(meaning.target_ids) == query["target_ids"]
+            present = shard.presence(row, tuple(query["target_ids"]))
+            assert query["present"] == [list(stretch) for stretch in stretches(present)]
+            assert present[query["query_frame"]]
+    (again,) = write_clips(tmp_path / "asked", range(41, 43), "full", queries=4, **options)
+    assert again == path
+    assert ClipShard(again).queries(1) == shard.queries(1)
+    (unasked,) = write_clips(tmp_path / "unasked", range(41, 42), "full", **options)
+    with pytest.raises(SceneError, match="--queries"):
+        ClipShard(unasked).queries(0)
+    with pytest.raises(SceneError, match="without queries"):
+        write_clips(tmp_path / "unasked", range(41, 42), "full", queries=1, **options)
+
+
+def test_a_shard_of_an_earlier_version_tells_presence_from_its_masks(clips, tmp_path):
+    shard = open_clips(clips)[0]
+    old = tmp_path / shard.path.name
+    shutil.copytree(shard.path, old)
+    with np.load(old / "truth.npz") as data:
+        arrays = {name: data[name] for name in data.files if name != "present"}
+    np.savez(old / "truth.npz", **arrays)
+    for row in range(2):
+        assert ClipShard(old).presence(row, (0, 1)).tolist() == shard.presence(row, (0, 1)).tolist()
+
+
+def test_the_bar_below_a_sentence_tells_when_its_target_shows():
+    cell = np.full((20, 101, 3), 255, np.uint8)
+    is_present = np.repeat([True, False], 5)
+    dataset._draw_presence(cell, is_present, 7)
+    bar = cell[-1, :-1]
+    assert (bar[:50] == (0, 150, 90)).all()
+    assert (bar[50:70] == (190, 190, 190)).all()
+    assert (bar[70:80] == 0).all()
+    assert (cell[: -dataset.BAR_PX] == 255).all()

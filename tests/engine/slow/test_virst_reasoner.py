@@ -201,3 +201,16 @@ def test_a_model_that_has_no_word_says_so() -> None:
     torch.nn.init.zeros_(silent.lm_head.weight)  # of words that are all as likely the first is taken, which is the end
     with pytest.raises(Unanswered, match="ask in other words"):
         VirstReasoner(silent).answer(replace(request_of(), wants_words=True))
+
+
+def test_without_initial_fusion_the_video_does_not_reach_the_st_tokens_before_the_language_model(model: Virst) -> None:
+    request = request_of()
+    both, off = VirstReasoner(model), VirstReasoner(model, initial_fusion=False)
+    tokens = torch.tensor([WordTokenizer(SMALL.words).encode(request.sentence)])
+    with torch.no_grad():
+        frames = normalise(torch.from_numpy(request.clip.frames_rgb_u8))[None]
+        clip = model.encode_clip(frames, torch.from_numpy(request.clip.fusion).float()[None])
+        clip = replace(clip, initial_tokens=None)
+        expected = model.prompts(clip, torch.tensor([0]), tokens, torch.ones_like(tokens).bool()).prompts[0]
+    assert np.allclose(first_prompt(off, request), expected[0].numpy(), atol=1e-5)
+    assert not np.allclose(first_prompt(both, request), expected[0].numpy(), atol=1e-3)

@@ -19,12 +19,13 @@ from tests.fakes import (
     small_config,
 )
 from virst_engine.config import MemoryParameters
-from virst_engine.errors import BadFrame, VideoError
+from virst_engine.errors import BadFrame
 from virst_engine.fast.postprocess import mask_at_size
-from virst_engine.types import Frame, MemoryEntry
+from virst_engine.types import Frame, MemoryEntry, Prompt
 from virst_engine.video import offline
 
 CONFIG = small_config()
+CHOOSING = replace(CONFIG, reasoner=replace(CONFIG.reasoner, method="tempvrs"))  # whose answers name the frames
 
 
 def entry(value):
@@ -120,8 +121,6 @@ def test_a_reasoner_may_leave_frames_out_and_a_prompt_stays_on_its_own():
     sentences = ["red 3", "green 3"]
     masks = offline.segment_whole_video(FakeStages(), Choosy(), frames, sentences, CONFIG)
     assert all(np.count_nonzero(mask) >= 40 for goal in masks for mask in goal)
-    with pytest.raises(VideoError, match=r"chooses other frames for each sentence.*one goal at a time"):
-        offline.segment_whole_video(FakeStages(), Choosy(), frames, ["red 3", "green 2"], CONFIG)
 
 
 def test_an_object_out_of_view_has_no_mask():
@@ -141,9 +140,118 @@ def test_first_anchor_only_decodes_one_prompt():
             decoded.append(prompts is not None)
             return super().mask_decoder(features, conditioned, prompts)
 
-    offline.segment_whole_video(Stages(), FakeReasoner(), frames, ["red"], CONFIG, first_anchor_only=True)
+    offline.segment_whole_video(
+        Stages(), FakeReasoner(), frames, ["red"], CONFIG, strategy=offline.AnchorStrategy("first-frame")
+    )
     assert sum(decoded) == 1
     assert len(decoded) == 10
+
+
+def prompts_of(confidences):
+    return [Prompt(step, step, np.zeros((2, 8), np.float32), confidence) for step, confidence in enumerate(confidences)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [
+        (offline.AnchorStrategy(), [0, 7]),
+        (offline.AnchorStrategy(count=8), [0, 1, 2, 3, 4, 5, 6, 7]),
+        (offline.AnchorStrategy(count=3), [0, 4, 7]),
+        (offline.AnchorStrategy("first-frame"), [0]),
+        (offline.AnchorStrategy("guided"), [5]),
+        (offline.AnchorStrategy("uniform-3"), [0, 4, 7]),
+    ],
+)
+def test_anchors_of_a_clip(strategy, steps):
+    prompts = prompts_of([0.1, 0.2, 0.3, 0.2, 0.1, 0.9, 0.9, 0.3])
+    assert [prompt.step for prompt in strategy.choose(prompts)] == steps
+
+
+def test_random_anchors_are_three_and_depend_on_the_seed_alone():
+    chosen = [
+        [prompt.step for prompt in offline.AnchorStrategy("random-3", seed=seed).choose(prompts_of([1.0] * 8))]
+        for seed in (*range(20), 0)
+    ]
+    assert all(len(set(steps)) == 3 and steps == sorted(steps) for steps in chosen)
+    assert chosen[0] == chosen[20]
+    assert {step for steps in chosen for step in steps} == set(range(8))
+
+
+def test_a_method_that_names_the_frames_itself_has_chosen():
+    named = prompts_of([0.3, 0.8, 0.5])
+    assert offline.AnchorStrategy().choose(named, has_chosen=True) == named
+    assert offline.AnchorStrategy().choose(named) == named[:1]  # VIRST at the start of a video
+    assert offline.AnchorStrategy("guided").choose(named, has_chosen=True) == [named[1]]
+    assert offline.AnchorStrategy().choose([], has_chosen=True) == []
+
+
+@pytest.mark.parametrize("wrong", [{"name": "last"}, {"count": -1}, {"name": "guided", "count": 2}])
+def test_impossible_strategies_are_refused(wrong):
+    with pytest.raises(ValueError, match="anchors"):
+        offline.AnchorStrategy(**wrong)
+
+
+class Names(FakeReasoner):
+    """Answers for the frames of the clip that are given for a colour word, surest of the last."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions = positions
+
+    def answer(self, request):
+        answer = super().answer(request)
+        word = next(word for word in request.sentence.split() if word in self.positions)
+        named = [answer.prompts[position] for position in self.positions[word]]
+        sure = [replace(prompt, confidence=number / 10) for number, prompt in enumerate(named)]
+        return replace(answer, prompts=tuple(sure))
+
+
+@pytest.mark.parametrize("stages", [FakeStages, ReusedBuffers])
+def test_sentences_may_have_different_anchors(stages):
+    video = Video([moving_square(RED, row=2), moving_square(GREEN, row=10)])
+    frames = [video.frame(t) for t in range(20)]
+    reasoner = Names({"red": (3, 5), "green": (0,), "blue": ()})
+    sentences = ["the green square", "the blue square", "the red square"]
+    masks = offline.segment_whole_video(stages(), reasoner, frames, sentences, CHOOSING)
+    for t in range(20):
+        for goal, square in ((0, 1), (2, 0)):
+            truth = video.truth(t, square)
+            overlap = np.count_nonzero(masks[goal, t] & truth) / np.count_nonzero(masks[goal, t] | truth)
+            assert overlap > 0.8
+    assert not masks[1].any()
+
+
+def test_a_sentence_that_shares_no_anchor_is_answered_as_if_it_were_alone_where_it_sets_out_first():
+    """Exactly: the video is noisy, and what a frame recalls is a mean over all that is remembered."""
+    video = Video([moving_square(RED, row=2), moving_square(GREEN, row=10)])
+    frames = [video.frame(t) for t in range(20)]
+
+    def logits_of(sentences):
+        reasoner = Names({"red": (3, 5), "green": (0,)})
+        seen = offline.propagate_whole_video(FakeStages(), reasoner, frames, sentences, CHOOSING)
+        return {each.number: each.prediction.mask_logits[0].clone() for each in seen}
+
+    together, alone = logits_of(["the green square", "the red square"]), logits_of(["the green square"])
+    assert together.keys() == alone.keys() == set(range(20))
+    assert all(torch.equal(together[t], alone[t]) for t in alone)
+
+
+def test_a_guided_anchor_is_where_the_reasoner_is_surest():
+    video = Video([moving_square(RED)])
+    frames = [video.frame(t) for t in range(15)]
+    decoded = []
+
+    class Stages(FakeStages):
+        def mask_decoder(self, features, conditioned, prompts):
+            if prompts is not None:
+                decoded.append(round(float(prompts.sparse[0, 0, 3]) * 255))
+            return super().mask_decoder(features, conditioned, prompts)
+
+    reasoner = Names({"red": tuple(range(8))})  # all frames of the clip, the last one surest
+    guided = offline.AnchorStrategy("guided")
+    masks = offline.segment_whole_video(Stages(), reasoner, frames, ["red"], CONFIG, strategy=guided)
+    assert decoded == [14]
+    assert all(np.count_nonzero(mask) >= 40 for mask in masks[0])
 
 
 def test_stages_may_reuse_their_buffers():
