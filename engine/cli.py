@@ -223,6 +223,9 @@ def segment(
     clip_frames: Annotated[
         int, typer.Option(min=1, max=100, help="T_seg: frames of the video that the reasoner looks at together.")
     ] = ReasonerParameters.clip_frames,
+    reasoner_weights: Annotated[
+        str, typer.Option(help="visa, tempvrs: safetensors file of the reasoner; empty = the shipped one.")
+    ] = "",
     memory_budget_gib: Annotated[
         float, typer.Option(min=0, help="virst-7b: memory of its device that the reasoner may take; 0 = what is free.")
     ] = 0.0,
@@ -247,7 +250,10 @@ def segment(
             model=ModelParameters(name=model, weights=weights, device=device, threads=threads),
             engine=EngineParameters(path=stages),
             reasoner=ReasonerParameters(
-                method=method.value, clip_frames=clip_frames, memory_budget_gib=memory_budget_gib
+                method=method.value,
+                weights=reasoner_weights,
+                clip_frames=clip_frames,
+                memory_budget_gib=memory_budget_gib,
             ),
         )
         settings = SegmentSettings(
@@ -316,9 +322,15 @@ def evaluate_command(
         ),
     ] = 0.0,
     method: Annotated[
-        Method, typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases.")
+        Method, typer.Option(help="virst, visa, tempvrs: ways to understand; grounding: a detector finds noun phrases.")
     ] = Method.virst,
     detector: Annotated[str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector.")] = "",
+    reasoner_weights: Annotated[
+        str, typer.Option(help="visa, tempvrs: safetensors file of the reasoner; empty = the shipped one.")
+    ] = "",
+    top_k: Annotated[
+        int, typer.Option(min=0, help="tempvrs: clips whose slow frames become anchors; 0 = the model's number.")
+    ] = 0,
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
@@ -375,6 +387,8 @@ def evaluate_command(
             long_s=long_s,
             method=method.value,
             detector=detector,
+            reasoner_weights=reasoner_weights,
+            top_k=top_k,
             weights=weights,
             device=device,
             threads=threads,

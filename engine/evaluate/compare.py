@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from virst_engine.errors import VirstError
+from virst_engine.errors import VirstError, WeightsError
 from virst_engine.evaluate.cases import Case, load_case
 from virst_engine.evaluate.compare_rows import DELAYED, OFFLINE, STREAM, Row
 from virst_engine.evaluate.compare_summary import figures
@@ -104,8 +104,10 @@ def plan(
     comparison = Comparison(rows, scenes, {}, {}, {})
     version = code_version()
     for row in rows:
-        settings = replace(row.settings, weights=_shipped(row.shipped)) if row.shipped else row.settings
+        settings = row.settings
         try:
+            if row.shipped:
+                settings = replace(settings, reasoner_weights=_shipped(row.shipped))
             system = _system(settings, systems, system_of)
             identity = _identity(settings)
         except (VirstError, ValueError) as error:
@@ -134,7 +136,10 @@ def plan(
 def _shipped(name: str) -> str:
     from virst_engine.weights import SHIPPED
 
-    return str(SHIPPED / name)
+    path = SHIPPED / name
+    if not path.is_file():
+        raise WeightsError(f"the package ships no {name}; `virst train` makes it (engine/weights/README.md)")
+    return str(path)
 
 
 def _identity(settings: EvaluationSettings) -> str:
@@ -142,7 +147,7 @@ def _identity(settings: EvaluationSettings) -> str:
     from virst_engine.weights import reasoner_identity, weights_identity
 
     model = settings.engine_config().model
-    return f"{weights_identity(model)}, {reasoner_identity(model, settings.method)}"
+    return f"{weights_identity(model)}, {reasoner_identity(model, settings.method, settings.reasoner_weights)}"
 
 
 def _key(settings: EvaluationSettings, version: str, identity: str) -> str:

@@ -37,9 +37,11 @@ def load_system(settings: EvaluationSettings) -> System:
     else:
         reasoner = load_reasoner(
             config.model,
-            method=settings.method,
+            settings.method,
+            settings.reasoner_weights,
             initial_fusion=not settings.no_initial_fusion,
             second_fusion=not settings.no_second_fusion,
+            top_k=settings.top_k,
         )
     return System(load_stages(config.model, config.engine, config.memory), reasoner, config)
 

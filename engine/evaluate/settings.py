@@ -2,6 +2,7 @@
 """What an evaluation runs: every choice that moves its figures."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from virst_engine.config import (
@@ -39,7 +40,9 @@ class EvaluationSettings:
     long_s: float = 0.0  # scenes of so many seconds on which things go on happening; 0: short ones
     method: str = "virst"  # reasoner.method
     detector: str = ""  # grounding only: folder of the detector
-    weights: str = ""  # empty: the shipped ones of the method
+    reasoner_weights: str = ""  # visa and tempvrs only; empty: the shipped ones
+    top_k: int = 0  # tempvrs only: clips that become nodes; 0: the model's
+    weights: str = ""  # of the model; empty: the shipped ones
     device: str = "cpu"
     threads: int = 1
     reasoner_delay_s: float = 0.0  # realtime only
@@ -77,6 +80,8 @@ class EvaluationSettings:
         AnchorStrategy(self.anchors, self.anchor_count)
         if self.mode != "offline" and (self.anchors, self.anchor_count) != ("dynamic", 0):
             raise ValueError("anchors and anchor_count need mode offline: a stream makes anchors of every answer")
+        if self.top_k and self.method != "tempvrs":
+            raise ValueError(f"top_k is for the method tempvrs, not for {self.method}")
         if self.per_scene < 1:
             raise ValueError(f"per_scene must be >= 1, got {self.per_scene}")
         if self.reasoner_delay_s < 0 or self.frame_time_s < 0:
@@ -104,7 +109,7 @@ class EvaluationSettings:
             engine=EngineParameters(backend=self.backend, path=self.stages, pooled_keys=self.pooled_keys),
             memory=MemoryParameters(anchors_attended=self.alpha),
             tracking=tracking,
-            reasoner=ReasonerParameters(method=self.method, **chosen),
+            reasoner=ReasonerParameters(method=self.method, weights=self.reasoner_weights, **chosen),
         )
 
     def anchor_strategy(self, seed: int) -> AnchorStrategy:
@@ -118,6 +123,7 @@ class EvaluationSettings:
         values = asdict(self)
         first, last = values.pop("first_scene"), values.pop("last_scene")
         values["weights"] = self.weights or "shipped"
+        values["reasoner_weights"] = Path(self.reasoner_weights).name or "shipped"
         values["reasoner"] = dict(self.reasoner)
         return {
             **values,

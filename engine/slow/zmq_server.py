@@ -374,6 +374,9 @@ def _command(
     reasoner_weights: Annotated[
         str, typer.Option(help="visa, tempvrs: safetensors file of the reasoner; empty = the shipped one")
     ] = "",
+    top_k: Annotated[
+        int, typer.Option(min=0, help="tempvrs: clips whose slow frames become anchors; 0 = the model's number")
+    ] = 0,
     detector: Annotated[
         str,
         typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded"),
@@ -428,8 +431,10 @@ def _command(
             asked = ReasonerParameters(method=method, weights=reasoner_weights, memory_budget_gib=memory_budget_gib)
             if detector and method != "grounding":
                 raise ValueError("--detector is for --method grounding")
+            if top_k and method != "tempvrs":
+                raise ValueError("--top-k is for --method tempvrs")
             has_ended = serve(
-                lambda: _load(parameters, asked, detector, threshold, boxes),
+                lambda: _load(parameters, asked, top_k, detector, threshold, boxes),
                 join or endpoint,
                 identify=lambda: _identify(parameters, asked),
                 curve_keys=curve_keys,
@@ -454,13 +459,14 @@ def stay_on(cpus: str) -> None:
 
 
 def _load(
-    parameters: ModelParameters, asked: ReasonerParameters, detector: str, threshold: float, boxes: int
+    parameters: ModelParameters, asked: ReasonerParameters, top_k: int, detector: str, threshold: float, boxes: int
 ) -> Reasoner:
     from virst_engine.weights import load_grounding, load_reasoner  # takes seconds; --help should not
 
     if asked.method == "grounding":
         return load_grounding(detector, parameters, threshold=threshold, most_boxes=boxes)
-    return load_reasoner(parameters, asked.method, asked.weights, memory_budget_gib=asked.memory_budget_gib)
+    budget_gib = asked.memory_budget_gib
+    return load_reasoner(parameters, asked.method, asked.weights, top_k=top_k, memory_budget_gib=budget_gib)
 
 
 def _identify(parameters: ModelParameters, asked: ReasonerParameters) -> str:
