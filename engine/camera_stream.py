@@ -59,6 +59,7 @@ TOO_LATE = (
     "the reasoner answered too late: what came after its frames is gone, so the answer was not used; raise "
     "memory.ring_steps"
 )
+NO_FEATURES = np.zeros((1, 1, 1), np.float16)  # for reasoners that read none
 WEAK_ANCHOR_SCORE = 0.5  # factor on the score of an object known only by an anchor that could not be replayed
 
 
@@ -142,7 +143,9 @@ class CameraStream:
             device=device,
             pins=2 * anchor_count(config.reasoner.frames_asked) if self._has_reasoner else 1,
         )
-        self._window = FrameWindow(config.reasoner.frames_asked, config.reasoner.clip_spacing_s)
+        self._window = FrameWindow(
+            config.reasoner.frames_asked, config.reasoner.spacing_asked_s, on_grid=config.clips_on_grid
+        )
         self._tracks: dict[str, _Track] = {}  # by goal id
         self.camera = camera
         self._newest_ns: int | None = None
@@ -216,7 +219,7 @@ class CameraStream:
     def ask(self, sentence: str) -> Question:
         """A question about the clip that ends at the next frame. Under the lock. Raises Unanswered."""
         if not self._has_reasoner:
-            raise Unanswered("this model has no reasoner, so it has no words either; ask tabletop-tiny")
+            raise Unanswered("this model has no reasoner, so it has no words either; ask tabletop-tiny or virst-7b")
         if not self._cached:
             raise Unanswered("no frame has been seen yet; ask again when one has")
         return self._questions.add(sentence)
@@ -408,11 +411,14 @@ class CameraStream:
             self._window.clear(frame.camera)
         if self._config.reasoner.method == "grounding":  # a detector wants pixels, and reads no features of ours
             seen_rgb_u8 = fit_image(frame.image_rgb_u8, self._config.reasoner.detector_side)
-            self._window.push(tracked.step, frame.stamp_ns, seen_rgb_u8, np.zeros((1, 1, 1), np.float16))
+            self._window.push(tracked.step, frame.stamp_ns, seen_rgb_u8, NO_FEATURES)
             return
         small_rgb_u8, size = tracked.square_rgb_u8, self._sizes.video_size
         if small_rgb_u8.shape[0] != size:
             small_rgb_u8 = resize_image(frame.image_rgb_u8, size)
+        if not self._config.reasoner.reads_features:
+            self._window.push(tracked.step, frame.stamp_ns, small_rgb_u8, NO_FEATURES)
+            return
         fusion, seen_size = tracked.features.fusion, tracked.square_rgb_u8.shape[0]
         if seen_size != self._sizes.image_size:  # the reasoner reads one size, that of the model's own input
             side = fusion.shape[-1] * self._sizes.image_size // seen_size
@@ -581,7 +587,7 @@ class CameraStream:
 
     def _apply(self, track: _Track, prompts: tuple[Prompt, ...], request: OpenRequest) -> None:
         """Decode the answer's anchors on their own frames, decide what they mean, act."""
-        selected = select_anchors(prompts)
+        selected = prompts if self._config.reasoner.chooses_frames else select_anchors(prompts)
         anchors = self._decode(track, selected)
         confidences = {prompt.step: prompt.confidence for prompt in selected}
         decision = self._decide(track, anchors, confidences, repeats=self._repeats_claim(track, prompts))

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from virst_engine.config import MemoryParameters, ModelParameters, TrackingParameters
+from virst_engine.config import MemoryParameters, ModelParameters, ReasonerParameters, TrackingParameters
 from virst_engine.errors import VirstError
 
 COMMANDS_GROUP = "virst_engine.commands"
@@ -113,6 +113,8 @@ class Mode(str, enum.Enum):
 
 class Method(str, enum.Enum):
     virst = "virst"
+    visa = "visa"
+    tempvrs = "tempvrs"
     grounding = "grounding"
 
 
@@ -205,16 +207,24 @@ def segment(
         float, typer.Option(min=0, help="Frames per second of a folder, and of a video without times; 0 = 30.")
     ] = 0.0,
     model: Annotated[str, typer.Option(help="Model that segments and understands.")] = "tabletop-tiny",
-    weights: Annotated[str, typer.Option(help="File of the weights; empty = the shipped one.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="File of the weights, or folder of virst-7b; empty = the shipped one.")
+    ] = "",
     method: Annotated[
         Method,
-        typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases."),
+        typer.Option(help="virst, visa, tempvrs: ways to understand; grounding: a detector finds noun phrases."),
     ] = Method.virst,
     detector: Annotated[
         str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded.")
     ] = "",
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="grounding: score from which an object is there; 0 = the usual one.")
+    ] = 0.0,
+    clip_frames: Annotated[
+        int, typer.Option(min=1, max=100, help="T_seg: frames of the video that the reasoner looks at together.")
+    ] = ReasonerParameters.clip_frames,
+    memory_budget_gib: Annotated[
+        float, typer.Option(min=0, help="virst-7b: memory of its device that the reasoner may take; 0 = what is free.")
     ] = 0.0,
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
@@ -223,7 +233,7 @@ def segment(
     replace: Annotated[bool, typer.Option("--replace", help="Replace the results that DIR holds.")] = False,
 ) -> None:
     """Segment what sentences mean in a recorded video: masks as PNG, a video with overlay, figures as JSON."""
-    from virst_engine.config import EngineConfig, EngineParameters, ReasonerParameters
+    from virst_engine.config import EngineConfig, EngineParameters
     from virst_engine.video.command import SegmentSettings, run_segment
 
     if delay_ms is not None and answers is Answers.instant:
@@ -236,7 +246,9 @@ def segment(
         config = EngineConfig(
             model=ModelParameters(name=model, weights=weights, device=device, threads=threads),
             engine=EngineParameters(path=stages),
-            reasoner=ReasonerParameters(method=method.value),
+            reasoner=ReasonerParameters(
+                method=method.value, clip_frames=clip_frames, memory_budget_gib=memory_budget_gib
+            ),
         )
         settings = SegmentSettings(
             video=video,
@@ -304,9 +316,13 @@ def evaluate_command(
         ),
     ] = 0.0,
     method: Annotated[
-        Method, typer.Option(help="virst: the model understands; grounding: a detector finds noun phrases.")
+        Method, typer.Option(help="How sentences become prompts; grounding: a detector finds noun phrases.")
     ] = Method.virst,
     detector: Annotated[str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector.")] = "",
+    reasoner_weights: Annotated[
+        str, typer.Option(metavar="FILE", help="visa, tempvrs: file of the reasoner; empty = the shipped one.")
+    ] = "",
+    top_k: Annotated[int, typer.Option(min=0, help="tempvrs: clips that become anchors; 0 = the model's.")] = 0,
     weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one.")] = "",
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
@@ -363,6 +379,8 @@ def evaluate_command(
             long_s=long_s,
             method=method.value,
             detector=detector,
+            reasoner_weights=reasoner_weights,
+            top_k=top_k,
             weights=weights,
             device=device,
             threads=threads,
@@ -694,14 +712,18 @@ def scenes_show(
 
 @weights_app.command("info")
 def weights_info(
-    file: Annotated[str, typer.Argument(help="safetensors file; empty = the shipped one.")] = "",
+    file: Annotated[str, typer.Argument(help="safetensors file, or folder of virst-7b; empty = the shipped one.")] = "",
     model: Annotated[str, typer.Option(help="Name of the shipped model.")] = "tabletop-tiny",
+    verify: Annotated[bool, typer.Option("--verify", help="Of a folder: read all and compare checksums.")] = False,
 ) -> None:
     """Tell what a weights file holds: size, checksum, parameters, and where it comes from."""
     import hashlib
 
     from virst_engine.weights import load_model, read_card, weights_path
 
+    if file and Path(file).expanduser().is_dir():
+        _folder_info(Path(file).expanduser(), verify)
+        return
     with _values_as_usage():
         path = weights_path(ModelParameters(name=model, weights=file))
     card = read_card(path)
@@ -712,6 +734,24 @@ def weights_info(
     typer.echo(f"model       {loaded.config.name}")
     typer.echo(f"parameters  {sum(p.numel() for p in loaded.parameters()) / 1e6:.2f} M")
     for name, value in card.items():
+        typer.echo(f"{name:<11} {value}")
+
+
+def _folder_info(folder: Path, verify: bool) -> None:
+    from virst_engine.model.weights_folder import read_manifest, verify_folder, weights_bytes
+
+    manifest = read_manifest(folder)
+    if verify:
+        with _status("comparing checksums"):
+            verify_folder(folder)
+    typer.echo(f"folder      {folder}{', every shard as its checksum says' if verify else ''}")
+    typer.echo(f"size        {manifest.bytes / 2**30:.2f} GiB in {len(manifest.shards)} shards")
+    typer.echo(f"segmenter   {weights_bytes(manifest, segmenter=True) / 2**30:.2f} GiB of weights")
+    typer.echo(f"reasoner    {weights_bytes(manifest) / 2**30:.2f} GiB of weights")
+    typer.echo(f"sha256      {manifest.sha256}")
+    typer.echo(f"model       {manifest.config.name}")
+    typer.echo(f"questions   {'answered' if manifest.has_words else 'not answered, lm_head is missing'}")
+    for name, value in manifest.facts.items():
         typer.echo(f"{name:<11} {value}")
 
 
@@ -744,7 +784,7 @@ def weights_convert(
         sources = Sources(base, Path(source) if source else None, sam2)
         manifest = convert(sources, out, config, dtype, written=written)
     typer.echo(f"folder      {out}")
-    typer.echo(f"size        {sum(shard['bytes'] for shard in manifest.shards.values()) / 2**30:.2f} GiB")
+    typer.echo(f"size        {manifest.bytes / 2**30:.2f} GiB")
     typer.echo(f"shards      {len(manifest.shards)}")
     typer.echo(f"tensors     {len(manifest.tensors)}")
     for name, value in manifest.facts.items():

@@ -45,7 +45,8 @@ def check_fields(group: str, config: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-MODELS = ("tabletop-tiny", "sam2.1-tiny", "sam2.1-small", "sam2.1-base-plus", "sam2.1-large")
+VIRST_7B = "virst-7b"
+MODELS = ("tabletop-tiny", VIRST_7B, "sam2.1-tiny", "sam2.1-small", "sam2.1-base-plus", "sam2.1-large")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,13 @@ class ModelParameters:
 
     name: str = parameter("tabletop-tiny", "model to run", choices=MODELS)
     weights: str = parameter(
-        "", "file of the weights, for sam2.1 a checkpoint or its folder; empty = the file shipped with the package"
+        "",
+        "file of the weights, for sam2.1 a checkpoint or its folder, for virst-7b the folder of virst weights convert; "
+        "empty = the file shipped with the package",
     )
-    sha256: str = parameter("", "SHA-256 that the file of the weights must have; empty = any")
+    sha256: str = parameter(
+        "", "SHA-256 that the file of the weights must have, as virst weights info tells it; empty = any"
+    )
     image_size: int = parameter(
         0, "side of the model's square input, a multiple of 32; 0 = what the model was trained at", low=0, high=4096
     )
@@ -183,17 +188,21 @@ class TrackingParameters:
         check_fields("tracking", self)
 
 
-METHODS = ("virst", "grounding")
+METHODS = ("virst", "visa", "tempvrs", "grounding")
+# Frames and their spacing in seconds, of methods that look at a window of their own.
+METHOD_WINDOWS = {"visa": (22, 0.1), "tempvrs": (22, 0.1)}
 
 
 @dataclass(frozen=True)
 class ReasonerParameters:
     method: str = parameter(
         "virst",
-        "how sentences become prompts: virst = the model's own reasoner; grounding = an object detector finds plain "
-        "noun phrases, for any model (virst-reasoner --method grounding)",
+        "how sentences become prompts: virst = the model's own reasoner; visa, tempvrs = other ways to understand a "
+        "window of frames, for tabletop-tiny; grounding = an object detector finds plain noun phrases, for any model "
+        "(virst-reasoner --method METHOD)",
         choices=METHODS,
     )
+    weights: str = parameter("", "visa, tempvrs: safetensors file of the reasoner; empty = the shipped one")
     endpoint: str = parameter("ipc:///tmp/virst_reasoner", "ZeroMQ address of the reasoner process")
     curve_keys: str = parameter("", "folder of CURVE keys, needed for tcp:// (virst-reasoner --make-curve-keys FOLDER)")
     period_s: float = parameter(
@@ -205,10 +214,17 @@ class ReasonerParameters:
     ttl_s: float = parameter(
         5.0, "a request without an answer for this long is given up and asked again", low=0.01, high=600.0, live=True
     )
-    clip_frames: int = parameter(8, "T_seg: frames of a clip", low=1, high=100)
-    clip_spacing_s: float = parameter(0.3, "time between the frames of a clip", low=0.0, high=60.0)
+    clip_frames: int = parameter(8, "virst: T_seg, frames of a clip; other methods have their own", low=1, high=100)
+    clip_spacing_s: float = parameter(0.3, "virst: time between the frames of a clip", low=0.0, high=60.0)
     detector_side: int = parameter(
         800, "grounding: longer side of the frame that the detector sees, pixels; none is enlarged", low=32, high=2048
+    )
+    memory_budget_gib: float = parameter(
+        0.0,
+        "virst-7b: memory of its device that the reasoner may take (virst-reasoner --memory-budget-gib); 0 = what a "
+        "GPU has free",
+        low=0.0,
+        high=1024.0,
     )
 
     def __post_init__(self) -> None:
@@ -216,8 +232,25 @@ class ReasonerParameters:
 
     @property
     def frames_asked(self) -> int:
-        """T_seg, or 1 where each frame is understood alone: a detector knows no time."""
-        return 1 if self.method == "grounding" else self.clip_frames
+        """Frames of a clip: T_seg, the window of another method, or 1 for a detector, which knows no time."""
+        if self.method == "grounding":
+            return 1
+        return METHOD_WINDOWS[self.method][0] if self.method in METHOD_WINDOWS else self.clip_frames
+
+    @property
+    def spacing_asked_s(self) -> float:
+        """Between the frames of a clip."""
+        return METHOD_WINDOWS[self.method][1] if self.method in METHOD_WINDOWS else self.clip_spacing_s
+
+    @property
+    def chooses_frames(self) -> bool:
+        """Whether the reasoner itself says which frames are to be anchors; otherwise some of its clip's are taken."""
+        return self.method in METHOD_WINDOWS
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the reasoner is sent features of the image encoder; the others see pixels alone."""
+        return self.method == "virst"
 
 
 @dataclass(frozen=True)
@@ -244,3 +277,8 @@ class EngineConfig:
     tracking: TrackingParameters = field(default_factory=TrackingParameters)
     reasoner: ReasonerParameters = field(default_factory=ReasonerParameters)
     goal: GoalParameters = field(default_factory=GoalParameters)
+
+    @property
+    def clips_on_grid(self) -> bool:
+        """Whether the clips of a stream share their frames, so that the reasoner can keep what it made of them."""
+        return self.model.name == VIRST_7B and self.reasoner.method == "virst"

@@ -127,7 +127,7 @@ class Session:
             return ZmqReasonerClient(
                 config.reasoner.endpoint,
                 curve_keys=config.reasoner.curve_keys,
-                model=reasoner_identity(config.model, config.reasoner.method),
+                model=reasoner_identity(config.model, config.reasoner.method, config.reasoner.weights),
             )
 
         return cls(config, stages, {camera: client() for camera in cameras or (ANY_CAMERA,)})

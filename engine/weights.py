@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find, check, load and save weights: safetensors with the model's configuration in their header.
 
+Those of SAM 2.1 and of VIRST at full size come in forms of their own: model/checkpoint.py, model/weights_folder.py.
 Nothing here executes what a file contains. Weights are stored as float16 and run as float32.
 """
 
@@ -18,16 +19,23 @@ from safetensors.torch import save_file
 from virst_engine.backends.base import Stages
 from virst_engine.backends.choice import choose_stages
 from virst_engine.backends.torch_backend import TorchStages
-from virst_engine.config import EngineParameters, MemoryParameters, ModelParameters
+from virst_engine.config import METHOD_WINDOWS, VIRST_7B, EngineParameters, MemoryParameters, ModelParameters
 from virst_engine.errors import BadGoal, WeightsError
+from virst_engine.model.chat_tokenizer import ChatTokenizer
 from virst_engine.model.checkpoint import checkpoint_file, load_sam2
 from virst_engine.model.config import VirstConfig
+from virst_engine.model.methods import load_method, read_method_config
 from virst_engine.model.sam2 import Sam2
+from virst_engine.model.tempvrs import TempVrsConfig
 from virst_engine.model.virst import Virst
+from virst_engine.model.visa import Visa, VisaConfig
+from virst_engine.model.weights_folder import find_folder, load_reasoner_model, load_segmenter_model, read_manifest
 from virst_engine.model.words import WordTokenizer
 from virst_engine.slow.grounding_reasoner import IDENTITY, GroundingReasoner, phrase_of
 from virst_engine.slow.reasoner import Reasoner
+from virst_engine.slow.virst_7b_reasoner import WINDOWS, Virst7bReasoner
 from virst_engine.slow.virst_reasoner import LONGEST_GOAL_WORDS, VirstReasoner
+from virst_engine.slow.window_reasoner import TempVrsReasoner, VisaReasoner
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +47,9 @@ REMEDY = "reinstall the package, train them with `virst train`, or give another 
 
 
 def weights_path(parameters: ModelParameters) -> Path:
-    """The file that `parameters` mean. Raises WeightsError when it does not exist."""
+    """The file that `parameters` mean, or the folder of virst-7b. Raises WeightsError when it does not exist."""
+    if is_full_size(parameters):
+        return find_folder(parameters.weights)
     if is_sam2(parameters):
         return checkpoint_file(parameters.name.removeprefix(SAM2_PREFIX), parameters.weights)
     path = Path(parameters.weights).expanduser() if parameters.weights else SHIPPED / f"{parameters.name}.safetensors"
@@ -56,24 +66,73 @@ def weights_identity(parameters: ModelParameters) -> str:
     return f"{parameters.name} {weights_sha256(parameters)[:12]}"
 
 
-def reasoner_identity(parameters: ModelParameters, method: str = "virst") -> str:
+def reasoner_identity(parameters: ModelParameters, method: str = "virst", reasoner_weights: str = "") -> str:
     """Of the reasoner that a segmenter of these parameters can use. Boxes mean the same to any. Raises WeightsError."""
-    return IDENTITY if method == "grounding" else weights_identity(parameters)
+    if method == "grounding":
+        return IDENTITY
+    if method in METHOD_WINDOWS:
+        path = method_weights_path(parameters, method, reasoner_weights)
+        return f"{weights_identity(parameters)} {method} {file_sha256(path)[:12]}"
+    return weights_identity(parameters)
+
+
+def method_weights_path(parameters: ModelParameters, method: str, reasoner_weights: str = "") -> Path:
+    """The file of a reasoner beside VIRST's, for this model. Raises WeightsError when there is none."""
+    if reasoner_weights:
+        path = Path(reasoner_weights).expanduser()
+    else:
+        path = SHIPPED / f"{parameters.name}-{method}.safetensors"
+    if not path.is_file():
+        raise WeightsError(
+            f"there is no reasoner of the method {method} for {parameters.name}: no file {path}; choose another "
+            f"reasoner.method, or train one with `virst train --method {method}` and name it in reasoner.weights"
+        )
+    return path
+
+
+def load_method_config(
+    parameters: ModelParameters, method: str, reasoner_weights: str = ""
+) -> VisaConfig | TempVrsConfig:
+    """Of the reasoner's file. Raises WeightsError where it is of another method, or for another segmenter."""
+    path = method_weights_path(parameters, method, reasoner_weights)
+    config = read_method_config(path)
+    found = "visa" if isinstance(config, VisaConfig) else "tempvrs"
+    if found != method:
+        raise WeightsError(f"{path} holds a reasoner of the method {found}, reasoner.method is {method}; change one")
+    if config.segmenter != weights_sha256(parameters):
+        raise WeightsError(
+            f"{path} was trained for other weights of {parameters.name} than {weights_path(parameters)}, whose SAM 2 "
+            "would not understand its prompts; use the weights that it was trained for, or train it again"
+        )
+    if config.window_frames != METHOD_WINDOWS[method][0]:
+        raise WeightsError(
+            f"{path} reads windows of {config.window_frames} frames, a segmenter sends {METHOD_WINDOWS[method][0]}; "
+            "train it again with this version"
+        )
+    return config
 
 
 def understands_sentences(parameters: ModelParameters, method: str = "virst") -> bool:
-    """Whether there is a reasoner by this method for this model."""
+    """Whether there can be a reasoner by this method for this model."""
     return method == "grounding" or not is_sam2(parameters)
 
 
 def answers_questions(parameters: ModelParameters, method: str = "virst") -> bool:
-    """Whether the reasoner of this method and model has words, too."""
+    """Whether the reasoner of this method and model has words, too. Raises WeightsError."""
+    if is_full_size(parameters) and method == "virst":
+        return read_manifest(weights_path(parameters)).has_words
     return method != "grounding" and understands_sentences(parameters, method)
 
 
 def weights_sha256(parameters: ModelParameters) -> str:
-    """SHA-256 of the weights file, in hexadecimal. Raises WeightsError."""
-    path, digest = weights_path(parameters), hashlib.sha256()
+    """SHA-256 of the weights file, in hexadecimal; of virst-7b, of what its manifest says. Raises WeightsError."""
+    path = weights_path(parameters)
+    return read_manifest(path).sha256 if is_full_size(parameters) else file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """In hexadecimal. Raises WeightsError."""
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -180,7 +239,9 @@ def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
-def load_goal_check(parameters: ModelParameters, method: str = "virst") -> Callable[[str], None]:
+def load_goal_check(
+    parameters: ModelParameters, method: str = "virst", reasoner_weights: str = ""
+) -> Callable[[str], None]:
     """A function that raises BadGoal for a sentence that this model's reasoner could not read. Raises WeightsError.
 
     What a detector (`method` grounding) can read is known to the detector alone: it says so when it is asked.
@@ -200,8 +261,18 @@ def load_goal_check(parameters: ModelParameters, method: str = "virst") -> Calla
             )
 
         return refuse
-    path = weights_path(parameters)
-    tokenizer = WordTokenizer(read_config(path).words)
+    if method in METHOD_WINDOWS:
+        tokenizer = WordTokenizer(load_method_config(parameters, method, reasoner_weights).words)
+    elif is_full_size(parameters):
+        folder = weights_path(parameters)
+        chat = ChatTokenizer(folder, read_manifest(folder).config.language.vocabulary)
+
+        def is_text(sentence: str) -> None:  # it reads any word
+            chat.row(sentence, st_tokens=0)
+
+        return is_text
+    else:
+        tokenizer = WordTokenizer(read_config(weights_path(parameters)).words)
 
     def check(sentence: str) -> None:
         tokenizer.encode_goal(sentence, LONGEST_GOAL_WORDS)
@@ -228,9 +299,10 @@ def load_stages(
         digest = weights_sha256(parameters)
         _check_sha256(parameters, digest)
     video_size = VIDEO_SIZE
-    if not is_sam2(parameters):
-        config = read_config(weights_path(parameters))
-        video_size = config.video.image_size
+    if is_full_size(parameters):
+        video_size = read_manifest(weights_path(parameters)).config.vision.image_size
+    elif not is_sam2(parameters):
+        video_size = read_config(weights_path(parameters)).video.image_size
 
     def torch_stages(image_size: int) -> TorchStages:
         sam2, fusion_level = load_segmenter(replace(parameters, image_size=image_size))
@@ -263,13 +335,21 @@ def load_segmenter(parameters: ModelParameters) -> tuple[Sam2, int]:
         return sam2, -1
     if parameters.sha256:
         _check_sha256(parameters, weights_sha256(parameters))
-    model = load_model(weights_path(parameters), device=parameters.device)
-    side = model.config.sam2.image_size
+    path = weights_path(parameters)
+    if is_full_size(parameters):
+        config = read_manifest(path).config
+        _check_image_size(parameters, config.sam2.image_size)
+        return load_segmenter_model(path, parameters.device), config.fusion.feature_level
+    model = load_model(path, device=parameters.device)
+    _check_image_size(parameters, model.config.sam2.image_size)
+    return model.seg_model, model.config.fusion.feature_level
+
+
+def _check_image_size(parameters: ModelParameters, side: int) -> None:
     if parameters.image_size not in (0, side):
         raise WeightsError(
             f"{parameters.name} sees images of {side} px, model.image_size is {parameters.image_size}; set it to 0"
         )
-    return model.seg_model, model.config.fusion.feature_level
 
 
 def _check_sha256(parameters: ModelParameters, digest: str) -> None:
@@ -284,6 +364,11 @@ def is_sam2(parameters: ModelParameters) -> bool:
     return parameters.name.startswith(SAM2_PREFIX)
 
 
+def is_full_size(parameters: ModelParameters) -> bool:
+    """Whether this is VIRST at full size, whose weights are a folder."""
+    return parameters.name == VIRST_7B
+
+
 def stages_of(model: Virst) -> TorchStages:
     return TorchStages(
         model.seg_model, fusion_level=model.config.fusion.feature_level, video_size=model.config.video.image_size
@@ -291,16 +376,43 @@ def stages_of(model: Virst) -> TorchStages:
 
 
 def load_reasoner(
-    parameters: ModelParameters, *, method: str = "virst", initial_fusion: bool = True, second_fusion: bool = True
+    parameters: ModelParameters,
+    method: str = "virst",
+    reasoner_weights: str = "",
+    *,
+    initial_fusion: bool = True,
+    second_fusion: bool = True,
+    top_k: int = 0,
+    memory_budget_gib: float = 0.0,
 ) -> Reasoner:
-    """The reasoner on `parameters.device`; a fusion that is False: the ablations of table 4. Raises WeightsError."""
-    if method != "virst":
-        raise WeightsError(f"{parameters.name} has no weights for the method {method}")
+    """The reasoner on `parameters.device`, of a method that needs no detector.
+
+    Args:
+        reasoner_weights: file of the method `visa` or `tempvrs`; empty: the shipped one.
+        initial_fusion, second_fusion: False: VIRST's ablations of table 4, of tabletop-tiny only.
+        top_k: of TempVRS; 0: the model's.
+        memory_budget_gib: of virst-7b, `reasoner.memory_budget_gib`.
+
+    Raises:
+        WeightsError: there is none, or none that can be used.
+        ValueError: of top_k.
+    """
     if is_sam2(parameters):
         raise WeightsError(
             f"{parameters.name} has no reasoner; choose a model that has one (tabletop-tiny), or --method grounding"
         )
     _limit_threads(parameters)
+    if method in METHOD_WINDOWS:
+        load_method_config(parameters, method, reasoner_weights)
+        path = method_weights_path(parameters, method, reasoner_weights)
+        found = load_method(path, device=parameters.device)
+        return VisaReasoner(found) if isinstance(found, Visa) else TempVrsReasoner(found, top_k=top_k)
+    if is_full_size(parameters):
+        if not (initial_fusion and second_fusion):
+            raise WeightsError(f"{parameters.name} is not evaluated without ST-Fusion; use tabletop-tiny")
+        folder = weights_path(parameters)
+        full = load_reasoner_model(folder, parameters.device, memory_budget_gib, WINDOWS)
+        return Virst7bReasoner(full, ChatTokenizer(folder, full.config.language.vocabulary))
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, initial_fusion=initial_fusion, second_fusion=second_fusion)
 

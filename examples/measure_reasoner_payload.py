@@ -24,7 +24,7 @@ import torch
 from virst_engine.config import ModelParameters, ReasonerParameters
 from virst_engine.errors import WeightsError
 from virst_engine.slow import wire
-from virst_engine.slow.frame_window import choose_frames
+from virst_engine.slow.frame_window import FrameWindow
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.slow.zmq_server import serve
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
@@ -101,17 +101,16 @@ def encoder_ms(weights: str, threads: int) -> float | None:
     return median_ms(lambda: stages.image_encoder(pixels), 20)
 
 
-def repeated_frames(rate_hz: float, period_s: float) -> float:
-    """Share of a clip's frames that the clip one period earlier held too, with the default clip."""
-    parameters = ReasonerParameters()
-    stamps_ns = [round(step * 1e9 / rate_hz) for step in range(round(60 * rate_hz))]
-
-    def frames_until(end: int) -> set[int]:
-        return set(choose_frames(stamps_ns[:end], parameters.clip_frames, round(parameters.clip_spacing_s * 1e9)))
-
-    later = round(period_s * rate_hz)
-    ends = range(round(10 * rate_hz), round(50 * rate_hz))
-    return statistics.mean(len(frames_until(end) & frames_until(end + later)) for end in ends) / parameters.clip_frames
+def repeated_frames(rate_hz: float, period_s: float, clip_frames: int = 8, *, on_grid: bool = False) -> float:
+    """Share of a clip's frames that the clip one period earlier held too, with the default spacing."""
+    window = FrameWindow(clip_frames, ReasonerParameters().clip_spacing_s, on_grid=on_grid)
+    clips: list[set[int]] = []
+    for step in range(round(60 * rate_hz)):
+        window.push(step, round(step * 1e9 / rate_hz), np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1, 1), np.float16))
+        clips.append(set(window.clip().steps.tolist()))
+    later, begin = round(period_s * rate_hz), round(15 * rate_hz)  # from there on windows are full
+    pairs = zip(clips[begin:], clips[begin + later :], strict=False)
+    return statistics.mean(len(before & clip) for before, clip in pairs) / clip_frames
 
 
 def measure(weights: str, threads: int) -> None:
@@ -147,6 +146,8 @@ def measure(weights: str, threads: int) -> None:
         )
     print("\nFrames of a clip that the previous clip held too (camera at 20 Hz):", end=" ")
     print(", ".join(f"{repeated_frames(20, period_s):.0%} after {period_s} s" for period_s in (0.3, 0.5, 0.9, 1.0)))
+    print("The same on a grid, after 1.0 s:", end=" ")
+    print(", ".join(f"{repeated_frames(20, 1.0, count, on_grid=True):.0%} of {count}" for count in (8, 16, 32)))
 
 
 if __name__ == "__main__":

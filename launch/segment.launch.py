@@ -132,7 +132,8 @@ ARGUMENTS = [
     DeclareLaunchArgument(
         "weights",
         default_value="",
-        description="safetensors file for segmenter and reasoner; empty = as in params_file, else the shipped one",
+        description="safetensors file for segmenter and reasoner, for virst-7b its folder; empty = as in params_file, "
+        "else the shipped one",
     ),
     DeclareLaunchArgument(
         "autostart",
@@ -157,6 +158,28 @@ ARGUMENTS = [
         default_value="true",
         choices=BOOLEAN,
         description="start the reasoner process; false = one is running already at reasoner_endpoint",
+    ),
+    DeclareLaunchArgument(
+        "method",
+        default_value="",
+        choices=["", "virst", "visa", "tempvrs", "grounding"],
+        description="how segmenter and reasoner turn sentences into prompts; empty = as in params_file",
+    ),
+    DeclareLaunchArgument(
+        "reasoner_weights",
+        default_value="",
+        description="safetensors file of the reasoner of the method visa or tempvrs; empty = as in params_file, else "
+        "the shipped one",
+    ),
+    DeclareLaunchArgument(
+        "detector",
+        default_value="",
+        description="folder of the zero-shot detector that the reasoner of the method grounding looks with",
+    ),
+    DeclareLaunchArgument(
+        "memory_budget_gib",
+        default_value="",
+        description="memory of its device that the reasoner of virst-7b may take, GiB; empty = as in params_file",
     ),
     DeclareLaunchArgument(
         "reasoner_endpoint",
@@ -213,9 +236,12 @@ TEXT_PARAMETERS = {
     "precision": "engine.precision",
     "device": "model.device",
     "weights": "model.weights",
+    "method": "reasoner.method",
+    "reasoner_weights": "reasoner.weights",
     "reasoner_endpoint": "reasoner.endpoint",
     "curve_keys": "reasoner.curve_keys",
 }
+NUMBER_PARAMETERS = {"memory_budget_gib": "reasoner.memory_budget_gib"}
 BOOLEAN_PARAMETERS = ("autostart", "use_sim_time", "overlay")
 # Launch argument -> topic of a camera, in the segmenter's namespace.
 TOPICS = {
@@ -233,7 +259,11 @@ REASONER_OPTIONS = {
     "model.name": "--model",
     "model.weights": "--weights",
     "model.device": "--device",
+    "reasoner.method": "--method",
+    "reasoner.weights": "--reasoner-weights",
+    "reasoner.memory_budget_gib": "--memory-budget-gib",
 }
+DETECTING = "grounding"  # the method that needs a detector
 # Python's logging and ROS 2 name two levels differently.
 REASONER_LOG_LEVELS = {"warn": "warning", "fatal": "error"}
 
@@ -288,6 +318,11 @@ def start(context: LaunchContext) -> list:
         parameter: value[argument] for argument, parameter in TEXT_PARAMETERS.items() if value[argument]
     }
     parameters |= {name: value[name] == "true" for name in BOOLEAN_PARAMETERS if value[name]}
+    parameters |= {
+        parameter: as_number(argument, value[argument])
+        for argument, parameter in NUMBER_PARAMETERS.items()
+        if value[argument]
+    }
     if value["depth_topic"]:
         parameters["use_depth"] = True
     sim_time = {name: parameters[name] for name in ("use_sim_time",) if name in parameters}
@@ -361,6 +396,14 @@ def start(context: LaunchContext) -> list:
     return processes
 
 
+def as_number(argument: str, text: str) -> float:
+    """Raises ValueError that names the argument."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{argument} must be a number, got {text!r}") from None
+
+
 def full_name(namespace: str, name: str) -> str:
     """Of what is called so in a namespace: a node, or a namespace again."""
     return "/" + "/".join(part for part in (namespace.strip("/"), name) if part)
@@ -423,13 +466,23 @@ def segmenter(value: dict[str, str], parameters: dict[str, Any], namespace: str,
 
 
 def reasoner(value: dict[str, str], agreed: dict[str, Any]) -> ExecuteProcess:
-    """The reasoner, with the parameters of the segmenter that must agree with its own."""
+    """The reasoner, with the parameters of the segmenter that must agree with its own. Raises ValueError."""
     # Not a ROS node: it speaks ZeroMQ only, and may run on another machine. launch_ros.Node would give it
     # --ros-args, which it does not know.
     command = [*reasoner_program(), "--log-level", REASONER_LOG_LEVELS.get(value["log_level"], value["log_level"])]
     for parameter, option in REASONER_OPTIONS.items():
         if agreed.get(parameter):
             command += [option, str(agreed[parameter])]
+    method = agreed.get("reasoner.method") or "virst"
+    detects = method == DETECTING
+    if detects != bool(value["detector"]):
+        raise ValueError(
+            "the method grounding needs a detector: detector:=FOLDER, a snapshot of one of transformers"
+            if detects
+            else f"a detector is for the method grounding, not {method}: method:=grounding"
+        )
+    if detects:
+        command += ["--detector", value["detector"]]
     return ExecuteProcess(
         name="reasoner", cmd=command, output="screen", respawn=True, respawn_delay=2.0, sigterm_timeout=PATIENCE_S
     )

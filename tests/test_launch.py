@@ -16,7 +16,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from virst_engine.config import EngineConfig
+from virst_engine.config import METHODS, EngineConfig
 from virst_ros.parameters import engine_specs, node_specs
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -120,6 +120,7 @@ def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None
         *("log_level", "use_sim_time", "autostart", "sim", "reasoner", "weights", "curve_keys", "rviz"),
         *("camera_names", "depth_camera_info_topic", "image_transport", "target", "overlay", "detections", "model"),
         *("fixed_frame", "foxglove", "foxglove_port", "backend", "engine_path", "precision", "process_per_camera"),
+        *("method", "reasoner_weights", "detector", "memory_budget_gib"),
     } <= set(names)
     assert len(names) == len(set(names))
     for argument in launch_module.ARGUMENTS:
@@ -209,6 +210,55 @@ def test_sections_of_other_nodes_are_not_the_reasoners(launch_module: Any, tmp_p
         assert "--weights" not in reasoner_options(processes(launch_module, params_file=str(file), namespace=namespace))
 
 
+def test_method_detector_and_memory_budget_reach_the_reasoner(launch_module: Any) -> None:
+    started = processes(launch_module, method="grounding", detector="/gdino", model="sam2.1-small")
+    options, got = reasoner_options(started), parameters(started["segmenter"])
+    assert (options["--method"], options["--detector"], got["reasoner.method"]) == ("grounding", "/gdino", "grounding")
+    assert "--memory-budget-gib" not in options
+    started = processes(launch_module, model="virst-7b", weights="/virst-7b", memory_budget_gib="40")
+    options, got = reasoner_options(started), parameters(started["segmenter"])
+    assert (options["--model"], options["--weights"], options["--method"]) == ("virst-7b", "/virst-7b", "virst")
+    assert (options["--memory-budget-gib"], got["reasoner.memory_budget_gib"]) == ("40.0", 40.0)
+    assert "--detector" not in options
+    started = processes(launch_module, method="tempvrs", reasoner_weights="/t.safetensors")
+    options, got = reasoner_options(started), parameters(started["segmenter"])
+    assert (options["--method"], options["--reasoner-weights"]) == ("tempvrs", "/t.safetensors")
+    assert got["reasoner.weights"] == "/t.safetensors"
+
+
+def test_the_methods_are_those_that_there_are(launch_module: Any) -> None:
+    (method,) = (argument for argument in launch_module.ARGUMENTS if argument.name == "method")
+    assert method.named["choices"] == ["", *METHODS]
+
+
+def test_the_parameter_file_may_choose_method_and_memory_budget(launch_module: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("/**: {ros__parameters: {reasoner: {method: grounding, memory_budget_gib: 24.0}}}")
+    options = reasoner_options(processes(launch_module, params_file=str(file), detector="/owl"))
+    assert (options["--method"], options["--detector"], options["--memory-budget-gib"]) == ("grounding", "/owl", "24.0")
+    options = reasoner_options(processes(launch_module, params_file=str(file), method="virst"))
+    assert options["--method"] == "virst"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": "grounding"}, "grounding needs a detector: detector:=FOLDER"),
+        ({"detector": "/gdino"}, "a detector is for the method grounding, not virst: method:=grounding"),
+        ({"memory_budget_gib": "much"}, "memory_budget_gib must be a number, got 'much'"),
+    ],
+)
+def test_a_reasoner_that_cannot_be_is_named(launch_module: Any, given: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        processes(launch_module, **given)
+
+
+def test_a_reasoner_elsewhere_has_a_detector_of_its_own(launch_module: Any) -> None:
+    started = processes(launch_module, method="grounding", reasoner="false")
+    assert started.keys() == {"segmenter"}
+    assert parameters(started["segmenter"])["reasoner.method"] == "grounding"
+
+
 def test_the_reasoner_is_started_again_when_it_ends(launch_module: Any) -> None:
     reasoner = processes(launch_module)["reasoner"]
     assert reasoner.named["respawn"] is True
@@ -241,7 +291,10 @@ def test_without_an_installation_the_reasoner_is_found_on_path_or_in_this_python
 
 
 def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) -> None:
-    started = processes(launch_module, device="cuda:0", log_level="warn", weights="/w", curve_keys="/k")
+    started = processes(
+        launch_module, device="cuda:0", log_level="warn", weights="/w", curve_keys="/k", memory_budget_gib="20.5",
+        method="grounding", detector="/d", reasoner_weights="/r",
+    )  # fmt: skip
     options = [word for pair in reasoner_options(started).items() for word in pair]
     app = typer.Typer()
     app.command()(importlib.import_module("virst_engine.slow.zmq_server")._command)
@@ -268,6 +321,11 @@ def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) ->
             "backend": "onnxruntime",
             "engine_path": "/exported",
             "precision": "bf16",
+            "model": "virst-7b",
+            "weights": "/virst-7b",
+            "method": "virst",
+            "memory_budget_gib": "40",
+            "reasoner_weights": "/r",
         },
     ],
 )

@@ -56,7 +56,7 @@ HEAVY = {
     "sam2": (),
     "zmq": (),
     "msgpack": ("slow/wire.py",),
-    "transformers": ("model/virst.py",),  # the language model is a part of VIRST
+    "transformers": ("model/video_language.py",),  # the language model is a part of VIRST
     "tensorboard": ("train/*.py",),
     "typer": ("cli.py", "slow/zmq_server.py", "train/command.py"),
     "rich": ("cli.py", "train/*.py"),

@@ -68,7 +68,7 @@ def load_engine(
     look_up()
     stages = load_stages(config.model, config.engine, config.memory)
     look_up()
-    check_goal = load_goal_check(config.model, config.reasoner.method)
+    check_goal = load_goal_check(config.model, config.reasoner.method, config.reasoner.weights)
     reasoners = {camera: _reasoner(config) for camera in cameras or ("",)}
     session = Session(config, stages, reasoners)
     try:
@@ -92,7 +92,7 @@ def _reasoner(config: EngineConfig) -> ReasonerClient:
     return ZmqReasonerClient(
         config.reasoner.endpoint,
         curve_keys=config.reasoner.curve_keys,
-        model=reasoner_identity(config.model, config.reasoner.method),
+        model=reasoner_identity(config.model, config.reasoner.method, config.reasoner.weights),
     )
 
 

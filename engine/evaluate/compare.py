@@ -36,7 +36,7 @@ DIGITS = 5
 MEASURED_FRAMES = 40  # after the goal's, in which the reasoner is timed
 MODE_OF_WAY = {OFFLINE: "offline", STREAM: "stream", DELAYED: "realtime"}
 # Settings that say how something is run and not what: the figures do not depend on them, or they are kept beside them.
-NOT_COMPARED = ("scenes", "scenes_count", "threads", "weights", "reasoner_delay_s", "frame_time_s")
+NOT_COMPARED = ("scenes", "scenes_count", "threads", "weights", "reasoner_weights", "reasoner_delay_s", "frame_time_s")
 
 
 def compare(
@@ -104,7 +104,7 @@ def plan(
     comparison = Comparison(rows, scenes, {}, {}, {})
     version = code_version()
     for row in rows:
-        settings = replace(row.settings, weights=_shipped(row.shipped)) if row.shipped else row.settings
+        settings = replace(row.settings, reasoner_weights=_shipped(row.shipped)) if row.shipped else row.settings
         try:
             system = _system(settings, systems, system_of)
             identity = _identity(settings)
@@ -142,7 +142,7 @@ def _identity(settings: EvaluationSettings) -> str:
     from virst_engine.weights import reasoner_identity, weights_identity
 
     model = settings.engine_config().model
-    return f"{weights_identity(model)}, {reasoner_identity(model, settings.method)}"
+    return f"{weights_identity(model)}, {reasoner_identity(model, settings.method, settings.reasoner_weights)}"
 
 
 def _key(settings: EvaluationSettings, version: str, identity: str) -> str:
@@ -245,7 +245,11 @@ def _write(file: Path, comparison: Comparison, kept: dict[str, Any], summary: di
     runs = dict(kept.get("runs", {}))
     for run in comparison.runs.values():
         runs[run.key] = {
-            "settings": {**run.settings.described(), "weights": Path(run.settings.weights).name or "shipped"},
+            "settings": {
+                **run.settings.described(),
+                "weights": Path(run.settings.weights).name or "shipped",
+                "reasoner_weights": Path(run.settings.reasoner_weights).name or "shipped",
+            },
             "reasoner_delay_s": run.settings.reasoner_delay_s,
             "failed": run.failed,
             "scores": {str(scene): [_score_to(each) for each in scores] for scene, scores in run.scores.items()},

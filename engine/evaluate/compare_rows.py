@@ -17,7 +17,7 @@ BOTH_WAYS = (OFFLINE, STREAM, DELAYED)
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the tables. `settings` without scenes and mode; `shipped` names a file of the package's weights."""
+    """One row of the tables. `settings` without scenes and mode; `shipped` names a reasoner's file in the package."""
 
     name: str
     group: str
@@ -77,8 +77,8 @@ def default_rows(detector: str = "", long_s: float = 0.0) -> tuple[Row, ...]:
         settings = replace(plain, mode="offline", alpha=count, anchor_count=MANY_ANCHORS)
         return Row(f"alpha-{count}", "alpha", f"alpha = {count}", (OFFLINE,), settings)
 
-    def tempvrs(name: str, group: str, label: str, shipped: str = "", **reasoner: int) -> Row:
-        settings = replace(plain, method="tempvrs", reasoner=tuple(reasoner.items()))
+    def tempvrs(name: str, group: str, label: str, shipped: str = "", top_k: int = 0) -> Row:
+        settings = replace(plain, method="tempvrs", top_k=top_k)
         return Row(name, group, label, (OFFLINE, STREAM), settings, shipped)
 
     return (
@@ -105,7 +105,7 @@ def default_rows(detector: str = "", long_s: float = 0.0) -> tuple[Row, ...]:
         *(alpha(count) for count in (2, 3, 4, 6, 8)),
         tempvrs("tempvrs-clip", "supervision", "clip by clip"),
         tempvrs("tempvrs-frame", "supervision", "frame by frame", "tabletop-tiny-tempvrs-frame.safetensors"),
-        *(tempvrs(f"tempvrs-top-{k}", "top-k", f"k = {k}", tempvrs_top_k=k) for k in (3, 5, 7)),
+        *(tempvrs(f"tempvrs-top-{k}", "top-k", f"k = {k}", top_k=k) for k in (3, 5, 7)),
     )
 
 

@@ -39,7 +39,9 @@ class EvaluationSettings:
     long_s: float = 0.0  # scenes of so many seconds on which things go on happening; 0: short ones
     method: str = "virst"  # reasoner.method
     detector: str = ""  # grounding only: folder of the detector
-    weights: str = ""  # empty: the shipped ones of the method
+    reasoner_weights: str = ""  # visa and tempvrs: file of the reasoner; empty: the shipped one
+    top_k: int = 0  # tempvrs: clips whose slow frames become anchors; 0: the model's
+    weights: str = ""  # empty: the shipped ones
     device: str = "cpu"
     threads: int = 1
     reasoner_delay_s: float = 0.0  # realtime only
@@ -74,6 +76,8 @@ class EvaluationSettings:
             raise ValueError("no_refresh needs mode stream or realtime: the whole-video mode asks once anyway")
         if self.mode == "offline" and self.method == "grounding":
             raise ValueError("mode offline needs a method that understands a whole video: a detector sees one frame")
+        if self.top_k and self.method != "tempvrs":
+            raise ValueError("top_k is of the method tempvrs")
         AnchorStrategy(self.anchors, self.anchor_count)
         if self.mode != "offline" and (self.anchors, self.anchor_count) != ("dynamic", 0):
             raise ValueError("anchors and anchor_count need mode offline: a stream makes anchors of every answer")
@@ -104,7 +108,7 @@ class EvaluationSettings:
             engine=EngineParameters(backend=self.backend, path=self.stages, pooled_keys=self.pooled_keys),
             memory=MemoryParameters(anchors_attended=self.alpha),
             tracking=tracking,
-            reasoner=ReasonerParameters(method=self.method, **chosen),
+            reasoner=ReasonerParameters(method=self.method, weights=self.reasoner_weights, **chosen),
         )
 
     def anchor_strategy(self, seed: int) -> AnchorStrategy:
@@ -118,6 +122,7 @@ class EvaluationSettings:
         values = asdict(self)
         first, last = values.pop("first_scene"), values.pop("last_scene")
         values["weights"] = self.weights or "shipped"
+        values["reasoner_weights"] = self.reasoner_weights or "shipped"
         values["reasoner"] = dict(self.reasoner)
         return {
             **values,

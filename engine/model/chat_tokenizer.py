@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sentences as the language model of `virst-7b` reads them: Qwen2's chat around a clip, and an answer with [ST] tokens.
 
-The answer is not generated: it is put there whole, and only its [ST] tokens ("[SEG]" in the vocabulary) are read. What
-follows the last of them is left out, since nothing before it can see it.
+The answer to a goal is not generated: it is put there whole, and only its [ST] tokens ("[SEG]" in the vocabulary) are
+read. What follows the last of them is left out, since nothing before it can see it. The answer to a question is the
+model's own.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from virst_engine.errors import BadGoal, WeightsError
 from virst_engine.model.virst_7b_config import SEG_TOKEN
 
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_TOKENS = ("<|endoftext|>", "<|im_end|>")
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 LONGEST_GOAL_TOKENS = 200
 # How Qwen2 splits text before byte pairs are merged.
@@ -30,7 +35,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class ChatRow:
-    """One sentence around a clip: tokens before the visual ones, and after; `st` are places in `after`."""
+    """One sentence around a clip: tokens before the visual ones, and after; `st` are places in `after`, or none."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -51,21 +56,13 @@ class ChatTokenizer:
                 f"the tokenizer in {folder} is of another model: {SEG_TOKEN} would be its token {self._seg}, and is "
                 f"{vocabulary - 1} in the weights; {REMEDY}"
             )
-        self._special = {self._tokenizer.token_to_id(token) for token in (*CHAT_TOKENS, SEG_TOKEN)}
+        # What is not text: the marks of a turn, and [SEG]. An answer in words has none of them.
+        self.marks = tuple(self._number(token) for token in (*CHAT_TOKENS, SEG_TOKEN))
+        self.ends = tuple(self._number(token) for token in END_TOKENS)
 
     def row(self, sentence: str, st_tokens: int) -> ChatRow:
         """The tokens of a user's goal. Raises BadGoal if it is empty, too long or has special tokens."""
-        sentence = " ".join(sentence.lower().split())
-        own = self._encode(sentence)
-        if not own:
-            raise BadGoal("the goal has no word; say what to look for, for example 'the red cup'")
-        if len(own) > LONGEST_GOAL_TOKENS:
-            raise BadGoal(
-                f"this model reads goals of at most {LONGEST_GOAL_TOKENS} tokens, got {len(own)}: say it shorter"
-            )
-        # Lower-casing keeps [SEG] out, but not the marks of a turn.
-        if self._special & set(own) or SEG_TOKEN.lower() in sentence:
-            raise BadGoal(f"a goal may not hold the marks {', '.join((*CHAT_TOKENS, SEG_TOKEN))}: leave them out")
+        sentence = self._checked(sentence.lower())
         request = "Please respond with segmentation mask in the Target Image."
         question = (
             f"{sentence} {request}"
@@ -73,10 +70,40 @@ class ChatTokenizer:
             else f"What is {sentence} in the Reference image? {request}"
         )
         answer = "Sure, " + ", ".join(f"({i}) {SEG_TOKEN}" for i in range(st_tokens))
-        before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nReference image: "
-        after = self._encode(f"\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}")
+        after = self._encode(f"\n{question}{ASSISTANT}{answer}")
         st = tuple(place for place, token in enumerate(after) if token == self._seg)
-        return ChatRow(tuple(self._encode(before)), tuple(after), st)
+        return ChatRow(tuple(self._encode(f"{SYSTEM}Reference image: ")), tuple(after), st)
+
+    def question(self, sentence: str) -> ChatRow:
+        """The tokens of a user's question, as the base model was asked about videos. Raises BadGoal as `row` does."""
+        after = self._encode(f"\n{self._checked(sentence)}{ASSISTANT}")
+        return ChatRow(tuple(self._encode(SYSTEM)), tuple(after), ())
+
+    def words(self, tokens: Sequence[int]) -> str:
+        """The text of an answer."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
+    def _checked(self, sentence: str) -> str:
+        """The sentence with single spaces."""
+        sentence = " ".join(sentence.split())
+        own = self._encode(sentence)
+        if not own:
+            raise BadGoal("the goal has no word; say what to look for, for example 'the red cup'")
+        if len(own) > LONGEST_GOAL_TOKENS:
+            raise BadGoal(
+                f"this model reads goals and questions of at most {LONGEST_GOAL_TOKENS} tokens, got {len(own)}: say it "
+                "shorter"
+            )
+        # Lower-casing keeps [SEG] out of a goal, but not the marks of a turn.
+        if set(self.marks) & set(own) or SEG_TOKEN.lower() in sentence.lower():
+            raise BadGoal(f"a goal may not hold the marks {', '.join((*CHAT_TOKENS, SEG_TOKEN))}: leave them out")
+        return sentence
+
+    def _number(self, mark: str) -> int:
+        number: int | None = self._tokenizer.token_to_id(mark)
+        assert number is not None, f"{mark} was added"
+        return number
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

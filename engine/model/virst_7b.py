@@ -6,6 +6,7 @@ language model's input are VideoChat-Flash's. The parts may have different types
 model run in bfloat16 where they are stored so, ST-Fusion and SAM 2 stay in float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from virst_engine.model.sam2 import Sam2
 from virst_engine.model.st_fusion import InitialStFusion, SecondStFusion
 from virst_engine.model.token_merging import merge_tokens
 from virst_engine.model.umt import UmtEncoder
-from virst_engine.model.virst import build_language_model
+from virst_engine.model.video_language import build_language_model
 from virst_engine.model.virst_7b_config import Virst7bConfig
 
 
@@ -95,18 +96,47 @@ class Virst7b(nn.Module):
 
         `visual`: the tokens of all short clips, oldest first. [ST] hidden states are read at their own positions.
         """
-        embed, device, tokens = self.language_model.embed_tokens, visual.device, self.config.fusion.st_tokens
-        st = self.st_embedding.expand(tokens, -1)[None]
+        st = self.st_embedding.expand(self.config.fusion.st_tokens, -1)[None]
         if maps.initial is not None:
             st = self.initial_seg_fusion_module(st.to(maps.initial.dtype), maps.initial.flatten(0, 1)[None])
-        after = embed(torch.tensor(row.after, device=device))
-        places = torch.tensor(row.st, device=device)
-        after = after.index_copy(0, places, st[0].to(after.dtype))
-        before = embed(torch.tensor(row.before, device=device))
-        sequence = torch.cat((before, visual.to(before.dtype), after))
+        sequence = self._sequence(visual, row)
+        places = torch.tensor(row.st, device=visual.device) + len(row.before) + len(visual)
+        sequence = sequence.index_copy(0, places, st[0].to(sequence.dtype))
         hidden = self.language_model(inputs_embeds=sequence[None], use_cache=False).last_hidden_state[0]
-        understood = hidden[len(before) + len(visual) + places]
-        first = torch.zeros(1, dtype=torch.long, device=device)
-        prompts, _ = self.seg_prompter(understood[None].to(maps.second.dtype), maps.second[None], first)
+        first = torch.zeros(1, dtype=torch.long, device=visual.device)
+        prompts, _ = self.seg_prompter(hidden[places][None].to(maps.second.dtype), maps.second[None], first)
         out: Tensor = prompts[0].float()
         return out
+
+    @property
+    def has_words(self) -> bool:
+        """Whether `lm_head` was loaded."""
+        return self.lm_head.weight.device.type != "meta"
+
+    def answer_tokens(
+        self, visual: Float[Tensor, "v d"], row: ChatRow, *, marks: Sequence[int], ends: Sequence[int], longest: int
+    ) -> list[int]:
+        """What follows a question about a clip, each token the likeliest after those before it; the end is left out.
+
+        Keys and values of what was read are kept, so that each further token costs one step. At most `longest` tokens;
+        none of `marks`, which are no text.
+        """
+        barred = torch.tensor([mark for mark in marks if mark not in ends], dtype=torch.long, device=visual.device)
+        sequence, cache = self._sequence(visual, row)[None], None
+        tokens: list[int] = []
+        while len(tokens) < longest:
+            understood = self.language_model(inputs_embeds=sequence, past_key_values=cache, use_cache=True)
+            logits = self.lm_head(understood.last_hidden_state[0, -1]).float()
+            token = int(logits.index_fill(0, barred, float("-inf")).argmax())
+            if token in ends:
+                break
+            tokens.append(token)
+            cache = understood.past_key_values
+            sequence = self.language_model.embed_tokens(torch.tensor([[token]], device=visual.device))
+        return tokens
+
+    def _sequence(self, visual: Float[Tensor, "v d"], row: ChatRow) -> Float[Tensor, "all d"]:
+        """What the language model reads: the sentence around the clip."""
+        embed, device = self.language_model.embed_tokens, visual.device
+        before, after = (embed(torch.tensor(tokens, device=device)) for tokens in (row.before, row.after))
+        return torch.cat((before, visual.to(before.dtype), after))

@@ -35,13 +35,13 @@ from virst_engine.model.lora import ADAPTED, RANK, SCALE, adapter_of, merge_adap
 from virst_engine.model.st_fusion import InitialStFusion, SecondStFusion
 from virst_engine.model.virst_7b import Virst7b
 from virst_engine.model.virst_7b_config import BASE_VOCABULARY, Virst7bConfig
-from virst_engine.model.weights_folder import SEGMENTER, SHARD_BYTES, Manifest, write_folder
+from virst_engine.model.weights_folder import SEGMENTER, SHARD_BYTES, WORDS_HEAD, Manifest, write_folder
 
 PREFIX = "base_model.model."
 WRAPPER = "module."  # of DeepSpeed, around everything
 INDEX = "model.safetensors.index.json"
 ST_EMBEDDING = "st_embedding"
-EMBEDDINGS = ("language_model.embed_tokens.weight", "lm_head.weight")
+EMBEDDINGS = ("language_model.embed_tokens.weight", WORDS_HEAD)
 # Ours -> published, behind PREFIX; all other parts are called `model.` and our name.
 _RENAMED = (
     ("language_model.", "model."),
@@ -143,7 +143,8 @@ def convert(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, wanted in expected.items():
-            source = EMBEDDINGS[0] if name == ST_EMBEDDING else name
+            is_tied = name == WORDS_HEAD and name not in published.weights and name not in base
+            source = EMBEDDINGS[0] if name == ST_EMBEDDING or is_tied else name
             theirs = published_name(source)
             file: Path | None = sources.published
             if theirs in published.weights:
@@ -260,9 +261,10 @@ def _read_base(folder: Path, expected: Mapping[str, Tensor]) -> Mapping[str, Ten
             for name, shape in shapes.items()
             if name in wanted
         }
+        tied = {WORDS_HEAD} if _is_tied(folder) else set()
         _raise_flaws(
             {
-                "lacks": wanted.keys() - tensors.keys(),
+                "lacks": wanted.keys() - tensors.keys() - tied,
                 "has unknown": tensors.keys() - wanted.keys(),
                 "has wrong shapes for": _wrong_shapes(trimmed, {name: value.shape for name, value in wanted.items()}),
                 "has the wrong type for": _wrong_types(tensors),
@@ -273,6 +275,12 @@ def _read_base(folder: Path, expected: Mapping[str, Tensor]) -> Mapping[str, Ten
     except Flaw as flaw:
         raise CheckpointError(f"{folder} {flaw}; {BASE_REMEDY}") from flaw
     return tensors
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether this base model writes words with its embeddings, and so has no `lm_head`."""
+    file = folder / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("tie_word_embeddings") is True
 
 
 def _read_segmenter(sources: Sources, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ folder contains is executed.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 30
 REMEDY = "convert the published files again with `virst weights convert`"
 SEGMENTER = "seg_model."
-NOT_OF_THE_REASONER = (SEGMENTER, "lm_head.")  # lm_head writes answers in words, which prompts do not need
+WORDS_HEAD = "lm_head.weight"  # writes answers in words; a folder may be without
+BFLOAT16_SINCE = (8, 0)  # compute capability; older GPUs emulate it
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,38 @@ class Manifest:
     tensors: dict[str, StoredTensor]
     shards: dict[str, dict[str, Any]]  # file -> bytes, sha256
     facts: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Of the configuration and the checksums of the shards: what tells these weights from others, read or not."""
+        shards = {name: shard["sha256"] for name, shard in self.shards.items()}
+        content = json.dumps([json.loads(self.config.to_json()), shards], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def has_words(self) -> bool:
+        return WORDS_HEAD in self.tensors
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard["bytes"] for shard in self.shards.values())
+
+
+def find_folder(path: str) -> Path:
+    """The weights folder that `path` means, as a user wrote it. Raises WeightsError when it is none."""
+    how = (
+        "`virst weights convert VIRST.pt --base VideoChat-Flash-Qwen2-7B_res448 --out FOLDER` makes one of the "
+        "published files (README, VIRST at full size); give it with the parameter model.weights"
+    )
+    if not path:
+        raise WeightsError(f"the weights of virst-7b do not come with this package; {how}")
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise WeightsError(f"the weights of virst-7b are missing: no folder {folder}; {how}")
+    if not (folder / MANIFEST).is_file():
+        what = "a file" if folder.is_file() else f"a folder without {MANIFEST}"
+        raise WeightsError(f"{folder} is {what}, not a weights folder of virst-7b; {how}")
+    return folder
 
 
 def write_folder(
@@ -115,27 +149,36 @@ def read_manifest(folder: Path) -> Manifest:
             name: StoredTensor(raw["shard"], raw["dtype"], tuple(raw["shape"]))
             for name, raw in content["tensors"].items()
         }
+        shards = {
+            name: {"bytes": int(raw["bytes"]), "sha256": str(raw["sha256"])} for name, raw in content["shards"].items()
+        }
         config = Virst7bConfig.from_json(json.dumps(content["config"]))
-        return Manifest(config, tensors, content["shards"], content["facts"])
+        return Manifest(config, tensors, shards, content["facts"])
     except OSError as error:
         raise WeightsError(f"the weights of virst-7b are missing: no file {file} ({error}); {REMEDY}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{file} is no manifest that this version can read ({error!r}); {REMEDY}") from error
 
 
-def load_reasoner_model(folder: Path, device: str = "cpu", budget_gib: float = 0.0) -> Virst7b:
+def load_reasoner_model(folder: Path, device: str = "cpu", budget_gib: float = 0.0, windows: int = 1) -> Virst7b:
     """Everything of the folder that turns a clip and a sentence into prompts, on `device`, in evaluation mode.
 
-    `seg_model` and `lm_head` stay without numbers. `budget_gib`: device memory that the model may take, 0 = any.
-    Raises WeightsError for a folder that is damaged or of another model, and a budget that is too small.
+    `seg_model` stays without numbers, and so does `lm_head` where the folder has none.
+    `budget_gib`: memory that this process may take on the device; it will get no more on a GPU. 0 = what a GPU has
+    free. `windows`: of frames, of which the reasoner keeps what it made.
+    Raises WeightsError for a folder that is damaged or of another model, for too little memory, and for a GPU that does
+    not compute in the folder's precision.
     """
     manifest = read_manifest(folder)
     model = Virst7b.without_numbers(manifest.config)
-    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(NOT_OF_THE_REASONER)}
-    _check_budget(manifest, wanted, budget_gib)
+    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(SEGMENTER)}
+    if not manifest.has_words:
+        del wanted[WORDS_HEAD]
+    if _is_gpu(device):
+        _check_gpu(manifest, wanted, device)
+    _check_memory(manifest, wanted, device, budget_gib, windows)
     _fill(model, folder, manifest, wanted, device)
-    rotary = model.language_model.rotary_emb
-    for module in (rotary, model.vision_tower):
+    for module in (model.language_model.rotary_emb, model.vision_tower):
         for name, table in module.named_buffers(recurse=False):
             setattr(module, name, table.to(device))
     return model
@@ -152,25 +195,56 @@ def load_segmenter_model(folder: Path, device: str = "cpu") -> Sam2:
     return model.eval().to(device)
 
 
-def working_bytes(config: Virst7bConfig) -> int:
-    """About what one answer takes besides the weights: the widest activations of each part."""
-    vision, language, sam2 = config.vision, config.language, config.sam2
+def weights_bytes(manifest: Manifest, segmenter: bool = False) -> int:
+    """Of the reasoner's weights, or of the segmenter's."""
+    return sum(tensor.bytes for name, tensor in manifest.tensors.items() if name.startswith(SEGMENTER) is segmenter)
+
+
+def working_bytes(config: Virst7bConfig, windows: int = 1) -> int:
+    """About what answers take besides the weights: the widest activations of a part, and what is kept."""
+    vision, language, sam2, fusion = config.vision, config.language, config.sam2, config.fusion
     clip = vision.clip_frames * vision.grid**2 * (vision.feedforward + 8 * vision.channels) * 2
     sequence = vision.max_frames * vision.tokens_per_frame + 512
     words = sequence * (3 * language.feedforward + 8 * language.hidden) * 2
     maps = config.seg_frames * sam2.grid**2 * sam2.channels * 4 * 3
-    return max(clip, words, maps)
+    tokens = (sam2.grid // math.prod(fusion.tokenizer_strides)) ** 2
+    window = vision.max_frames * vision.tokens_per_frame * language.hidden * 2
+    window += config.seg_frames * tokens * (language.hidden + sam2.channels) * 4
+    return max(clip, words, maps) + windows * window
 
 
-def _check_budget(manifest: Manifest, wanted: dict[str, Tensor], budget_gib: float) -> None:
-    if not budget_gib:
-        return
-    weights = sum(manifest.tensors[name].bytes for name in wanted if name in manifest.tensors)
-    needed = (weights + working_bytes(manifest.config)) / 2**30
-    if needed > budget_gib:
+def _is_gpu(device: str) -> bool:
+    return device.startswith("cuda") and torch.cuda.is_available()
+
+
+def _check_gpu(manifest: Manifest, wanted: dict[str, Tensor], device: str) -> None:
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise WeightsError(f"the model cannot be put on device {device!r} ({error}); set model.device") from error
+    dtypes = {manifest.tensors[name].dtype for name in wanted if name in manifest.tensors}
+    if "bfloat16" in dtypes and capability < BFLOAT16_SINCE:
         raise WeightsError(
-            f"virst-7b needs {needed:.2f} GiB of device memory ({weights / 2**30:.2f} of them for weights), the budget "
-            f"is {budget_gib:.2f} GiB; allow more, use a larger GPU, or convert the weights with --dtype bfloat16"
+            f"{device} does not compute in bfloat16 (compute capability {capability[0]}.{capability[1]}, 8.0 is "
+            "needed); convert the weights with --dtype float16, or use a newer GPU"
+        )
+
+
+def _check_memory(manifest: Manifest, wanted: dict[str, Tensor], device: str, budget_gib: float, windows: int) -> None:
+    weights = sum(manifest.tensors[name].bytes for name in wanted if name in manifest.tensors)
+    needed = (weights + working_bytes(manifest.config, windows)) / 2**30
+    there, has = budget_gib or math.inf, f"the budget is {budget_gib:.2f} GiB"
+    if _is_gpu(device):
+        free, all_of_it = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+        if budget_gib:  # whatever else is on this GPU keeps its share
+            torch.cuda.set_per_process_memory_fraction(min(budget_gib / all_of_it, 1.0), device)
+        if not budget_gib or free < budget_gib:
+            there, has = free, f"{device} has {free:.2f} GiB free"
+    if needed > there:
+        raise WeightsError(
+            f"virst-7b needs {needed:.2f} GiB of device memory ({weights / 2**30:.2f} of them for weights), {has}; "
+            "allow more (--memory-budget-gib), end what else is on that GPU, use a larger one, or convert the weights "
+            "with --dtype bfloat16"
         )
 
 

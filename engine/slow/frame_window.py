@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which past frames the reasoner sees, and a bounded store to take them from."""
+"""Which past frames the reasoner sees, and a bounded store to take them from.
+
+There are two ways to space the frames of a clip. By default each is as far from the newest one as it should be: clips
+that end at different frames share few. On a grid, time is cut into cells of one spacing, and of each cell clips have
+the first frame: in the next clip, only the frames of new cells and the newest one are new to a reasoner that keeps what
+it made of the others. The newest frame is the last one of the clip in both.
+"""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -41,10 +47,15 @@ class FrameWindow:
     Both are allocated at the first frame. Features travel as float16: half the bytes, and the fusion normalises them.
     """
 
-    def __init__(self, clip_frames: int, clip_spacing_s: float, camera: str = "camera") -> None:
+    def __init__(
+        self, clip_frames: int, clip_spacing_s: float, camera: str = "camera", *, on_grid: bool = False
+    ) -> None:
+        """`on_grid`: clips share their frames; for a reasoner that keeps what it made of them."""
         self._count, self._spacing_ns, self._camera = clip_frames, round(clip_spacing_s * 1e9), camera
+        self._on_grid = on_grid and self._spacing_ns > 0
         self._longest_ns = LONGEST * (clip_frames - 1) * self._spacing_ns
-        self._rows = (clip_frames - 1) * (ROWS_PER_SPACING if self._spacing_ns else 1) + 2
+        per_spacing = ROWS_PER_SPACING if self._spacing_ns and not self._on_grid else 1
+        self._rows = (clip_frames - 1) * per_spacing + 2
         self._order: list[int] = []  # rows in use, oldest first
         self._steps = np.zeros(self._rows, dtype=np.int64)
         self._stamps_ns = np.zeros(self._rows, dtype=np.int64)
@@ -82,18 +93,21 @@ class FrameWindow:
         if not self._order or self._frames is None or self._fusion is None:
             raise ValueError("there is no frame yet; push one first")
         stamps = [int(self._stamps_ns[row]) for row in self._order]
-        rows = [self._order[position] for position in choose_frames(stamps, self._count, self._spacing_ns)]
+        spacing_ns = 0 if self._on_grid else self._spacing_ns  # the store holds the frames of the grid, and no others
+        rows = [self._order[position] for position in choose_frames(stamps, self._count, spacing_ns)]
         return Clip(self._steps[rows], self._stamps_ns[rows], self._frames[rows], self._fusion[rows], self._camera)
 
     def is_full(self, clip: Clip) -> bool:
         """Whether the whole window has been seen: no repeated frame, and the time it spans is that of a clip.
 
-        Half a spacing less is close enough, and LONGEST spans of a slow camera are; a window with a pause is longer.
+        Half a spacing less is close enough, and LONGEST spans of a slow camera are; a window with a pause is longer. On
+        a grid the newest frame may follow the first one of its cell at once, which makes a clip one spacing shorter.
         """
         if len(set(clip.steps.tolist())) < self._count:
             return False
         span_ns = int(clip.stamps_ns[-1] - clip.stamps_ns[0])
-        shortest_ns = (self._count - 1) * self._spacing_ns - self._spacing_ns // 2
+        spacings = self._count - 2 if self._on_grid else self._count - 1
+        shortest_ns = spacings * self._spacing_ns - self._spacing_ns // 2
         return self._longest_ns == 0 or shortest_ns <= span_ns <= self._longest_ns
 
     def clear(self, camera: str | None = None) -> None:
@@ -102,9 +116,15 @@ class FrameWindow:
         self._camera = self._camera if camera is None else camera
 
     def _row_for(self, stamp_ns: int) -> int:
-        order, gap_ns = self._order, self._spacing_ns // ROWS_PER_SPACING
-        if len(order) >= 2 and self._stamps_ns[order[-1]] - self._stamps_ns[order[-2]] < gap_ns:
-            return order[-1]  # the frame before this one is too close to its own predecessor to be worth a row
+        order = self._order
+        if len(order) >= 2 and not self._is_worth_a_row(*self._stamps_ns[order[-2:]].tolist()):
+            return order[-1]
         row = len(order) if len(order) < self._rows else order.pop(0)
         order.append(row)
         return row
+
+    def _is_worth_a_row(self, before_ns: int, stamp_ns: int) -> bool:
+        """Whether a frame that is not the newest any more is kept; `before_ns`: of the one that was kept before it."""
+        if self._on_grid:  # the first frame of its cell
+            return stamp_ns // self._spacing_ns > before_ns // self._spacing_ns
+        return stamp_ns - before_ns >= self._spacing_ns // ROWS_PER_SPACING

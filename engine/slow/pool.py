@@ -23,7 +23,7 @@ from functools import partial
 from virst_engine.errors import WireError
 from virst_engine.slow import wire
 from virst_engine.slow.process import RareWarnings
-from virst_engine.slow.reasoner import refusal
+from virst_engine.slow.reasoner import are_frames_of, refusal
 from virst_engine.slow.request_queue import RequestQueue, Waiting
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
 
@@ -368,8 +368,8 @@ class Pool:
 def _check_answer(answer: ReasonerAnswer, request: ReasonerRequest) -> None:
     if (answer.epoch, answer.goal_id) != (request.epoch, request.goal_id):
         raise WireError("goal_id: the answer is about another goal or epoch than its request")
-    frames = list(zip(request.clip.steps.tolist(), request.clip.stamps_ns.tolist(), strict=True))
-    if answer.prompts and [(prompt.step, prompt.stamp_ns) for prompt in answer.prompts] != frames:
+    frames = zip(request.clip.steps.tolist(), request.clip.stamps_ns.tolist(), strict=True)
+    if not are_frames_of(answer.prompts, frames):
         raise WireError("steps: the answer is about other frames than its request")
     if not answer.error and bool(answer.words) != request.wants_words:
         raise WireError(f"words: the request wants {'words' if request.wants_words else 'prompts'}")

@@ -2,10 +2,11 @@
 """Who answers requests (`Reasoner`), how the session reaches it (`ReasonerClient`), two clients without a process."""
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from virst_engine.errors import VirstError
-from virst_engine.types import ReasonerAnswer, ReasonerRequest
+from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,15 @@ def refuse_words(request: ReasonerRequest, method: str) -> None:
     """For methods that only segment. Raises VirstError for a request that wants words."""
     if request.wants_words:
         raise VirstError(
-            f"{method} has no words for an answer: tell it what to segment (set_goal), or ask tabletop-tiny with "
-            "reasoner.method virst"
+            f"{method} has no words for an answer: tell it what to segment (set_goal), or ask tabletop-tiny or "
+            "virst-7b with reasoner.method virst"
         )
+
+
+def are_frames_of(prompts: Sequence[Prompt], clip: Iterable[tuple[int, int]]) -> bool:
+    """Whether prompts are of a clip's frames (step, stamp_ns), in their order; a reasoner may leave some out."""
+    rest = iter(clip)
+    return all((prompt.step, prompt.stamp_ns) in rest for prompt in prompts)
 
 
 def refusal(request: ReasonerRequest, error: str) -> ReasonerAnswer:

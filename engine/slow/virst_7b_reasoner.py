@@ -3,13 +3,15 @@
 
 What a frame gives does not depend on the sentence, so it is kept while the frame is in the window: ST-Fusion's maps
 frame by frame, visual tokens by short clips, because the frames of one see each other. A short clip that is not full is
-made again when frames are added to it, which costs no more than a new one would.
+made again when frames are added to it, which costs no more than a new one would. Streams choose frames on a grid of
+time (frame_window.py), so that the frames of a window are those of the one before, but for a few.
+
+A question is answered by the language model alone, about the same visual tokens.
 """
 
 import hashlib
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,23 +20,28 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from virst_engine.errors import WeightsError
+from virst_engine.errors import Unanswered, WeightsError
 from virst_engine.model.chat_tokenizer import ChatTokenizer
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst_7b import FusionMaps, Virst7b
 from virst_engine.slow.reasoner import refuse_words
+from virst_engine.slow.wire import MAX_WORDS_CHARACTERS
+from virst_engine.timing import StageTimer
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
-CAMERAS = 8  # whose windows are kept; one camera more and the one that was not asked about for longest is forgotten
+WINDOWS = 16  # of all cameras of all robots; one more and the one that was not asked about for longest is forgotten
 CLIPS_AT_ONCE = 4  # short clips in one batch of the video encoder: bounds its activations
+LONGEST_ANSWER_TOKENS = 96  # goals wait meanwhile, and reasoner.ttl_s passes
 
 FrameKey = bytes  # what a frame shows, not when: cameras and clients cannot be mixed up
 
 
 @dataclass
 class _Window:
-    """What is kept of one camera's frames."""
+    """What is kept of the frames of one camera of one robot."""
 
+    camera: str
+    keys: frozenset[FrameKey]  # of the newest clip
     short_clips: list[tuple[FrameKey, ...]]  # oldest first; all but the last are full
     visual: dict[tuple[FrameKey, ...], Float[Tensor, "v d"]]
     maps: dict[FrameKey, FusionMaps]
@@ -44,7 +51,7 @@ class Virst7bReasoner:
     """`Reasoner` on a Virst7b.
 
     `answer` raises BadGoal for a sentence that cannot be read, WeightsError for a clip of another model, VirstError for
-    a question: the head that writes words is not loaded (weights_folder.py).
+    a question where the weights have no head that writes words, Unanswered where it has none to say.
     """
 
     def __init__(self, model: Virst7b, tokenizer: ChatTokenizer) -> None:
@@ -53,38 +60,69 @@ class Virst7bReasoner:
         fusion_side = config.sam2.grid * (4, 2, 1)[config.fusion.feature_level]
         self._frame_shape = (config.vision.image_size, config.vision.image_size, 3)
         self._fusion_shape = (config.sam2.channels, fusion_side, fusion_side)
-        self._windows: OrderedDict[str, _Window] = OrderedDict()
+        self._windows: list[_Window] = []  # the newest last
 
     @torch.inference_mode()
     def answer(self, request: ReasonerRequest) -> ReasonerAnswer:
-        """One prompt for each frame that ST-Fusion sees: all of the clip, or `seg_frames` of them."""
-        refuse_words(request, "virst-7b")
+        """One prompt for each frame that ST-Fusion sees: all of the clip, or `seg_frames` of them. Or words."""
+        if not self._model.has_words:
+            refuse_words(request, "virst-7b without lm_head (convert the weights with the whole base model)")
         start = time.perf_counter()
+        timer = StageTimer(self._device)
+        words = self._words(request, timer) if request.wants_words else ""
+        prompts = () if request.wants_words else self._prompts(request, timer)
+        timings = timer.ms() | {"total": (time.perf_counter() - start) * 1e3}
+        return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts, "", timings, words)
+
+    def _prompts(self, request: ReasonerRequest, timer: StageTimer) -> tuple[Prompt, ...]:
         model, clip = self._model, request.clip
         row = self._tokenizer.row(request.sentence, model.config.fusion.st_tokens)
         self._check(clip)
-        first = _first_of_each_step(clip)  # a short stream repeats its oldest frame
+        first = _first_of_each_step(clip)
         keys = [frame_key(clip.frames_rgb_u8[at]) for at in first]
-        window = self._window(clip.camera)
-        visual = self._visual_tokens(window, keys, clip, first)
-        seen = choose_seg_frames(len(first), model.config.seg_frames, model.config.seg_sampling)
-        maps = self._maps(window, keys, clip, first, seen)
-        encode_ms = (time.perf_counter() - start) * 1e3
-        rows = model.prompts(visual, maps, row).cpu().numpy()
-        prompts = tuple(
-            Prompt(int(clip.steps[first[at]]), int(clip.stamps_ns[first[at]]), embeddings)
-            for at, embeddings in zip(seen, rows, strict=True)
+        window = self._window(clip.camera, keys)
+        with timer.stage("video_encoder"):
+            visual = self._visual_tokens(window, keys, clip, first)
+        with timer.stage("fusion_maps"):
+            seen = choose_seg_frames(len(first), model.config.seg_frames, model.config.seg_sampling)
+            maps = self._maps(window, keys, clip, first, seen)
+        with timer.stage("language_model"):
+            rows = model.prompts(visual, maps, row).cpu().numpy()
+        by_step = {int(clip.steps[first[at]]): embeddings for at, embeddings in zip(seen, rows, strict=True)}
+        return tuple(
+            Prompt(step, stamp_ns, by_step[step])
+            for step, stamp_ns in zip(clip.steps.tolist(), clip.stamps_ns.tolist(), strict=True)
+            if step in by_step
         )
-        total_ms = (time.perf_counter() - start) * 1e3
-        timings = {"encode_clip": encode_ms, "language": total_ms - encode_ms, "total": total_ms}
-        return ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts, "", timings)
 
-    def _window(self, camera: str) -> _Window:
-        window = self._windows.setdefault(camera, _Window([], {}, {}))
-        self._windows.move_to_end(camera)
-        while len(self._windows) > CAMERAS:
-            self._windows.popitem(last=False)
-        return window
+    def _words(self, request: ReasonerRequest, timer: StageTimer) -> str:
+        row = self._tokenizer.question(request.sentence)
+        self._check(request.clip)
+        first = _first_of_each_step(request.clip)
+        keys = [frame_key(request.clip.frames_rgb_u8[at]) for at in first]
+        with timer.stage("video_encoder"):
+            visual = self._visual_tokens(self._window(request.clip.camera, keys), keys, request.clip, first)
+        with timer.stage("language_model"):
+            tokens = self._model.answer_tokens(
+                visual, row, marks=self._tokenizer.marks, ends=self._tokenizer.ends, longest=LONGEST_ANSWER_TOKENS
+            )
+        words = self._tokenizer.words(tokens)[:MAX_WORDS_CHARACTERS]
+        if not words:
+            raise Unanswered("the model has no word for an answer; ask in other words")
+        return words
+
+    def _window(self, camera: str, keys: Sequence[FrameKey]) -> _Window:
+        """What is kept of the stream that this clip continues, or nothing yet.
+
+        Robots call their cameras alike, and a pool does not say who asks: frames tell which stream it is.
+        """
+        known = [window for window in reversed(self._windows) if window.camera == camera]
+        found = max(known, key=lambda window: len(window.keys.intersection(keys)), default=None)
+        if found is None or not found.keys.intersection(keys):
+            found = _Window(camera, frozenset(), [], {}, {})
+        found.keys = frozenset(keys)
+        self._windows = [*(window for window in self._windows if window is not found), found][-WINDOWS:]
+        return found
 
     def _visual_tokens(
         self, window: _Window, keys: Sequence[FrameKey], clip: Clip, first: Sequence[int]

@@ -18,6 +18,7 @@ import zmq
 from virst_engine.errors import WireError
 from virst_engine.slow import wire
 from virst_engine.slow.process import RareWarnings
+from virst_engine.slow.reasoner import are_frames_of
 from virst_engine.slow.zmq_endpoint import (
     REFUSED,
     Connection,
@@ -49,7 +50,7 @@ def _what_is_wrong(answer: ReasonerAnswer, asked: _Asked) -> str:
     """Why an answer is not one to the request of its id; empty when it is."""
     if (answer.epoch, answer.goal_id) != (asked.epoch, asked.goal_id):
         return f"goal_id: request {answer.request_id} was about goal {asked.goal_id}, epoch {asked.epoch}"
-    if answer.prompts and tuple((prompt.step, prompt.stamp_ns) for prompt in answer.prompts) != asked.frames:
+    if not are_frames_of(answer.prompts, asked.frames):
         return f"steps: the answer to request {answer.request_id} is about other frames"
     if not answer.error and bool(answer.words) != asked.wants_words:
         return f"words: request {answer.request_id} wants {'words' if asked.wants_words else 'prompts'}"

@@ -363,10 +363,17 @@ def _command(
         str, typer.Option(metavar="ADDRESS", help="work for the pool that expects its reasoners there")
     ] = "",
     model: Annotated[str, typer.Option(help="model to run")] = ModelParameters().name,
-    weights: Annotated[str, typer.Option(help="safetensors file; empty = the shipped one")] = "",
+    weights: Annotated[str, typer.Option(help="safetensors file, or folder of virst-7b; empty = the shipped one")] = "",
+    memory_budget_gib: Annotated[
+        float,
+        typer.Option(min=0, help="virst-7b: memory of the device that it may take; 0 = what a GPU has free"),
+    ] = 0.0,
     method: Annotated[
         str, typer.Option(metavar="METHOD", help=f"how sentences become prompts: {', '.join(METHODS)}")
     ] = ReasonerParameters().method,
+    reasoner_weights: Annotated[
+        str, typer.Option(help="visa, tempvrs: safetensors file of the reasoner; empty = the shipped one")
+    ] = "",
     detector: Annotated[
         str,
         typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded"),
@@ -418,13 +425,13 @@ def _command(
             serve_pool(endpoint, pool, curve_keys=curve_keys)
         else:
             parameters = ModelParameters(name=model, weights=weights, device=device, threads=threads or _threads(cpus))
-            ReasonerParameters(method=method)  # ValueError for one that is none
+            asked = ReasonerParameters(method=method, weights=reasoner_weights, memory_budget_gib=memory_budget_gib)
             if detector and method != "grounding":
                 raise ValueError("--detector is for --method grounding")
             has_ended = serve(
-                lambda: _load(parameters, method, detector, threshold, boxes),
+                lambda: _load(parameters, asked, detector, threshold, boxes),
                 join or endpoint,
-                identify=lambda: _identify(parameters, method),
+                identify=lambda: _identify(parameters, asked),
                 curve_keys=curve_keys,
                 joins_pool=bool(join),
             )
@@ -446,18 +453,20 @@ def stay_on(cpus: str) -> None:
         raise ValueError(f"--cpus: {cpus!r} cannot be had ({error}); this process may use {there}") from error
 
 
-def _load(parameters: ModelParameters, method: str, detector: str, threshold: float, boxes: int) -> Reasoner:
+def _load(
+    parameters: ModelParameters, asked: ReasonerParameters, detector: str, threshold: float, boxes: int
+) -> Reasoner:
     from virst_engine.weights import load_grounding, load_reasoner  # takes seconds; --help should not
 
-    if method == "grounding":
+    if asked.method == "grounding":
         return load_grounding(detector, parameters, threshold=threshold, most_boxes=boxes)
-    return load_reasoner(parameters)
+    return load_reasoner(parameters, asked.method, asked.weights, memory_budget_gib=asked.memory_budget_gib)
 
 
-def _identify(parameters: ModelParameters, method: str) -> str:
+def _identify(parameters: ModelParameters, asked: ReasonerParameters) -> str:
     from virst_engine.weights import reasoner_identity
 
-    return reasoner_identity(parameters, method)
+    return reasoner_identity(parameters, asked.method, asked.weights)
 
 
 def main() -> None:

@@ -9,21 +9,26 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast, get_args
 
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from virst_engine.config import ModelParameters
 from virst_engine.data.recorded import open_scenes
 from virst_engine.model.config import Sam2Config, tabletop_tiny
+from virst_engine.model.methods import build_method, save_method, start_from
+from virst_engine.model.tempvrs import TempVrsConfig
 from virst_engine.model.virst import Virst
+from virst_engine.model.visa import VisaConfig
 from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.sim.spec import COLOURS, SHAPES
 from virst_engine.train import trainer
-from virst_engine.train.config import TrainConfig, tabletop_tiny_training
+from virst_engine.train.config import Method, TrainConfig, method_training, tabletop_tiny_training
+from virst_engine.train.method_steps import MethodModel, MethodReadOuts
 from virst_engine.train.steps import ReadOuts
-from virst_engine.weights import read_card, save_model
+from virst_engine.weights import SHIPPED, load_model, read_card, save_model, weights_sha256
 
 log = logging.getLogger(__name__)
 train_app = typer.Typer(
@@ -50,16 +55,36 @@ def train(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make batches.")] = 1,
     size: Annotated[int, typer.Option(min=32, help="Side of the segmenter's input, pixels.")] = 128,
+    method: Annotated[
+        str,
+        typer.Option(help="virst, or visa or tempvrs: a reasoner beside the segmenter of --init (the shipped one)."),
+    ] = "virst",
+    supervision: Annotated[str, typer.Option(help="tempvrs: what <TEP> tells of, clip or frame.")] = "clip",
+    one_seg: Annotated[bool, typer.Option("--one-seg", help="tempvrs: one <SEG> for all clips.")] = False,
 ) -> None:
-    """Train `tabletop-tiny`: pre-training, then VIRST's alignment, few-image and propagation stages."""
+    """Train `tabletop-tiny`: pre-training, then VIRST's alignment, few-image and propagation stages.
+
+    With --method: another reasoner that goes on from its language model.
+    """
     keep_freed_memory()
     _check_device(device)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    config = _chosen_stages(replace(tabletop_tiny_training(scale), seed=seed), stages)
-    model = _start_model(init, size)
-    heads = ReadOuts(model.config, colours=len(COLOURS), shapes=len(SHAPES))
+    model: Virst | MethodModel
+    heads: ReadOuts | MethodReadOuts
+    if method == "virst":
+        config = tabletop_tiny_training(scale)
+        model = _start_model(init, size)
+        heads = ReadOuts(model.config, colours=len(COLOURS), shapes=len(SHAPES))
+    elif method in get_args(Method):
+        init = init or SHIPPED / "tabletop-tiny.safetensors"
+        config = method_training(cast(Method, method), scale)
+        model = _start_method(method, init, supervision, several_seg=not one_seg)
+        heads = MethodReadOuts(model.reasoner, colours=len(COLOURS), shapes=len(SHAPES))
+    else:
+        raise typer.BadParameter(f"must be virst, visa or tempvrs, got {method!r}", param_hint="--method")
+    config = _chosen_stages(replace(config, seed=seed), stages)
     scenes = open_scenes(clips)
     run = trainer.Trainer(
         model, heads, config, scenes, folder=out, scalars=_curves(out), device=device, loader_workers=workers
@@ -82,7 +107,10 @@ def train(
             "steps": run.taken,
             "started_from": None if init is None else {"file": init.name, "card": read_card(init)},
         }
-        save_model(model, export, card)
+        if isinstance(model, MethodModel):
+            save_method(model.reasoner, export, card)
+        else:
+            save_model(model, export, card)
         log.info("wrote %s", export)
 
 
@@ -111,8 +139,6 @@ def _check_device(device: str) -> None:
 
 
 def _start_model(init: Path | None, size: int) -> Virst:
-    from virst_engine.weights import load_model
-
     if init is None:
         config = tabletop_tiny(VOCABULARY)
         return Virst(replace(config, sam2=_sized(config.sam2, size)))
@@ -123,6 +149,29 @@ def _start_model(init: Path | None, size: int) -> Virst:
     model = Virst(replace(loaded.config, sam2=_sized(loaded.config.sam2, size)))
     model.load_state_dict(loaded.state_dict())
     return model
+
+
+def _start_method(method: str, init: Path, supervision: str, *, several_seg: bool = True) -> MethodModel:
+    """A reasoner that goes on from the language model of `init`, and the segmenter of `init`."""
+    virst = load_model(init)
+    common: dict[str, Any] = {
+        "name": f"{virst.config.name}-{method}",
+        "video": virst.config.video,
+        "language": virst.config.language,
+        "prompt_channels": virst.config.sam2.channels,
+        "words": virst.config.words,
+        "segmenter": weights_sha256(ModelParameters(name=virst.config.name, weights=str(init))),
+    }
+    try:
+        if method == "visa":
+            config: VisaConfig | TempVrsConfig = VisaConfig(**common)
+        else:
+            config = TempVrsConfig(**common, supervision=supervision, several_seg=several_seg)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    reasoner = build_method(config)
+    start_from(reasoner, virst)
+    return MethodModel(reasoner, virst.seg_model, virst.config.fusion.feature_level)
 
 
 def _sized(config: Sam2Config, size: int) -> Sam2Config:

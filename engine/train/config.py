@@ -29,6 +29,7 @@ class LossWeights:
     visual_landmark: float = 4.0  # whether the landmark is in a visual token, half-way through (not in VIRST)
     visual_motion: float = 4.0  # shift of the object in every visual token, before the language model (not in VIRST)
     motion: float = 0.2  # shift of every cell's object, from the video encoder (not in VIRST)
+    sampler: float = 0.5  # the answer of VISA's frame sampler
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StageConfig:
     """One stage. `kind` pretraining is extra to the paper: its parts come pre-trained, ours start from nothing."""
 
     name: str
-    kind: Literal["video", "pretraining", "image", "propagation"]
+    kind: Literal["video", "pretraining", "image", "propagation", "visa", "tempvrs"]
     steps: int
     learning_rate: float
     frozen: tuple[str, ...] = ()  # prefixes of parameter names
@@ -77,6 +78,29 @@ class TrainConfig:
     clip_stride: int = 3  # recorded frames (10 Hz) between frames of a clip: 0.3 s
     checkpoint_every: int = 100
     bf16: bool = True  # where the device computes with it
+
+
+Method = Literal["visa", "tempvrs"]
+METHOD_WINDOW = 22  # frames at the recordings' 10 Hz: the time of a clip of `tabletop-tiny`, three times as dense
+
+
+def method_training(method: Method, scale: float = 1.0) -> TrainConfig:
+    """The methods beside VIRST: their language model goes on from that of `tabletop-tiny`, on the same scenes.
+
+    SAM 2 and the video encoder stay as they are, so that all methods have the same segmenter and see the same.
+    """
+    static = ("attribute", "relation", "superlative", "reasoning")
+    return TrainConfig(
+        clip_stride=1,
+        stages=(
+            StageConfig(
+                method, method, max(1, round(1200 * scale)), 8e-4, frozen=("seg_model.", "reasoner.video_encoder."),
+                clips=6, sentences=6, clip_frames=METHOD_WINDOW, anchors=1,
+                kinds=(*KINDS_FULL, *static, "relation", *2 * ("motion",)), absent_share=0.35,
+                weights=LossWeights(occlusion=1.0, presence=2.0, iou=0.1),
+            ),
+        ),
+    )  # fmt: skip
 
 
 def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:

@@ -45,11 +45,11 @@ class ReadOuts(nn.Module):
         hidden, self.layers = config.language.hidden, config.language.layers
         # What a visual token shows: the landmark half-way through the language model ("the blue can" in "left of the
         # blue can"), and from then on, told by it, the target.
-        self.visual_landmark = _token_mark(hidden)
-        self.visual_target = nn.ModuleList(_token_mark(hidden) for _ in range(self.layers - self.layers // 2))
+        self.visual_landmark = token_mark(hidden)
+        self.visual_target = nn.ModuleList(token_mark(hidden) for _ in range(self.layers - self.layers // 2))
 
 
-def _token_mark(hidden: int) -> nn.Sequential:
+def token_mark(hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
 
 
@@ -215,7 +215,7 @@ def visual_motion_losses(heads: ReadOuts, clip: ClipEncoding, batch: Batch, vide
     encoder knows, and the language model overlooks it.
     """
     t, coarse = batch.clip_frames, batch.clip_frames * video.tokens_per_frame
-    found = heads.visual_motion(clip.visual_tokens).float() / VISUAL_MOTION_SCALE
+    found = heads.visual_motion(clip.visual.tokens).float() / VISUAL_MOTION_SCALE
     losses = [motion_loss(found[:, :coarse].unflatten(1, (t, -1)), batch.colour[:, :t], batch.motion)]
     if video.fine_newest:
         losses.append(motion_loss(found[:, None, coarse:], batch.colour[:, t - 1 : t], batch.motion[:, t - 1 :]))

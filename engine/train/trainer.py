@@ -21,6 +21,7 @@ from virst_engine.errors import WeightsError
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train.config import StageConfig, TrainConfig
+from virst_engine.train.method_steps import MethodModel, MethodReadOuts, tempvrs_step, visa_step
 from virst_engine.train.steps import (
     Losses,
     ReadOuts,
@@ -62,7 +63,11 @@ def computes_bf16(device: str) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def run_step(stage: StageConfig, model: Virst, heads: ReadOuts, batch: Batch) -> Losses:
+def run_step(stage: StageConfig, model: Virst | MethodModel, heads: ReadOuts | MethodReadOuts, batch: Batch) -> Losses:
+    if isinstance(model, MethodModel) or isinstance(heads, MethodReadOuts):
+        assert isinstance(model, MethodModel)
+        assert isinstance(heads, MethodReadOuts)
+        return visa_step(model, heads, batch) if stage.kind == "visa" else tempvrs_step(model, heads, batch)
     is_encoder_frozen = "seg_model.image_encoder.".startswith(stage.frozen)
     if stage.kind == "video":
         return video_step(model, heads, batch)
@@ -78,8 +83,8 @@ class Trainer:
 
     def __init__(
         self,
-        model: Virst,
-        heads: ReadOuts,
+        model: Virst | MethodModel,
+        heads: ReadOuts | MethodReadOuts,
         config: TrainConfig,
         scenes: Sequence[RecordedScene],
         *,

@@ -63,7 +63,7 @@ def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None
     recording = open_recording(settings.video, rate_hz=settings.rate_hz, topic=settings.topic)
     config = settings.config
     method = config.reasoner.method
-    check = load_goal_check(config.model, method)
+    check = load_goal_check(config.model, method, config.reasoner.weights)
     for sentence in settings.goals:
         check(sentence)
     on_step(0, None, "loading the model")
@@ -71,7 +71,12 @@ def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None
     if method == "grounding":
         reasoner = load_grounding(settings.detector, config.model, threshold=settings.threshold)
     else:
-        reasoner = load_reasoner(config.model)
+        reasoner = load_reasoner(
+            config.model,
+            method,
+            config.reasoner.weights,
+            memory_budget_gib=config.reasoner.memory_budget_gib,
+        )
     stages = load_stages(config.model, config.engine, config.memory)
     description: dict[str, Any] = {
         "video": str(settings.video),

@@ -62,7 +62,7 @@ class AnchorStrategy:
     own confidence that the target is in the frame. Of equal ones the earliest.
     random-3, uniform-3: three frames, drawn with `seed` or evenly spread.
 
-    Of an answer that names fewer frames than the clip has, `dynamic` takes all: its method has chosen already.
+    Where the method itself chooses frames (`reasoner.chooses_frames`), `dynamic` takes all of these.
     Raises ValueError for another name, and a negative count.
     """
 
@@ -81,8 +81,8 @@ class AnchorStrategy:
         """Whether every sentence about a clip gets the same anchors, where a method answers for every frame."""
         return self.name != "guided"
 
-    def choose(self, prompts: Sequence[Prompt], clip_frames: int) -> list[Prompt]:
-        """The prompts of the anchors, oldest first; none of none."""
+    def choose(self, prompts: Sequence[Prompt], *, are_chosen: bool = False) -> list[Prompt]:
+        """The prompts of the anchors, oldest first; none of none. `are_chosen`: by the method, for this sentence."""
         if not prompts:
             return []
         if self.name == "first-frame":
@@ -94,10 +94,10 @@ class AnchorStrategy:
             positions = sorted(int(position) for position in drawn)
         elif self.name == "uniform-3":
             positions = spread(len(prompts), FIXED_ANCHORS)
-        elif len(prompts) < clip_frames:
+        elif are_chosen:
             positions = list(range(len(prompts)))
         else:
-            positions = spread(clip_frames, self.count) if self.count else anchor_frames(clip_frames)
+            positions = spread(len(prompts), self.count) if self.count else anchor_frames(len(prompts))
         return [prompts[position] for position in positions]
 
 
@@ -233,7 +233,7 @@ def propagate_whole_video(
 
     Args:
         frames: the whole video, at least one frame.
-        config: `reasoner.clip_frames` is T_seg, `memory` gives alpha, P - 1 and the pointers.
+        config: `reasoner.frames_asked` is T_seg, `memory` gives alpha, P - 1 and the pointers.
         strategy: which frames are anchors.
 
     Raises:
@@ -246,11 +246,11 @@ def propagate_whole_video(
         check_image(frame.image_rgb_u8)
         return stages.image_encoder(preprocess(frame.image_rgb_u8))
 
-    sampled = uniform_frames(len(frames), config.reasoner.clip_frames)
+    sampled = uniform_frames(len(frames), config.reasoner.frames_asked)
     of_clip = {t: frames[t] for t in sorted(set(sampled))}
     kept = {t: _own(encode(frame)) for t, frame in of_clip.items()}
     answers = _prompts(reasoner, _clip(of_clip, kept, sampled, stages.sizes.video_size), sentences)
-    chosen = [strategy.choose(prompts, len(sampled)) for prompts in answers]
+    chosen = [strategy.choose(prompts, are_chosen=config.reasoner.chooses_frames) for prompts in answers]
     together = _those_with_the_same_anchors(chosen)
     companies = [_Company(stages, config.memory, [chosen[g] for g in goals], kept, device) for goals in together]
     order_of_goals = torch.tensor([goal for goals in together for goal in goals], device=device).argsort()

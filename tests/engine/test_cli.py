@@ -132,6 +132,7 @@ def test_words_and_facts_of_a_weights_file(tmp_path):
     assert "small" in facts
     assert "never" in facts
     assert "sha256" in facts
+    assert "tabletop-tiny" in run("weights", "info").output  # the shipped file, wherever the program is called
 
 
 def test_missing_weights_are_named(monkeypatch, capsys, tmp_path):

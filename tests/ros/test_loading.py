@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading the shipped model, and ending while it is loaded."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip("rclpy")
 
-from virst_engine import EngineConfig
+from tests.engine.model.small_virst_7b import write_converted
+from virst_engine import EngineConfig, Frame
+from virst_engine.config import MemoryParameters, ModelParameters, ReasonerParameters
+from virst_engine.errors import BadGoal
 from virst_ros import loading
 from virst_ros.loading import ToldToEnd, load_engine
 
@@ -42,3 +46,24 @@ def test_it_is_asked_as_long_as_it_warms_up():
     engine.session.close()
     assert len(asked) >= 6
     assert engine.model.name == "tabletop-tiny"
+
+
+def test_virst_at_full_size_is_loaded_from_its_folder(tmp_path):
+    folder = write_converted(tmp_path / "weights")
+    config = EngineConfig(
+        model=ModelParameters(name="virst-7b", weights=str(folder)),
+        memory=MemoryParameters(ring_steps=16),
+        reasoner=ReasonerParameters(endpoint=f"ipc://{tmp_path}/reasoner"),
+    )
+    loaded = load_engine(config)
+    try:
+        assert (loaded.model.name, loaded.model.weights) == ("virst-7b", str(folder))
+        assert loaded.ask is not None
+        loaded.check_goal("whatever is about to fall")
+        with pytest.raises(BadGoal, match="no word"):
+            loaded.check_goal(" ")
+        loaded.session.set_goal("whatever is about to fall")
+        (found,) = loaded.session.step(Frame(np.zeros((48, 64, 3), np.uint8), 0)).objects
+        assert "no reasoner answers" in found.message
+    finally:
+        loaded.session.close()

@@ -5,15 +5,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from tests.engine.model.small_models import SMALL_SAM2, liven
+from virst_engine.model import virst_checkpoint
 from virst_engine.model.config import FusionConfig, LanguageModelConfig
 from virst_engine.model.virst_7b import Virst7b
-from virst_engine.model.virst_7b_config import UmtConfig, Virst7bConfig
+from virst_engine.model.virst_7b_config import UmtConfig, Virst7bConfig, with_preset
 
 BYTES = 256  # a tokenizer of single bytes: every text can be written, no merges
 VOCABULARY = BYTES + 3 + 1  # the chat's marks and [SEG]
@@ -60,6 +62,35 @@ def byte_vocabulary() -> dict[str, int]:
 
 
 RANK = 2  # of the adapters in small
+
+# A stream reads as many memories as the published model has.
+SMALL_STREAMING_7B = with_preset(
+    replace(SMALL_7B, sam2=replace(SMALL_7B.sam2, memory_frames=7, max_pointers=16)), "released"
+)
+
+
+def sure_virst_7b() -> Virst7b:
+    """Random, for streams; whatever it segments is there."""
+    model = small_virst_7b(SMALL_STREAMING_7B, seed=2)
+    with torch.no_grad():
+        model.seg_model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 50.0
+    return model
+
+
+def write_converted(folder: Path) -> Path:
+    """`sure_virst_7b` in `folder`, as `virst weights convert` writes it of published files, in many small shards."""
+    model = sure_virst_7b()
+    published = folder.with_name(f"{folder.name}.pt")
+    published.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model_state_dict": published_state(model)}, published)
+    base = write_base(folder.with_name(f"{folder.name}-base"), model)
+    with pytest.MonkeyPatch.context() as patch:
+        shapes = virst_checkpoint.published_shapes
+        patch.setattr(virst_checkpoint, "published_shapes", lambda config: shapes(config, RANK))
+        virst_checkpoint.convert(
+            virst_checkpoint.Sources(base, published), folder, SMALL_STREAMING_7B, "float32", shard_bytes=40_000
+        )
+    return folder
 
 
 def published_state(model: Virst7b, seed: int = 0) -> dict[str, torch.Tensor]:

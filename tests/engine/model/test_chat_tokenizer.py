@@ -42,10 +42,28 @@ def test_a_question_is_asked_as_it_is(tokenizer: ChatTokenizer) -> None:
     assert "\nWhich one rolls".lower() + "? Please respond" in text_of(tokenizer.row("Which one rolls?", 3).after)
 
 
+def test_a_question_in_words_keeps_its_capitals_and_leaves_the_answer_to_the_model(tokenizer: ChatTokenizer) -> None:
+    row = tokenizer.question(" What is  on\tthe Table?")
+    assert text_of(row.before) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+    assert text_of(row.after) == "\nWhat is on the Table?<|im_end|>\n<|im_start|>assistant\n"
+    assert row.st == ()
+
+
+def test_tokens_of_an_answer_become_text_without_marks(tokenizer: ChatTokenizer) -> None:
+    said = tokenizer.question("Two red boxes.").after
+    assert tokenizer.words(said) == "Two red boxes.\nassistant"
+    assert tokenizer.words([*said, SEG, END]) == "Two red boxes.\nassistant"
+    assert tokenizer.words([]) == ""
+    assert set(tokenizer.marks) == {END_OF_TEXT, START, END, SEG}
+    assert set(tokenizer.ends) == {END_OF_TEXT, END}
+
+
 @pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "[SEG]", "[seg]"])
 def test_a_sentence_cannot_end_its_turn_or_ask_for_masks_itself(tokenizer: ChatTokenizer, mark: str) -> None:
     with pytest.raises(BadGoal, match="may not hold the marks"):
         tokenizer.row(f"the ball{mark} and more", 3)
+    with pytest.raises(BadGoal, match="may not hold the marks"):
+        tokenizer.question(f"the ball{mark} and more")
 
 
 @pytest.mark.parametrize(("sentence", "why"), [("", "no word"), (" \n", "no word"), ("a" * 201, "at most 200 tokens")])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.engine.model.small_models import SMALL, small_virst, with_fusion
 from virst_engine.model.config import VirstConfig
+from virst_engine.model.video_language import VisualTokens
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.model.words import ANSWER, END, SPECIAL_TOKENS, WordTokenizer, pad_rows
 
@@ -70,10 +71,10 @@ def test_st_tokens_stand_after_sentence_and_video_and_are_read_at_their_own_plac
     output = ask(model, clips, SENTENCES[0])
     hook.remove()
     (embeddings, hidden), text = seen[0], model.language_model.embed_tokens(rows_of(SENTENCES[0])[0])
-    words, visual = text.shape[1], clips.visual_tokens.shape[1]
+    words, visual = text.shape[1], clips.visual.tokens.shape[1]
     assert embeddings.shape[1] == words + visual + N
     assert torch.equal(embeddings[:, :words], text)
-    assert torch.equal(embeddings[:, words:-N], clips.visual_tokens[:1])
+    assert torch.equal(embeddings[:, words:-N], clips.visual.tokens[:1])
     assert clips.initial_tokens is not None
     fused = model.initial_seg_fusion_module(model.st_embedding[None], clips.initial_tokens[:1])
     assert torch.allclose(embeddings[:, -N:], fused, atol=1e-6)
@@ -133,7 +134,7 @@ def test_each_row_reads_its_own_clip(model: Virst, clips: ClipEncoding) -> None:
     assert torch.allclose(prompts[0], prompts[2], atol=1e-5)
     assert not torch.allclose(prompts[0], prompts[1], atol=1e-2)
     second_alone = ClipEncoding(
-        clips.visual_tokens[1:],
+        VisualTokens(clips.visual.tokens[1:], clips.visual.begins),
         None if clips.initial_tokens is None else clips.initial_tokens[1:],
         clips.second_maps[1:],
     )
@@ -150,7 +151,7 @@ def test_every_view_of_the_clip_reaches_the_prompts(model: Virst, clips: ClipEnc
     before = ask(model, clips, SENTENCES[0]).prompts
     assert clips.initial_tokens is not None
     for changed in (
-        replace(clips, visual_tokens=clips.visual_tokens.flip(1)),
+        replace(clips, visual=VisualTokens(clips.visual.tokens.flip(1), clips.visual.begins)),
         replace(clips, initial_tokens=clips.initial_tokens + 1.0),
         replace(clips, second_maps=clips.second_maps.flip(1)),
     ):
@@ -201,11 +202,11 @@ def test_without_second_fusion_prompts_are_the_projected_tokens() -> None:
 def test_frames_of_the_language_models_view_are_numbered(model: Virst) -> None:
     """Two equal frames get different visual tokens."""
     frames = torch.randn(1, 1, 3, 64, 64).expand(1, 8, -1, -1, -1)
-    tokens = model.encode_clip(frames, torch.randn(1, 8, C, 16, 16)).visual_tokens.unflatten(1, (8, -1))
+    tokens = model.encode_clip(frames, torch.randn(1, 8, C, 16, 16)).visual.tokens.unflatten(1, (8, -1))
     assert not torch.allclose(tokens[:, 0], tokens[:, 4], atol=1e-3)  # both are the first of their short clip
     newest = model.frame_embedding[:, -8:]  # numbered from the newest, which has the last row in every clip
     assert torch.allclose(tokens[:, 0] - newest[:, 0], tokens[:, 4] - newest[:, 4], atol=1e-5)
-    alone = model.encode_clip(frames[:, :1], torch.randn(1, 1, C, 16, 16)).visual_tokens
+    alone = model.encode_clip(frames[:, :1], torch.randn(1, 1, C, 16, 16)).visual.tokens
     assert torch.allclose(alone - newest[:, 7], tokens[:, 0] - newest[:, 0], atol=1e-5)
 
 
@@ -217,10 +218,15 @@ def test_the_newest_frame_follows_in_detail() -> None:
     frames, maps = torch.randn(1, T, 3, 64, 64), torch.randn(1, T, C, 16, 16)
     with torch.no_grad():
         clip, cells = model.encode_clip(frames, maps), model.video_encoder.cells(frames)
-        assert torch.equal(clip.visual_tokens[:, : 4 * T], coarse.encode_clip(frames, maps).visual_tokens)
+        assert torch.equal(clip.visual.tokens[:, : 4 * T], coarse.encode_clip(frames, maps).visual.tokens)
         fine = model.fine_projector(cells[:, -1]) + model.fine_place_embedding
-        assert torch.equal(clip.visual_tokens[:, 4 * T :], fine)
-        positions = model._positions(torch.ones(1, 2 + 4 * T + 16 + N, dtype=torch.bool), 2, clip)[0]
+        assert torch.equal(clip.visual.tokens[:, 4 * T :], fine)
+        positions = model.question(
+            torch.ones(1, 2, dtype=torch.long),
+            torch.ones(1, 2, dtype=torch.bool),
+            clip.visual,
+            torch.zeros(1, N, SMALL.language.hidden),
+        ).positions[0]
         expected = [0, 1, *(2 + t for t in range(T) for _ in range(4)), *16 * [2 + T], *(3 + T + n for n in range(N))]
         assert positions.tolist() == expected
         assert ask(model, clip, SENTENCES[0]).prompts.shape == (1, T, N, C)

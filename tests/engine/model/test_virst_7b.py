@@ -146,6 +146,39 @@ def test_maps_of_frames_can_be_made_one_by_one() -> None:
     assert torch.allclose(together.initial, torch.cat([m.initial for m in single if m.initial is not None]), atol=1e-5)
 
 
+def words_of(model: Virst7b, row: ChatRow, longest: int = 12, ends: tuple[int, ...] = (SEG - 1,)) -> list[int]:
+    visual = model.encode_short_clips(frames_of()).flatten(0, 1)
+    return model.answer_tokens(visual, row, marks=(SEG - 2, SEG - 1, SEG), ends=ends, longest=longest)
+
+
+def test_words_are_the_likeliest_ones_with_all_read_anew_for_each() -> None:
+    model, row = small_virst_7b(), ChatRow((1, 2, 3), (4, 5, 6), ())
+    table = model.language_model.embed_tokens.weight
+    read = [*table[[1, 2, 3]], *model.encode_short_clips(frames_of()).flatten(0, 1), *table[[4, 5, 6]]]
+    expected: list[int] = []
+    for _ in range(12):
+        hidden = model.language_model(inputs_embeds=torch.stack(read)[None]).last_hidden_state[0, -1]
+        logits = model.lm_head(hidden)
+        logits[[SEG - 2, SEG]] = -1e9
+        expected.append(int(logits.argmax()))
+        read.append(table[expected[-1]])
+    assert SEG - 1 not in expected
+    assert words_of(model, row) == expected
+    assert words_of(model, row, longest=5) == expected[:5]
+    assert words_of(model, row, ends=(expected[7],)) == expected[: expected.index(expected[7])]
+
+
+@pytest.mark.parametrize(("likeliest", "found"), [((SEG, 9), [9] * 4), ((SEG - 2, 9), [9] * 4), ((SEG - 1, 9), [])])
+def test_marks_are_no_words_and_an_end_ends(likeliest: tuple[int, int], found: list[int]) -> None:
+    model = small_virst_7b()
+    model.lm_head = torch.nn.Linear(SMALL_7B.language.hidden, VOCABULARY)
+    model.lm_head.weight.zero_()
+    model.lm_head.bias.zero_()
+    for score, token in zip((100.0, 50.0), likeliest, strict=True):
+        model.lm_head.bias[token] = score
+    assert words_of(model, ChatRow((1,), (2,), ()), longest=4) == found
+
+
 def test_parts_in_bfloat16_work_beside_parts_in_float32() -> None:
     model = small_virst_7b()
     expected = prompts_of(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -77,9 +77,7 @@ def stored(out: Path) -> dict[str, Tensor]:
     """All numbers of a folder, both halves."""
     everything = {f"seg_model.{name}": value for name, value in load_segmenter_model(out).state_dict().items()}
     loaded = load_reasoner_model(out).state_dict()
-    return everything | {
-        name: value for name, value in loaded.items() if not name.startswith(("seg_model.", "lm_head."))
-    }
+    return everything | {name: value for name, value in loaded.items() if not name.startswith("seg_model.")}
 
 
 # --- full size, without numbers ------------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ def test_a_published_checkpoint_becomes_the_model_that_was_saved(tmp_path: Path,
     file = published_file(tmp_path, published_state(model), epoch=3)
     manifest = convert(Sources(base, file), out, RELEASED, "float32")
     loaded, saved = stored(out), model.state_dict()
-    assert loaded.keys() | {"lm_head.weight"} == saved.keys()
+    assert loaded.keys() == saved.keys()
     for name, value in loaded.items():
         if name == "language_model.embed_tokens.weight":
             assert torch.equal(value[:-1], saved[name][:-1])
@@ -272,6 +270,39 @@ def test_what_the_checkpoint_lacks_comes_from_the_base_models(
     expected = model.state_dict()[f"{name}.weight"] + 0.25 * b @ a
     assert torch.allclose(stored(tmp_path / "out")[f"{name}.weight"], expected, atol=1e-6)
     assert manifest.facts["of the base models"] > 100
+
+
+def without_words_head(base: Path, tied: bool | None) -> None:
+    """The base model as one that writes words with its embeddings, and says so (True), or not."""
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    shard = index["weight_map"].pop("lm_head.weight")
+    tensors = load_file(base / shard)
+    save_file({name: value for name, value in tensors.items() if name != "lm_head.weight"}, base / shard)
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    if tied is not None:
+        (base / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+
+
+def test_a_base_model_whose_words_are_its_embeddings_has_them_twice(
+    tmp_path: Path, model: Virst7b, base: Path, sam2: Path
+) -> None:
+    without_words_head(base, tied=True)
+    assert convert(Sources(base, sam2=sam2), tmp_path / "out", RELEASED, "float32").has_words
+    loaded = stored(tmp_path / "out")
+    assert torch.equal(loaded["lm_head.weight"], model.language_model.embed_tokens.weight)
+    state = {name: value for name, value in published_state(model).items() if "lm_head" not in name}
+    file = published_file(tmp_path, state)
+    convert(Sources(base, file), tmp_path / "trained", RELEASED, "float32")
+    own = stored(tmp_path / "trained")
+    assert torch.equal(own["lm_head.weight"], own["language_model.embed_tokens.weight"])
+    assert torch.equal(own["lm_head.weight"][-1], model.st_embedding[0])
+
+
+@pytest.mark.parametrize("tied", [None, False])
+def test_a_words_head_that_is_missing_is_told(tmp_path: Path, base: Path, sam2: Path, tied: bool | None) -> None:
+    without_words_head(base, tied)
+    with pytest.raises(CheckpointError, match="lacks 1 tensors: lm_head"):
+        convert(Sources(base, sam2=sam2), tmp_path / "out", RELEASED)
 
 
 # --- what may be wrong ---------------------------------------------------------------------------------------------
@@ -436,6 +467,16 @@ def test_the_command_converts_and_tells_what_it_wrote(
     assert manifest.config == RELEASED  # the preset of the published checkpoint is the default
     assert f"tensors     {len(manifest.tensors)}" in run.output
     assert "merged adapters 14" in run.output
+    told = CliRunner().invoke(app, ["weights", "info", str(out), "--verify"])
+    assert told.exit_code == 0, told.output
+    assert f"sha256      {manifest.sha256}" in told.output
+    assert "every shard as its checksum says" in told.output
+    assert "questions   answered" in told.output
+    shard = out / "model-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert CliRunner().invoke(app, ["weights", "info", str(out)]).exit_code == 0  # it reads no shard
+    damaged = CliRunner().invoke(app, ["weights", "info", str(out), "--verify"])
+    assert isinstance(damaged.exception, WeightsError)
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, WeightsError)
     wrong = CliRunner().invoke(app, [*arguments[:4], str(tmp_path / "new"), *arguments[5:], "--dtype", "int8"])

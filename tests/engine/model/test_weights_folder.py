@@ -19,6 +19,7 @@ from virst_engine.errors import WeightsError
 from virst_engine.model.virst_7b import Virst7b
 from virst_engine.model.virst_7b_config import Virst7bConfig
 from virst_engine.model.weights_folder import (
+    find_folder,
     load_reasoner_model,
     load_segmenter_model,
     read_manifest,
@@ -50,7 +51,8 @@ def test_a_folder_comes_back_number_for_number(folder: Path, model: Virst7b) -> 
         assert torch.equal(segmenter.encode_image(pixels).top, model.seg_model.encode_image(pixels).top)
     assert not reasoner.training
     assert not segmenter.training
-    assert reasoner.lm_head.weight.device.type == "meta"  # what prompts do not need is not read
+    assert torch.equal(reasoner.lm_head.weight, model.lm_head.weight)
+    assert all(value.device.type == "meta" for value in reasoner.seg_model.parameters())  # what it does not need
     manifest = read_manifest(folder)
     assert manifest.config == SMALL_7B
     assert manifest.facts == {"from": "a test"}
@@ -177,6 +179,8 @@ def garble(folder: Path) -> None:
         (edit_manifest(lambda m: m["config"].update(nonsense=1)), "unknown fields of Virst7bConfig: nonsense"),
         (edit_manifest(lambda m: m["config"]["language"].update(hidden=48)), "has wrong shapes for"),
         (edit_manifest(lambda m: m["tensors"].pop("st_embedding")), "lacks 1 tensors: st_embedding"),
+        (edit_manifest(lambda m: m["shards"]["model-00001.safetensors"].pop("sha256")), "is no manifest that"),
+        (edit_manifest(lambda m: m.update(shards=[])), "is no manifest that"),
         (
             edit_manifest(lambda m: m["tensors"]["st_embedding"].update(dtype="int8")),
             "has the wrong type for 1 tensors: st_embedding int8",
@@ -202,7 +206,7 @@ def test_a_number_that_changed_is_found_by_its_checksum(folder: Path) -> None:
 
 def test_a_budget_that_is_too_small_is_told_before_anything_is_read(folder: Path) -> None:
     manifest = read_manifest(folder)
-    wanted = [name for name in manifest.tensors if not name.startswith(("seg_model.", "lm_head."))]
+    wanted = [name for name in manifest.tensors if not name.startswith("seg_model.")]
     weights = sum(manifest.tensors[name].bytes for name in wanted)
     needed = (weights + working_bytes(manifest.config)) / 2**30
     load_reasoner_model(folder, budget_gib=needed * 1.01)
@@ -212,6 +216,84 @@ def test_a_budget_that_is_too_small_is_told_before_anything_is_read(folder: Path
         WeightsError, match=r"needs [\d.]+ GiB of device memory .* the budget is [\d.]+ GiB; allow more"
     ):
         load_reasoner_model(folder, budget_gib=needed * 0.9)
+    with pytest.raises(WeightsError, match="the budget is"):
+        load_reasoner_model(folder, budget_gib=needed * 1.01, windows=1000)
+
+
+class FakeGpu:
+    """A GPU of 1 GiB whose memory is `free`, as torch tells of one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, capability: tuple[int, int] = (8, 0)) -> None:
+        self.share: list[float] = []
+        answers = {
+            "is_available": lambda: True,
+            "get_device_capability": lambda device: capability,
+            "mem_get_info": lambda device: (free, 1 << 30),
+            "set_per_process_memory_fraction": lambda share, device: self.share.append(share),
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_without_a_budget_what_the_gpu_has_free_is_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch, free=100_000)
+    with pytest.raises(WeightsError, match=r"needs [\d.]+ GiB .*cuda:0 has 0.00 GiB free; allow more .*end what else"):
+        load_reasoner_model(folder, "cuda:0")
+    with pytest.raises(WeightsError, match=r"cuda:0 has 0.00 GiB free"):
+        load_reasoner_model(folder, "cuda:0", budget_gib=0.5)
+    assert gpu.share == [0.5]  # of the GPU; no answer takes more than the budget later on
+
+
+def test_a_budget_counts_where_the_gpu_has_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch, free=1 << 30)
+    with pytest.raises(WeightsError, match=r"the budget is 0.00 GiB"):
+        load_reasoner_model(folder, "cuda:0", budget_gib=1e-6)
+
+
+def test_bfloat16_is_refused_by_gpus_that_emulate_it(
+    tmp_path: Path, model: Virst7b, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        tensors = ((name, value.to(dtype)) for name, value in model.state_dict().items())
+        write_folder(tmp_path / str(dtype), model.config, tensors, {})
+    FakeGpu(monkeypatch, free=0, capability=(7, 5))
+    with pytest.raises(WeightsError, match=r"does not compute in bfloat16 \(compute capability 7.5.*--dtype float16"):
+        load_reasoner_model(tmp_path / "torch.bfloat16", "cuda:0")
+    with pytest.raises(WeightsError, match="GiB free"):
+        load_reasoner_model(tmp_path / "torch.float16", "cuda:0")
+
+
+def test_a_folder_without_the_head_that_writes_words_has_prompts(tmp_path: Path, model: Virst7b) -> None:
+    tensors = ((name, value) for name, value in model.state_dict().items() if not name.startswith("lm_head."))
+    assert not write_folder(tmp_path / "out", model.config, tensors, {}).has_words
+    loaded = load_reasoner_model(tmp_path / "out")
+    assert not loaded.has_words
+    with torch.inference_mode():
+        assert torch.equal(prompts_of(loaded), prompts_of(model))
+
+
+def test_weights_are_told_apart_by_what_the_manifest_says(folder: Path, tmp_path: Path, model: Virst7b) -> None:
+    first = read_manifest(folder).sha256
+    assert len(first) == 64
+    again = write_folder(tmp_path / "again", model.config, model.state_dict().items(), {"from": "elsewhere"}, [], SHARD)
+    assert again.sha256 == read_manifest(tmp_path / "again").sha256 == first
+    other = small_virst_7b(seed=1).state_dict().items()
+    assert write_folder(tmp_path / "other", model.config, other, {}, [], SHARD).sha256 != first
+    config = replace(model.config, seg_frames=3)  # the same numbers mean something else
+    assert write_folder(tmp_path / "config", config, model.state_dict().items(), {}, [], SHARD).sha256 != first
+
+
+def test_what_is_no_folder_is_told(tmp_path: Path, folder: Path) -> None:
+    assert find_folder(str(folder)) == folder
+    (tmp_path / "file").write_text("")
+    for path, why in (
+        ("", "do not come with this package"),
+        (str(tmp_path / "nowhere"), r"are missing: no folder .*nowhere"),
+        (str(tmp_path / "file"), "is a file, not a weights folder"),
+        (str(tmp_path), r"is a folder without manifest\.json, not a weights folder"),
+    ):
+        with pytest.raises(WeightsError, match=rf"{why}.*virst weights convert .*--base.*--out.*model\.weights"):
+            find_folder(path)
 
 
 def test_one_answer_at_full_size_works_in_less_than_two_gib() -> None:

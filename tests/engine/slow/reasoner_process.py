@@ -18,7 +18,7 @@ from virst_engine.types import Prompt, ReasonerAnswer, ReasonerRequest
 class ObedientReasoner:
     """Prompts hold the step of their frame, words repeat the question; `mask` and `talk` give the other one of both.
 
-    `sleep` and `spin` take the seconds that follow; others fail as told.
+    `sleep` and `spin` take the seconds that follow, `leave` leaves the oldest frame out; others fail as told.
 
     With a `journal`, each request leaves a line there as it begins: seconds, process, sentence.
     """
@@ -52,6 +52,8 @@ class ObedientReasoner:
             Prompt(int(step), int(stamp_ns), np.full((2, 3), fill * step, np.float32))
             for step, stamp_ns in zip(clip.steps, clip.stamps_ns, strict=True)
         )
+        if order == "leave":
+            prompts = prompts[1:]
         answer = ReasonerAnswer(request.request_id, request.epoch, request.goal_id, prompts)
         if (request.wants_words and order != "mask") or order == "talk":
             answer = replace(answer, prompts=(), words=f"you said: {request.sentence}")
@@ -60,7 +62,7 @@ class ObedientReasoner:
                 "request": {"request_id": 999},
                 "goal": {"goal_id": "another"},
                 "epoch": {"epoch": 999},
-                "frames": {"prompts": prompts[1:]},
+                "frames": {"prompts": prompts[::-1]},
             }
             answer = replace(answer, **forged[argument])
         return answer

@@ -501,7 +501,7 @@ def test_reasoners_that_stop_in_an_orderly_way_do_not_count(fleet: Fleet) -> Non
     [
         ReasonerAnswer(1000, 0, "another", (), "error"),
         ReasonerAnswer(1000, 9, "goal", (), "error"),
-        replace(answer_to(request_of()), request_id=1000, prompts=answer_to(request_of()).prompts[1:]),
+        replace(answer_to(request_of()), request_id=1000, prompts=answer_to(request_of()).prompts[::-1]),
         ReasonerAnswer(1000, 0, "goal", (), words="words for a goal"),
         wire.Cancel("goal"),
         wire.Hello(),

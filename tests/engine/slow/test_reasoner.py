@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from virst_engine.errors import BadGoal
-from virst_engine.slow.reasoner import DelayedClient, InProcessClient
+from virst_engine.slow.reasoner import DelayedClient, InProcessClient, are_frames_of
 from virst_engine.types import Clip, Prompt, ReasonerAnswer, ReasonerRequest
 
 SECOND_NS = 1_000_000_000
@@ -34,6 +36,20 @@ def ask(client, request_id, at_s, goal_id="goal", sentence="the red ball"):
 def polled_at(client, at_s):
     client.advance(round(at_s * SECOND_NS))
     return [answer.request_id for answer in client.poll()]
+
+
+@pytest.mark.parametrize(
+    ("steps", "fits"),
+    [
+        ([1, 1, 2, 3], True), ([1, 2, 3], True), ([3], True), ([], True), ([1, 1, 3], True),
+        ([2, 1], False), ([1, 2, 2], False), ([4], False), ([1, 1, 1], False),
+    ],
+)  # fmt: skip
+def test_prompts_are_of_the_clips_frames_in_their_order(steps, fits):
+    prompts = [Prompt(step, 10 * step, np.zeros((1, 2), np.float32)) for step in steps]
+    clip = [(1, 10), (1, 10), (2, 20), (3, 30)]
+    assert are_frames_of(prompts, clip) is fits
+    assert not are_frames_of([replace(prompt, stamp_ns=5) for prompt in prompts], clip) or not prompts
 
 
 def test_the_in_process_client_answers_at_once_and_once():

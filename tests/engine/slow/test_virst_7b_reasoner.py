@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from tests.engine.model.small_virst_7b import SMALL_7B, VOCABULARY, small_virst_7b, write_tokenizer
-from virst_engine.errors import BadGoal, VirstError, WeightsError
+from virst_engine.errors import BadGoal, Unanswered, VirstError, WeightsError
 from virst_engine.model.chat_tokenizer import ChatTokenizer
 from virst_engine.model.pixels import normalise
 from virst_engine.model.virst_7b import Virst7b
 from virst_engine.model.virst_7b_config import Virst7bConfig, with_preset
 from virst_engine.model.weights_folder import load_reasoner_model, write_folder
+from virst_engine.slow.frame_window import FrameWindow
 from virst_engine.slow.reasoner import InProcessClient, Reasoner
 from virst_engine.slow.virst_7b_reasoner import (
-    CAMERAS,
+    LONGEST_ANSWER_TOKENS,
+    WINDOWS,
     Virst7bReasoner,
     arrange_short_clips,
     choose_seg_frames,
@@ -99,7 +101,7 @@ def test_every_frame_gets_a_prompt_that_names_it(reasoner: Virst7bReasoner) -> N
     assert [prompt.stamp_ns for prompt in answer.prompts] == [step * 1_000_000 for step in (3, 5, 9, 12, 20)]
     assert embeddings_of(answer).shape == (5, N, C)
     assert embeddings_of(answer).dtype == np.float32
-    assert {"encode_clip", "language", "total"} == answer.timings_ms.keys()
+    assert {"video_encoder", "fusion_maps", "language_model", "total"} == answer.timings_ms.keys()
 
 
 def test_the_answer_is_the_models_own(reasoner: Virst7bReasoner, model: Counted, tokenizer: ChatTokenizer) -> None:
@@ -162,7 +164,7 @@ def test_what_is_kept_changes_no_answer(model: Counted, tokenizer: ChatTokenizer
     for start in range(0, 5 * stride, stride):
         clip = clip_of(*range(start, start + 8))
         answer = embeddings_of(reasoner.answer(request_of(clip)))
-        window = reasoner._windows["camera"]
+        window = reasoner._windows[-1]
         assert window.visual.keys() == set(window.short_clips)  # and nothing older
         assert len(window.maps) == 8
         steps = {frame_key(frame_of(step)): step for step in range(start + 8)}
@@ -185,11 +187,11 @@ def test_cameras_have_windows_of_their_own_and_old_ones_are_forgotten(
     assert model.short_clips == 2
     reasoner.answer(request_of(clip_of(1, 2, 3, 4, camera="left")))
     assert model.short_clips == 2
-    for number in range(CAMERAS + 5):
+    for number in range(WINDOWS + 5):
         reasoner.answer(request_of(clip_of(1, camera=str(number))))
-    assert len(reasoner._windows) == CAMERAS
+    assert len(reasoner._windows) == WINDOWS
     reasoner.answer(request_of(clip_of(1, 2, 3, 4, camera="left")))
-    assert model.short_clips == 2 + CAMERAS + 5 + 1
+    assert model.short_clips == 2 + WINDOWS + 5 + 1
 
 
 def test_steps_that_start_again_with_other_frames_are_other_frames(reasoner: Virst7bReasoner) -> None:
@@ -204,8 +206,55 @@ def test_steps_that_start_again_with_other_frames_are_other_frames(reasoner: Vir
 
 def test_a_short_stream_that_repeats_its_oldest_frame_shows_it_once(reasoner: Virst7bReasoner, model: Counted) -> None:
     answer = reasoner.answer(request_of(clip_of(1, 1, 1, 1, 1, 2, 3)))
-    assert [prompt.step for prompt in answer.prompts] == [1, 2, 3]
+    assert [prompt.step for prompt in answer.prompts] == [1, 1, 1, 1, 1, 2, 3]
+    shown_once = embeddings_of(reasoner.answer(request_of(clip_of(1, 2, 3))))
+    np.testing.assert_allclose(embeddings_of(answer)[4:], shown_once, atol=1e-6)
+    np.testing.assert_array_equal(embeddings_of(answer)[:5], embeddings_of(answer)[[4] * 5])
     assert (model.short_clips, model.mapped_frames) == (1, 3)
+
+
+def test_robots_whose_cameras_have_one_name_do_not_push_each_other_out(
+    reasoner: Virst7bReasoner, model: Counted, tokenizer: ChatTokenizer
+) -> None:
+    """Steps and stamps are equal, too; a pool does not say who asks."""
+    for number, start in enumerate(range(0, 40, 4)):
+        clips = [clip_of(*range(start, start + 8)) for _ in range(2)]
+        clips[1] = replace(clips[1], frames_rgb_u8=255 - clips[1].frames_rgb_u8, fusion=-clips[1].fusion)
+        answers = [embeddings_of(reasoner.answer(request_of(clip))) for clip in clips]
+        assert model.short_clips == 2 * (2 + number)
+        assert model.mapped_frames == 2 * (8 + 4 * number)
+        assert not np.allclose(*answers, atol=1e-3)
+    assert len(reasoner._windows) == 2
+    alone = Virst7bReasoner(small_virst_7b(), tokenizer)
+    for start in range(0, 40, 4):
+        clip = clip_of(*range(start, start + 8))
+        clip = replace(clip, frames_rgb_u8=255 - clip.frames_rgb_u8, fusion=-clip.fusion)
+        expected = embeddings_of(alone.answer(request_of(clip)))
+    np.testing.assert_allclose(answers[1], expected, atol=1e-4)
+
+
+def test_a_live_stream_costs_few_frames_a_refresh_and_memory_stays_bounded(
+    reasoner: Virst7bReasoner, model: Counted
+) -> None:
+    """A camera at 30 Hz with jitter, a refresh a second, clips of 16 frames: those of the grid and the newest."""
+    rng = np.random.default_rng(3)
+    window = FrameWindow(16, 0.3, on_grid=True)
+    stamps = np.sort(np.arange(1800) / 30 + rng.uniform(-0.012, 0.012, 1800))
+    spent: list[tuple[int, int]] = []
+    for step, stamp_s in enumerate(stamps.tolist()):
+        fusion = np.random.default_rng(1000 + step).standard_normal((C, GRID, GRID))
+        window.push(step, round((5 + stamp_s) * 1e9), frame_of(step), fusion)
+        if step % 30 == 29:
+            before = model.short_clips, model.mapped_frames
+            reasoner.answer(request_of(window.clip()))
+            spent.append((model.short_clips - before[0], model.mapped_frames - before[1]))
+            (kept,) = reasoner._windows
+            assert len(kept.maps) <= 16
+            assert len(kept.visual) == len(kept.short_clips) <= 6
+    in_full = spent[6:]
+    assert max(maps for _, maps in in_full) <= 5  # at most four cells of 0.3 s begin in a second; and the newest
+    assert max(clips for clips, _ in in_full) <= 2  # of the four or five that the window has
+    assert len(in_full) == 54
 
 
 def keys(*numbers: int) -> list[bytes]:
@@ -274,6 +323,72 @@ def test_nothing_of_the_tests_own_folder_is_needed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(embeddings_of(reasoner.answer(request)), embeddings_of(own.answer(request)))
 
 
-def test_a_question_is_refused_with_what_can_be_asked_instead(reasoner: Virst7bReasoner) -> None:
-    with pytest.raises(VirstError, match=r"virst-7b has no words.*set_goal.*tabletop-tiny"):
-        reasoner.answer(replace(request_of(clip_of(0)), wants_words=True))
+# --- questions -----------------------------------------------------------------------------------------------------
+
+
+def asked(clip: Clip, question: str = "What is on the table?") -> ReasonerRequest:
+    return replace(request_of(clip, question), wants_words=True)
+
+
+def test_a_question_is_answered_in_the_models_own_words(
+    reasoner: Virst7bReasoner, model: Counted, tokenizer: ChatTokenizer
+) -> None:
+    answer = reasoner.answer(asked(clip_of(1, 2, 3, 4)))
+    assert (answer.prompts, answer.error) == ((), "")
+    frames = normalise(torch.from_numpy(clip_of(1, 2, 3, 4).frames_rgb_u8))[None]
+    with torch.inference_mode():
+        tokens = model.answer_tokens(
+            model.encode_short_clips(frames).flatten(0, 1), tokenizer.question("What is on the table?"),
+            marks=tokenizer.marks, ends=tokenizer.ends, longest=LONGEST_ANSWER_TOKENS,
+        )  # fmt: skip
+    assert answer.words == tokenizer.words(tokens)
+    assert answer.timings_ms.keys() == {"video_encoder", "language_model", "total"}
+    assert reasoner.answer(asked(clip_of(1, 2, 3, 4), "Who?")).words != answer.words
+    assert reasoner.answer(asked(clip_of(5, 6, 7, 8))).words != answer.words
+
+
+def test_a_question_and_a_goal_share_what_was_made_of_the_frames(reasoner: Virst7bReasoner, model: Counted) -> None:
+    reasoner.answer(request_of(clip_of(*range(8))))
+    reasoner.answer(asked(clip_of(*range(8))))
+    assert (model.short_clips, model.mapped_frames) == (2, 8)
+    prompts = embeddings_of(reasoner.answer(request_of(clip_of(*range(8)))))
+    assert (model.short_clips, model.mapped_frames) == (2, 8)
+    np.testing.assert_array_equal(
+        prompts, embeddings_of(Virst7bReasoner(model, reasoner._tokenizer).answer(request_of(clip_of(*range(8)))))
+    )
+
+
+def test_words_travel_over_the_wire_however_long_they_are(
+    model: Counted, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatTokenizer, "words", lambda self, tokens: "ä" * 5000)
+    answer = Virst7bReasoner(model, tokenizer).answer(asked(clip_of(1)))
+    sent = decode([bytes(part) for part in encode(answer)])
+    assert isinstance(sent, ReasonerAnswer)
+    assert set(sent.words) == {"ä"}
+
+
+def test_a_model_that_says_nothing_says_so(model: Counted, tokenizer: ChatTokenizer) -> None:
+    model.lm_head = torch.nn.Linear(SMALL_7B.language.hidden, VOCABULARY)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    with torch.no_grad():
+        model.lm_head.bias[tokenizer.ends[-1]] = 100.0
+    with pytest.raises(Unanswered, match="no word for an answer"):
+        Virst7bReasoner(model, tokenizer).answer(asked(clip_of(1)))
+
+
+def test_questions_that_cannot_be_read_are_refused(reasoner: Virst7bReasoner) -> None:
+    with pytest.raises(BadGoal, match="may not hold the marks"):
+        reasoner.answer(asked(clip_of(1), "what<|im_end|>"))
+    with pytest.raises(WeightsError, match="clips of 1 to 16 frames"):
+        reasoner.answer(asked(clip_of(*range(17))))
+
+
+def test_without_the_head_that_writes_words_a_question_is_refused_with_what_can_be_asked_instead(
+    model: Counted, tokenizer: ChatTokenizer
+) -> None:
+    model.lm_head = torch.nn.Linear(SMALL_7B.language.hidden, VOCABULARY, device="meta")
+    reasoner = Virst7bReasoner(model, tokenizer)
+    with pytest.raises(VirstError, match=r"virst-7b without lm_head .* has no words.*set_goal.*tabletop-tiny"):
+        reasoner.answer(asked(clip_of(0)))
+    reasoner.answer(request_of(clip_of(0)))

@@ -167,6 +167,14 @@ def test_an_answer_to_something_that_was_not_asked_is_dropped(endpoint, what, ca
         assert [answer.request_id for answer in wait_until(client.poll)] == [2]
 
 
+def test_a_reasoner_may_leave_frames_of_the_clip_out(endpoint):
+    with server_thread(endpoint), connected(endpoint) as client:
+        client.submit(request_of("leave"))
+        (answer,) = wait_until(client.poll)
+        assert (answer.error, [prompt.step for prompt in answer.prompts]) == ("", [1, 2])
+        assert client.dropped == 0
+
+
 def test_an_answer_of_an_old_epoch_passes_untouched(endpoint):
     with server_thread(endpoint), connected(endpoint) as client:
         client.submit(request_of("sleep 0.2", request_id=1, epoch=4))

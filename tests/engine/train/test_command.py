@@ -11,14 +11,16 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tests.engine.data.fake_scenes import two_scenes
+from virst_engine.config import METHOD_WINDOWS, ModelParameters
 from virst_engine.data.clips import RecordedScene
 from virst_engine.errors import SceneError, WeightsError
 from virst_engine.model.config import tabletop_tiny
+from virst_engine.model.methods import load_method, read_method_config
 from virst_engine.model.virst import Virst
 from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.train import command
-from virst_engine.train.config import TrainConfig, tabletop_tiny_training
-from virst_engine.weights import load_model, read_card, save_model
+from virst_engine.train.config import Method, TrainConfig, method_training, tabletop_tiny_training
+from virst_engine.weights import load_model, read_card, save_model, weights_sha256
 
 
 def short(scale: float = 1.0) -> TrainConfig:
@@ -124,3 +126,47 @@ def test_the_card_tells_the_command_without_the_folders_of_the_machine(
     monkeypatch.setattr(sys, "argv", said)  # the runner of tests does not
     assert run("--out", tmp_path, "--export", file).exit_code == 0
     assert read_card(file)["command"] == "virst train --init old.safetensors --out=run --export new.safetensors"
+
+
+@pytest.mark.parametrize("method", ["visa", "tempvrs"])
+def test_another_method_goes_on_from_weights_whose_segmenter_it_names(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_method(method: Method, scale: float) -> TrainConfig:
+        config = method_training(method, 0.0001)
+        return replace(config, stages=(replace(config.stages[0], clips=1, sentences=1),), bf16=False)
+
+    monkeypatch.setattr(command, "method_training", short_method)
+    init = tmp_path / "init.safetensors"
+    torch.manual_seed(0)
+    virst = Virst(tabletop_tiny(VOCABULARY))
+    save_model(virst, init)
+    file = tmp_path / "reasoner.safetensors"
+    result = run("--method", method, "--init", init, "--out", tmp_path / "run", "--export", file)
+    assert result.exit_code == 0, result.output
+    assert f"{method} 1/1 loss" in result.output
+    config = read_method_config(file)
+    assert config.segmenter == weights_sha256(ModelParameters(weights=str(init)))
+    assert config.window_frames == METHOD_WINDOWS[method][0]
+    assert file.stat().st_size < 30e6
+    loaded = load_method(file)
+    assert torch.allclose(
+        loaded.state_dict()["video_encoder.space_embedding"], virst.video_encoder.space_embedding, atol=1e-3
+    )
+
+
+def test_the_ablations_of_tempvrs_are_in_its_configuration(tmp_path: Path) -> None:
+    init = tmp_path / "init.safetensors"
+    save_model(Virst(tabletop_tiny(VOCABULARY)), init)
+    reasoner = command._start_method("tempvrs", init, "frame", several_seg=False).reasoner
+    assert (reasoner.config.supervision, reasoner.config.several_seg) == ("frame", False)
+    assert reasoner.tep_mlp[-1].out_features == reasoner.config.window_frames
+    assert len(reasoner.seg_embedding) == 1
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--method", "oracle"), ("--supervision", "none")])
+def test_a_method_that_there_is_not_is_refused(flag: str, value: str, tmp_path: Path) -> None:
+    method = () if flag == "--method" else ("--method", "tempvrs")
+    result = CliRunner().invoke(command.train_app, [*method, flag, value, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert value in result.output

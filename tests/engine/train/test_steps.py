@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.engine.data.fake_scenes import NOTHING, THE_BALL, FakeScene
 from tests.engine.model.small_models import SMALL, small_virst
 from virst_engine.data.clips import Batch, BatchSource
+from virst_engine.model.video_language import VisualTokens
 from virst_engine.model.virst import ClipEncoding, PromptOutput, Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train import steps
@@ -353,7 +354,8 @@ def test_a_token_holds_the_colours_that_cover_enough_of_it() -> None:
     batch = replace(batch, colour=colour, shape=torch.zeros_like(colour))
     held = torch.zeros(clips, t, 2, 2, 2)
     held[0, 0, 0, 0, 1] = 1.0
-    clip = ClipEncoding(torch.zeros(clips, 1, 1), None, torch.randn(clips, t, C, 2, 2))
+    visual = VisualTokens(torch.zeros(clips, 1, 1), torch.ones(1, dtype=torch.bool))
+    clip = ClipEncoding(visual, None, torch.randn(clips, t, C, 2, 2))
     with torch.no_grad():
         heads.token_shape.weight.zero_()
         heads.token_shape.bias.fill_(-60.0)  # no shape: right, and worth nothing

@@ -104,6 +104,26 @@ def test_masks_spread_backwards_from_an_anchor_in_the_middle(monkeypatch):
     assert all(np.count_nonzero(mask) >= 40 for mask in masks[0])
 
 
+class Choosy(FakeReasoner):
+    """Leaves so many of the oldest frames out as the sentence ends with."""
+
+    def answer(self, request):
+        answer = super().answer(request)
+        left_out = int(request.sentence.split()[-1])
+        return replace(answer, prompts=answer.prompts[left_out:])
+
+
+def test_a_reasoner_may_leave_frames_out_and_a_prompt_stays_on_its_own():
+    """The fake decoder refuses a prompt of another frame."""
+    video = Video([moving_square(RED), Square(GREEN, lambda t: (10, 3))])
+    frames = [video.frame(t) for t in range(20)]
+    sentences = ["red 3", "green 3"]
+    masks = offline.segment_whole_video(FakeStages(), Choosy(), frames, sentences, CONFIG)
+    assert all(np.count_nonzero(mask) >= 40 for goal in masks for mask in goal)
+    masks = offline.segment_whole_video(FakeStages(), Choosy(), frames, ["red 3", "green 2"], CONFIG)
+    assert all(np.count_nonzero(mask) >= 40 for goal in masks for mask in goal)
+
+
 def test_an_object_out_of_view_has_no_mask():
     video = Video([Square(RED, lambda t: None if 5 <= t < 9 else (3, 3))])
     frames = [video.frame(t) for t in range(15)]
@@ -145,12 +165,12 @@ def prompts_of(confidences):
 )
 def test_anchors_of_a_clip(strategy, steps):
     prompts = prompts_of([0.1, 0.2, 0.3, 0.2, 0.1, 0.9, 0.9, 0.3])
-    assert [prompt.step for prompt in strategy.choose(prompts, 8)] == steps
+    assert [prompt.step for prompt in strategy.choose(prompts)] == steps
 
 
 def test_random_anchors_are_three_and_depend_on_the_seed_alone():
     chosen = [
-        [prompt.step for prompt in offline.AnchorStrategy("random-3", seed=seed).choose(prompts_of([1.0] * 8), 8)]
+        [prompt.step for prompt in offline.AnchorStrategy("random-3", seed=seed).choose(prompts_of([1.0] * 8))]
         for seed in (*range(20), 0)
     ]
     assert all(len(set(steps)) == 3 and steps == sorted(steps) for steps in chosen)
@@ -158,11 +178,33 @@ def test_random_anchors_are_three_and_depend_on_the_seed_alone():
     assert {step for steps in chosen for step in steps} == set(range(8))
 
 
-def test_a_method_that_names_fewer_frames_has_chosen_itself():
+def test_what_a_method_has_chosen_itself_are_its_anchors():
     named = prompts_of([0.3, 0.8, 0.5])
-    assert offline.AnchorStrategy().choose(named, 8) == named
-    assert offline.AnchorStrategy("guided").choose(named, 8) == [named[1]]
-    assert offline.AnchorStrategy().choose([], 8) == []
+    assert offline.AnchorStrategy().choose(named, are_chosen=True) == named
+    assert offline.AnchorStrategy().choose(named) == [named[0]]  # Algorithm 2 of three frames
+    assert offline.AnchorStrategy("guided").choose(named, are_chosen=True) == [named[1]]
+    assert offline.AnchorStrategy().choose([]) == []
+
+
+def test_a_method_with_a_window_of_its_own_is_shown_it():
+    """VISA's and TempVRS's 22 frames, spread over the video; all that they name are anchors."""
+    video = Video([moving_square(RED)])
+    frames = [video.frame(t) for t in range(44)]
+    decoded = []
+
+    class Stages(FakeStages):
+        def mask_decoder(self, features, conditioned, prompts):
+            if prompts is not None:
+                decoded.append(round(float(prompts.sparse[0, 0, 3]) * 255))
+            return super().mask_decoder(features, conditioned, prompts)
+
+    config = replace(CONFIG, reasoner=replace(CONFIG.reasoner, method="tempvrs"))
+    reasoner = Names({"red": (2, 9, 20)})
+    masks = offline.segment_whole_video(Stages(), reasoner, frames, ["red"], config)
+    sampled = offline.uniform_frames(44, 22)
+    assert reasoner.requests[0].clip.steps.tolist() == sampled
+    assert decoded == [sampled[2], sampled[9], sampled[20]]
+    assert all(np.count_nonzero(mask) >= 40 for mask in masks[0])
 
 
 @pytest.mark.parametrize("wrong", [{"name": "last"}, {"count": -1}, {"name": "guided", "count": 2}])
