@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from virst_engine.backends.base import Stages
 from virst_engine.backends.choice import choose_stages
@@ -26,6 +24,7 @@ from virst_engine.model.checkpoint import checkpoint_file, load_sam2
 from virst_engine.model.config import VirstConfig
 from virst_engine.model.methods import load_method, read_method_config
 from virst_engine.model.sam2 import Sam2
+from virst_engine.model.stored import read_metadata, read_model_card, read_weights, write_weights
 from virst_engine.model.tempvrs import TempVrsConfig
 from virst_engine.model.virst import Virst
 from virst_engine.model.visa import Visa, VisaConfig
@@ -147,29 +146,12 @@ def save_model(model: Virst, path: Path, card: dict[str, object] | None = None) 
 
     Raises WeightsError for weights that are not finite, or too large for float16.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
-        for name, value in model.state_dict().items()
-    }
-    broken = _not_finite(tensors)
-    if broken:
-        raise WeightsError(
-            f"{path} is not written: {len(broken)} tensors are not finite in float16, for example {broken[0]}; "
-            "go back to an earlier checkpoint of the training"
-        )
-    metadata = {"format": FORMAT, "config": model.config.to_json(), "card": json.dumps(card or {})}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)  # a reader never sees half a file
+    write_weights(path, model, {"format": FORMAT, "config": model.config.to_json(), "card": json.dumps(card or {})})
 
 
 def read_card(path: Path) -> dict[str, object]:
     """The facts that `save_model` stored. Raises WeightsError for a file that is not ours."""
-    try:
-        return dict(json.loads(_read_metadata(path)["card"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} has no readable model card ({error!r}); {REMEDY}") from error
+    return read_model_card(path, read_metadata(path, FORMAT, REMEDY), REMEDY)
 
 
 def load_model(path: Path, *, device: str = "cpu", train_on: bool = False) -> Virst:
@@ -177,66 +159,23 @@ def load_model(path: Path, *, device: str = "cpu", train_on: bool = False) -> Vi
 
     `train_on`: also from a file of before `occ_predictor` was trained; it starts from nothing then.
     """
-    metadata = _read_metadata(path)
-    try:
+    metadata = read_metadata(path, FORMAT, REMEDY)
+
+    def build() -> Virst:
         config = VirstConfig.from_json(metadata["config"])
         if train_on:
             config = replace(config, fusion=replace(config.fusion, predicts_presence=True))
-        model = Virst(config)
-    except Exception as error:  # whatever torch, sam2 or transformers say to sizes that make no sense
-        raise WeightsError(f"{path} holds a configuration that we cannot build ({error!r}); {REMEDY}") from error
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is damaged ({error}); {REMEDY}") from error
-    expected = model.state_dict()
-    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if train_on and (new := {name for name in missing if name.startswith("occ_predictor.")}):
-        log.warning("%s is of an earlier version: occ_predictor starts from nothing", path)
-        tensors |= {name: expected[name] for name in new}
-        missing = missing - new
-    shapes = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
-    for kind, names in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes for", shapes)):
-        if names:
-            raise WeightsError(f"{path} {kind} {len(names)} tensors, for example {min(names)}; {REMEDY}")
-    broken = _not_finite(tensors)
-    if broken:
-        raise WeightsError(
-            f"{path} is damaged: {len(broken)} tensors are not finite, for example {broken[0]}; {REMEDY}"
-        )
-    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in tensors.items()})
-    try:
-        return model.eval().to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise WeightsError(f"the model cannot run on device {device!r}: {error}; set model.device") from error
+        return Virst(config)
+
+    return read_weights(path, build, REMEDY, device=device, may_lack=("occ_predictor.",) if train_on else ())
 
 
 def read_config(path: Path) -> VirstConfig:
     """The dimensions of the model in a weights file. Raises WeightsError."""
     try:
-        return VirstConfig.from_json(_read_metadata(path)["config"])
+        return VirstConfig.from_json(read_metadata(path, FORMAT, REMEDY)["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} holds a configuration that we cannot read ({error}); {REMEDY}") from error
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no readable safetensors file ({error}); {REMEDY}") from error
-    found = metadata.get("format", "none")
-    if found != FORMAT or "config" not in metadata:
-        raise WeightsError(
-            f"{path} is a safetensors file, but not one that this version of `virst train` writes "
-            f"(format {found}, wanted {FORMAT}); {REMEDY}"
-        )
-    return metadata
-
-
-def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
 def load_goal_check(
@@ -409,7 +348,7 @@ def load_reasoner(
         return VisaReasoner(found) if isinstance(found, Visa) else TempVrsReasoner(found, top_k=top_k)
     if is_full_size(parameters):
         if not (initial_fusion and second_fusion):
-            raise WeightsError(f"{parameters.name} is not evaluated without ST-Fusion; use tabletop-tiny")
+            raise WeightsError(f"{parameters.name} is not evaluated without its fusion; use tabletop-tiny")
         folder = weights_path(parameters)
         full = load_reasoner_model(folder, parameters.device, memory_budget_gib, WINDOWS)
         return Virst7bReasoner(full, ChatTokenizer(folder, full.config.language.vocabulary))

@@ -5,6 +5,7 @@ Nothing here executes what a file contains.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from virst_engine.errors import WeightsError
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,6 +89,8 @@ def read_weights(
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if may_lack:
         new = {name for name in missing if name.startswith(may_lack)}
+        if new:
+            log.warning("%s is of an earlier version: %s starts from nothing", path, min(new).partition(".")[0])
         tensors |= {name: expected[name] for name in new}
         missing = missing - new
     shapes = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]

@@ -62,7 +62,7 @@ class AnchorStrategy:
     own confidence that the target is in the frame. Of equal ones the earliest.
     random-3, uniform-3: three frames, drawn with `seed` or evenly spread.
 
-    Where the method itself chooses frames (`reasoner.chooses_frames`), `dynamic` takes all of these.
+    Of a method that names the frames itself, `dynamic` takes all.
     Raises ValueError for another name, and a negative count.
     """
 
@@ -81,8 +81,8 @@ class AnchorStrategy:
         """Whether every sentence about a clip gets the same anchors, where a method answers for every frame."""
         return self.name != "guided"
 
-    def choose(self, prompts: Sequence[Prompt], *, are_chosen: bool = False) -> list[Prompt]:
-        """The prompts of the anchors, oldest first; none of none. `are_chosen`: by the method, for this sentence."""
+    def choose(self, prompts: Sequence[Prompt], *, has_chosen: bool = False) -> list[Prompt]:
+        """The prompts of the anchors, oldest first; none of none. `has_chosen`: the method names the frames itself."""
         if not prompts:
             return []
         if self.name == "first-frame":
@@ -94,7 +94,7 @@ class AnchorStrategy:
             positions = sorted(int(position) for position in drawn)
         elif self.name == "uniform-3":
             positions = spread(len(prompts), FIXED_ANCHORS)
-        elif are_chosen:
+        elif has_chosen:
             positions = list(range(len(prompts)))
         else:
             positions = spread(len(prompts), self.count) if self.count else anchor_frames(len(prompts))
@@ -250,7 +250,8 @@ def propagate_whole_video(
     of_clip = {t: frames[t] for t in sorted(set(sampled))}
     kept = {t: _own(encode(frame)) for t, frame in of_clip.items()}
     answers = _prompts(reasoner, _clip(of_clip, kept, sampled, stages.sizes.video_size), sentences)
-    chosen = [strategy.choose(prompts, are_chosen=config.reasoner.chooses_frames) for prompts in answers]
+    has_chosen = config.reasoner.chooses_frames
+    chosen = [strategy.choose(prompts, has_chosen=has_chosen) for prompts in answers]
     together = _those_with_the_same_anchors(chosen)
     companies = [_Company(stages, config.memory, [chosen[g] for g in goals], kept, device) for goals in together]
     order_of_goals = torch.tensor([goal for goals in together for goal in goals], device=device).argsort()

@@ -25,6 +25,7 @@ from virst_engine.types import Frame, MemoryEntry, Prompt
 from virst_engine.video import offline
 
 CONFIG = small_config()
+CHOOSING = replace(CONFIG, reasoner=replace(CONFIG.reasoner, method="tempvrs"))  # whose answers name the frames
 
 
 def entry(value):
@@ -120,8 +121,6 @@ def test_a_reasoner_may_leave_frames_out_and_a_prompt_stays_on_its_own():
     sentences = ["red 3", "green 3"]
     masks = offline.segment_whole_video(FakeStages(), Choosy(), frames, sentences, CONFIG)
     assert all(np.count_nonzero(mask) >= 40 for goal in masks for mask in goal)
-    masks = offline.segment_whole_video(FakeStages(), Choosy(), frames, ["red 3", "green 2"], CONFIG)
-    assert all(np.count_nonzero(mask) >= 40 for goal in masks for mask in goal)
 
 
 def test_an_object_out_of_view_has_no_mask():
@@ -178,33 +177,12 @@ def test_random_anchors_are_three_and_depend_on_the_seed_alone():
     assert {step for steps in chosen for step in steps} == set(range(8))
 
 
-def test_what_a_method_has_chosen_itself_are_its_anchors():
+def test_a_method_that_names_the_frames_itself_has_chosen():
     named = prompts_of([0.3, 0.8, 0.5])
-    assert offline.AnchorStrategy().choose(named, are_chosen=True) == named
-    assert offline.AnchorStrategy().choose(named) == [named[0]]  # Algorithm 2 of three frames
-    assert offline.AnchorStrategy("guided").choose(named, are_chosen=True) == [named[1]]
-    assert offline.AnchorStrategy().choose([]) == []
-
-
-def test_a_method_with_a_window_of_its_own_is_shown_it():
-    """VISA's and TempVRS's 22 frames, spread over the video; all that they name are anchors."""
-    video = Video([moving_square(RED)])
-    frames = [video.frame(t) for t in range(44)]
-    decoded = []
-
-    class Stages(FakeStages):
-        def mask_decoder(self, features, conditioned, prompts):
-            if prompts is not None:
-                decoded.append(round(float(prompts.sparse[0, 0, 3]) * 255))
-            return super().mask_decoder(features, conditioned, prompts)
-
-    config = replace(CONFIG, reasoner=replace(CONFIG.reasoner, method="tempvrs"))
-    reasoner = Names({"red": (2, 9, 20)})
-    masks = offline.segment_whole_video(Stages(), reasoner, frames, ["red"], config)
-    sampled = offline.uniform_frames(44, 22)
-    assert reasoner.requests[0].clip.steps.tolist() == sampled
-    assert decoded == [sampled[2], sampled[9], sampled[20]]
-    assert all(np.count_nonzero(mask) >= 40 for mask in masks[0])
+    assert offline.AnchorStrategy().choose(named, has_chosen=True) == named
+    assert offline.AnchorStrategy().choose(named) == named[:1]  # VIRST at the start of a video
+    assert offline.AnchorStrategy("guided").choose(named, has_chosen=True) == [named[1]]
+    assert offline.AnchorStrategy().choose([], has_chosen=True) == []
 
 
 @pytest.mark.parametrize("wrong", [{"name": "last"}, {"count": -1}, {"name": "guided", "count": 2}])
@@ -234,7 +212,7 @@ def test_sentences_may_have_different_anchors(stages):
     frames = [video.frame(t) for t in range(20)]
     reasoner = Names({"red": (3, 5), "green": (0,), "blue": ()})
     sentences = ["the green square", "the blue square", "the red square"]
-    masks = offline.segment_whole_video(stages(), reasoner, frames, sentences, CONFIG)
+    masks = offline.segment_whole_video(stages(), reasoner, frames, sentences, CHOOSING)
     for t in range(20):
         for goal, square in ((0, 1), (2, 0)):
             truth = video.truth(t, square)
@@ -250,7 +228,7 @@ def test_a_sentence_that_shares_no_anchor_is_answered_as_if_it_were_alone_where_
 
     def logits_of(sentences):
         reasoner = Names({"red": (3, 5), "green": (0,)})
-        seen = offline.propagate_whole_video(FakeStages(), reasoner, frames, sentences, CONFIG)
+        seen = offline.propagate_whole_video(FakeStages(), reasoner, frames, sentences, CHOOSING)
         return {each.number: each.prediction.mask_logits[0].clone() for each in seen}
 
     together, alone = logits_of(["the green square", "the red square"]), logits_of(["the green square"])
