@@ -62,7 +62,7 @@ def run_mode(
     if settings.mode == "offline":
         strategy = settings.anchor_strategy(seed)
         # Sentences with different anchors would share the direction in which masks spread: each is run alone.
-        together = settings.method == "virst" and strategy.is_same_for_all
+        together = strategy.is_same_for_all and not system.config.reasoner.chooses_frames
         groups = [list(sentences)] if together else [[sentence] for sentence in sentences]
         masks = [
             segment_whole_video(system.stages, system.reasoner, frames, group, system.config, strategy=strategy)

@@ -47,8 +47,8 @@ class Counting:
         self.scenes: list[int] = []
 
     def system(self, settings: EvaluationSettings) -> System:
-        if settings.weights:
-            raise WeightsError(f"no file {settings.weights}; train it")
+        if settings.reasoner_weights:
+            raise WeightsError(f"no file {settings.reasoner_weights}; train it")
         self.loaded.append(settings)
         system = fake_system(settings)
         return replace(system, reasoner=FakeReasoner(nothing)) if settings.no_second_fusion else system
