@@ -327,7 +327,10 @@ def _write_graph(
     free_rows: bool,
 ) -> None:
     spec = manifest.stages[stage]
-    baked = rounded(for_export(with_tables(sam2), values=manifest.values, fusion_level=fusion_level), dtype)
+    baked = for_export(
+        with_tables(sam2), values=manifest.values, fusion_level=fusion_level, fused=stage in ONE_BY_ONE
+    )
+    baked = rounded(baked, dtype)
     module = exportable(stage_module(baked, stage, dtype, fusion_level))
     axes = _free_axes(spec, free_rows=free_rows)
     try:
