@@ -2,7 +2,8 @@
 """The four stages as modules that torch can export: named tensors in and out, constants computed, precision applied.
 
 Attention is written out (scaled queries times keys, plus mask, softmax, times values): TensorRT fuses that pattern on
-all its versions, and opset 18 has no attention of its own.
+all its versions, and opset 18 has no attention of its own. Only what nobody but ONNX Runtime on CPUs reads, memory
+attention for one object, has operators of ONNX Runtime's own.
 """
 
 import copy
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from virst_engine.errors import ExportError
-from virst_engine.model.sam2 import CXBlock, MemoryAttentionLayer, Rope, RopeAttention, Sam2
-from virst_engine.model.sam2_trunk import LatePaddingBlock, TrunkAttention
+from virst_engine.model.sam2 import Rope, RopeAttention, Sam2
+from virst_engine.model.sam2_trunk import TrunkAttention
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors, PromptTokens
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -210,7 +211,7 @@ class _FusedRopeAttention(_BakedRopeAttention):
             return super().rotate(x, rope)
         return _rotary_embedding(x, torch.arange(x.shape[1]), rope)
 
-    def rotate_memory(self, x: Tensor, rope: Rope, slots: int) -> Tensor:
+    def rotate_memory(self, x: Tensor, rope: Rope, slots: int | torch.SymInt) -> Tensor:
         if not _writes_operators():
             return super().rotate_memory(x, rope, slots)
         cells = rope[0].shape[0]
@@ -224,20 +225,35 @@ class _FusedRopeAttention(_BakedRopeAttention):
         if not _writes_operators() or bias is not None:
             return super().attend(q, k, v, bias)
         v = self.v_proj(v) if self.projects_values_first else v
-        operator, shape = "com.microsoft::MultiHeadAttention", (*q.shape[:2], v.shape[2])
-        out = torch.onnx.ops.symbolic(operator, (q, k, v), {"num_heads": 1}, dtype=q.dtype, shape=shape, version=1)
+        attributes: dict[str, Any] = {"num_heads": 1}
+        out = torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention",
+            (q, k, v),
+            attributes,
+            dtype=q.dtype,
+            shape=(*q.shape[:2], v.shape[2]),
+            version=1,
+        )
         return self.out_proj(out if self.projects_values_first else self.v_proj(out))
 
 
 def _writes_operators() -> bool:
+    """Whether torch is writing a file; otherwise it has to compute. torch before 2.8 cannot write them."""
     return torch.onnx.is_in_onnx_export() and hasattr(torch.onnx, "ops")
 
 
 def _rotary_embedding(x: Tensor, places: Tensor, rope: Rope) -> Tensor:
     """Each token as a sequence of its own: of one sequence, the tables would have to be as long."""
     tokens = x.flatten(0, 1)[:, None]
-    operator, inputs, attributes = "com.microsoft::RotaryEmbedding", (tokens, places[:, None], *rope), {"interleaved": 0}
-    turned = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=x.dtype, shape=tokens.shape, version=1)
+    attributes: dict[str, Any] = {"interleaved": 0}
+    turned = torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding",
+        (tokens, places[:, None], *rope),
+        attributes,
+        dtype=x.dtype,
+        shape=tokens.shape,
+        version=1,
+    )
     return turned.reshape(x.shape)
 
 
@@ -260,16 +276,17 @@ def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None, fuse
             module.projects_values_first = values == "before" or module.kv_in_dim == module.internal_dim
             if not module.projects_values_first:
                 _multiply_with_bias(module.k_proj)
-        if isinstance(module, MemoryAttentionLayer) and values == "after":
-            _add_bias_after(module)
         if type(module).__name__ == "LayerNorm2d":
             module.forward = _layer_norm_2d(module)
         if isinstance(module, TrunkAttention):
             module.projects_apart = values == "after"
-        if isinstance(module, LatePaddingBlock) and values == "after":
-            _multiply_with_bias(module.mlp.layers[0])
-        if isinstance(module, CXBlock) and values == "after":
-            _multiply_with_bias(module.pwconv1)
+    if values == "after":
+        for block in sam2.image_encoder.trunk.blocks:
+            _multiply_with_bias(block.mlp.layers[0])
+        for block in sam2.memory_encoder.fuser.layers:
+            _multiply_with_bias(block.pwconv1)
+        for layer in sam2.memory_attention.layers:
+            _add_bias_after(layer)
     _fold_high_res_convolutions(sam2, fusion_level)
     for lateral in sam2.image_encoder.neck.convs:
         _multiply_by_cells(lateral)

@@ -82,7 +82,9 @@ class RopeAttention(Attention):
         """Queries or keys of one image, turned by their place."""
         return rotate_halves(x, rope)
 
-    def rotate_memory(self, x: Float[Tensor, "o keys c"], rope: Rope, slots: int) -> Float[Tensor, "o keys c"]:
+    def rotate_memory(
+        self, x: Float[Tensor, "o keys c"], rope: Rope, slots: int | torch.SymInt
+    ) -> Float[Tensor, "o keys c"]:
         """Keys of `slots` images, turned by their place, and of pointers, which have none."""
         cells = rope[0].shape[0]
         turned = rotate_halves(x[:, : slots * cells].unflatten(1, (slots, cells)), rope).flatten(1, 2)

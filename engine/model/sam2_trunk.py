@@ -38,8 +38,9 @@ class TrunkAttention(MultiScaleAttention):
     def forward_apart(self, x: Tensor, window: int) -> Tensor:
         """For the whole image, not cut into windows yet; `window` 0: there are none.
 
-        Only queries have a bias. That of the keys adds the same to all scores of a query, which no softmax sees; that of
-        the values is added to each average, so that it belongs to the last bias. What pads keys and values is then 0.
+        Only queries have a bias. That of the keys adds the same to all scores of a query, which no softmax sees; that
+        of the values is added to each average, so that it belongs to the last bias. Keys and values are then padded
+        with zeros.
         """
         weights, (bias_q, _, bias_v) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for w, b in zip(weights, (bias_q, None, None), strict=True))
@@ -47,8 +48,9 @@ class TrunkAttention(MultiScaleAttention):
             q = pool_of_image(q, self.q_pool)  # windows begin at even cells
         size = (q.shape[1], q.shape[2])
         own = window * size[0] // x.shape[1]
-        parts = (_heads_of_windows(y, w, self.num_heads) for y, w in ((q, own), (k, window), (v, window)))
-        out = _image_of_heads(F.scaled_dot_product_attention(*parts), own, size)
+        q = _heads_of_windows(q, own, self.num_heads)
+        k, v = (_heads_of_windows(y, window, self.num_heads) for y in (k, v))
+        out = _image_of_heads(F.scaled_dot_product_attention(q, k, v), own, size)
         return F.linear(out, self.proj.weight, self.proj.bias + self.proj.weight @ bias_v)
 
     def forward_in_windows(self, x: Tensor, window: int) -> Tensor:
@@ -64,9 +66,9 @@ class TrunkAttention(MultiScaleAttention):
     def _project(self, x: Tensor, window: int = 0) -> Sequence[Tensor]:
         """Queries, keys and values, of windows if there is one."""
         if not window:
-            return self.qkv(x).chunk(3, dim=-1)  # type: ignore[no-any-return]
+            return self.qkv(x).chunk(3, dim=-1)
         out = window_partition(F.linear(x, self.qkv.weight), window)[0] + self.qkv.bias
-        return out.chunk(3, dim=-1)  # type: ignore[no-any-return]
+        return out.chunk(3, dim=-1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.q_pool:
@@ -94,7 +96,8 @@ def _heads_of_windows(x: Tensor, window: int, heads: int) -> Tensor:
     x = x.reshape(b, x.shape[1] // window, window, x.shape[2] // window, window, -1)
     if heads == 1:  # one axis moves: ONNX Runtime has threads for that
         return x.transpose(2, 3).reshape(-1, 1, window * window, x.shape[-1])
-    return x.unflatten(5, (heads, -1)).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, window * window, x.shape[5] // heads)
+    x = x.unflatten(5, (heads, -1)).permute(0, 1, 3, 5, 2, 4, 6)
+    return x.reshape(-1, heads, window * window, x.shape[-1])
 
 
 def _image_of_heads(x: Tensor, window: int, size: tuple[int, int]) -> Tensor:
