@@ -327,7 +327,8 @@ def _write_graph(
     free_rows: bool,
 ) -> None:
     spec = manifest.stages[stage]
-    baked = rounded(for_export(with_tables(sam2), values=manifest.values, fusion_level=fusion_level), dtype)
+    baked = for_export(with_tables(sam2), values=manifest.values, fusion_level=fusion_level, fused=stage in ONE_BY_ONE)
+    baked = rounded(baked, dtype)
     module = exportable(stage_module(baked, stage, dtype, fusion_level))
     axes = _free_axes(spec, free_rows=free_rows)
     try:
@@ -401,6 +402,8 @@ def _check_graph(file: Path, stage: str, spec: StageSpec) -> None:
     problems = []
     if [entry.version for entry in model.opset_import if entry.domain == ""] != [OPSET]:
         problems.append(f"its opset is not {OPSET}")
+    if stage not in ONE_BY_ONE:  # which only ONNX Runtime reads
+        problems += [f"it holds the operator {node.op_type} of {node.domain}" for node in graph.node if node.domain]
     for side, found, wanted in (("inputs", graph.input, spec.inputs), ("outputs", graph.output, spec.outputs)):
         shapes = {x.name: [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim] for x in found}
         if list(shapes) != list(wanted):

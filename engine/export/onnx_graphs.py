@@ -2,7 +2,8 @@
 """The four stages as modules that torch can export: named tensors in and out, constants computed, precision applied.
 
 Attention is written out (scaled queries times keys, plus mask, softmax, times values): TensorRT fuses that pattern on
-all its versions, and opset 18 has no attention of its own.
+all its versions, and opset 18 has no attention of its own. Only what nobody but ONNX Runtime on CPUs reads, memory
+attention for one object, has operators of ONNX Runtime's own.
 """
 
 import copy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from virst_engine.errors import ExportError
-from virst_engine.model.sam2 import RopeAttention, Sam2
+from virst_engine.model.sam2 import Rope, RopeAttention, Sam2
 from virst_engine.model.sam2_trunk import TrunkAttention
 from virst_engine.types import ImageFeatures, MaskPrediction, MemoryTensors, PromptTokens
 
@@ -199,26 +200,93 @@ class _BakedRopeAttention(RopeAttention):
         return cast(Tensor, layer(x))
 
 
-def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None) -> Sam2:
+class _FusedRopeAttention(_BakedRopeAttention):
+    """With two operators of ONNX Runtime, which no other runtime has, where torch writes them to a file.
+
+    Attention goes block by block: no score leaves the processor's cache.
+    """
+
+    def rotate(self, x: Tensor, rope: Rope) -> Tensor:
+        if not _writes_operators():
+            return super().rotate(x, rope)
+        return _rotary_embedding(x, torch.arange(x.shape[1]), rope)
+
+    def rotate_memory(self, x: Tensor, rope: Rope, slots: int | torch.SymInt) -> Tensor:
+        if not _writes_operators():
+            return super().rotate_memory(x, rope, slots)
+        cells = rope[0].shape[0]
+        # A last row of the tables, which turns nothing, is the place of all that has none.
+        cos, sin = (F.pad(table, (0, 0, 0, 1), value=value) for table, value in zip(rope, (1.0, 0.0), strict=True))
+        places = torch.arange(cells).repeat(slots)
+        places = torch.cat((places, torch.full((x.shape[1] - slots * cells,), cells)))
+        return _rotary_embedding(x, places, (cos, sin))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not _writes_operators() or bias is not None:
+            return super().attend(q, k, v, bias)
+        v = self.v_proj(v) if self.projects_values_first else v
+        attributes: dict[str, Any] = {"num_heads": 1}
+        out = torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention",
+            (q, k, v),
+            attributes,
+            dtype=q.dtype,
+            shape=(*q.shape[:2], v.shape[2]),
+            version=1,
+        )
+        return self.out_proj(out if self.projects_values_first else self.v_proj(out))
+
+
+def _writes_operators() -> bool:
+    """Whether torch is writing a file; otherwise it has to compute. torch before 2.8 cannot write them."""
+    return torch.onnx.is_in_onnx_export() and hasattr(torch.onnx, "ops")
+
+
+def _rotary_embedding(x: Tensor, places: Tensor, rope: Rope) -> Tensor:
+    """Each token as a sequence of its own: of one sequence, the tables would have to be as long."""
+    tokens = x.flatten(0, 1)[:, None]
+    attributes: dict[str, Any] = {"interleaved": 0}
+    turned = torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding",
+        (tokens, places[:, None], *rope),
+        attributes,
+        dtype=x.dtype,
+        shape=tokens.shape,
+        version=1,
+    )
+    return turned.reshape(x.shape)
+
+
+def for_export(sam2: Sam2, *, values: str, fusion_level: int | None = None, fused: bool = False) -> Sam2:
     """Change a model of `with_tables` so that its graphs do no work that can be done once; it is changed in place.
 
     Args:
         values: "before" or "after": where memory attention projects its values (RopeAttention). "after" is for CPUs,
             where the trunk's attention projects queries, keys and values apart.
         fusion_level: the FPN level that is an output too.
+        fused: for one object, and only for ONNX Runtime on CPUs: with operators of its own.
     """
     for module in sam2.modules():
         if isinstance(module, RopeAttention):
             for layer in (module.q_proj, module.k_proj):
                 layer.weight.data = layer.weight.data[module.halves]
                 layer.bias.data = layer.bias.data[module.halves]
-            module.__class__ = _BakedRopeAttention
+            module.__class__ = _FusedRopeAttention if fused else _BakedRopeAttention
             _fold_output_into_values(module)
             module.projects_values_first = values == "before" or module.kv_in_dim == module.internal_dim
+            if not module.projects_values_first:
+                _multiply_with_bias(module.k_proj)
         if type(module).__name__ == "LayerNorm2d":
             module.forward = _layer_norm_2d(module)
         if isinstance(module, TrunkAttention):
             module.projects_apart = values == "after"
+    if values == "after":
+        for block in sam2.image_encoder.trunk.blocks:
+            _multiply_with_bias(block.mlp.layers[0])
+        for block in sam2.memory_encoder.fuser.layers:
+            _multiply_with_bias(block.pwconv1)
+        for layer in sam2.memory_attention.layers:
+            _add_bias_after(layer)
     _fold_high_res_convolutions(sam2, fusion_level)
     for lateral in sam2.image_encoder.neck.convs:
         _multiply_by_cells(lateral)
@@ -232,6 +300,27 @@ def _multiply_by_cells(lateral: Any) -> None:
     linear.weight.data, linear.bias.data = convolution.weight.data[:, :, 0, 0], convolution.bias.data
     lateral.conv = linear.requires_grad_(False)
     lateral.forward = lambda x: linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _multiply_with_bias(linear: Any) -> None:
+    """Make the bias the weights of one more channel, a channel of ones.
+
+    ONNX Runtime writes a bias all over the result and adds the product to it. Where the result has many more channels
+    than what goes in, that takes longer than to write what goes in once more.
+    """
+    weight = torch.cat((linear.weight.data, linear.bias.data[:, None]), dim=1)
+    linear.weight.data, linear.bias = weight, None
+    linear.forward = lambda x: F.linear(F.pad(x, (0, 1), value=1.0), linear.weight)
+
+
+def _add_bias_after(layer: Any) -> None:
+    """relu(x + b) = max(x, -b) + b: the last b is added by the bias of the next product."""
+    first, second = layer.linear1, layer.linear2
+    assert layer.activation is F.relu
+    least = -first.bias.data
+    layer.activation = lambda x: torch.maximum(x, least)
+    second.bias.data = (second.bias.double() + second.weight.double() @ first.bias.double()).to(second.bias.dtype)
+    first.bias = None
 
 
 def _fold_output_into_values(attention: Any) -> None:

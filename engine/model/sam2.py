@@ -78,6 +78,18 @@ class RopeAttention(Attention):
         """Queries or keys, evens before odds."""
         return F.linear(x, layer.weight[self.halves], layer.bias[self.halves])
 
+    def rotate(self, x: Float[Tensor, "o cells c"], rope: Rope) -> Float[Tensor, "o cells c"]:
+        """Queries or keys of one image, turned by their place."""
+        return rotate_halves(x, rope)
+
+    def rotate_memory(
+        self, x: Float[Tensor, "o keys c"], rope: Rope, slots: int | torch.SymInt
+    ) -> Float[Tensor, "o keys c"]:
+        """Keys of `slots` images, turned by their place, and of pointers, which have none."""
+        cells = rope[0].shape[0]
+        turned = rotate_halves(x[:, : slots * cells].unflatten(1, (slots, cells)), rope).flatten(1, 2)
+        return torch.cat((turned, x[:, slots * cells :]), dim=1)
+
     def attend(
         self,
         q: Float[Tensor, "o queries c"],
@@ -299,16 +311,14 @@ class Sam2(nn.Module):
         keys, position = self._memory_keys(memory)
         bias = self._key_bias(memory, is_complete=is_complete)
         bias = None if bias is None else bias.to(queries.dtype)
-        memory_rope, cells = (self.memory_cos, self.memory_sin), self.memory_cos.shape[0]
+        memory_rope = (self.memory_cos, self.memory_sin)
         net, grid = self.memory_attention, self.config.grid
         x, q = tokens, queries
         for i, layer in enumerate(net.layers):
             if i:
                 x, q = self._look_around(layer, x)
             attention = layer.cross_attn_image
-            k = attention.project(attention.k_proj, keys + position)
-            spatial = rotate_halves(k[:, : slots * cells].unflatten(1, (slots, cells)), memory_rope)
-            k = torch.cat((spatial.flatten(1, 2), k[:, slots * cells :]), dim=1)  # pointers have no place
+            k = attention.rotate_memory(attention.project(attention.k_proj, keys + position), memory_rope, slots)
             x = x + layer.dropout2(attention.attend(q.expand(objects, -1, -1), k, keys, bias))
             y = layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm3(x)))))
             x = x + layer.dropout3(y)
@@ -320,11 +330,11 @@ class Sam2(nn.Module):
         """A layer's self attention, and the queries of its cross attention."""
         rope = (self.grid_cos, self.grid_sin)
         attention, y = layer.self_attn, layer.norm1(x)
-        q = rotate_halves(attention.project(attention.q_proj, y), rope)
-        k = rotate_halves(attention.project(attention.k_proj, y), rope)
+        q = attention.rotate(attention.project(attention.q_proj, y), rope)
+        k = attention.rotate(attention.project(attention.k_proj, y), rope)
         x = x + layer.dropout1(attention.attend(q, k, y))
         attention = layer.cross_attn_image
-        return x, rotate_halves(attention.project(attention.q_proj, layer.norm2(x)), rope)
+        return x, attention.rotate(attention.project(attention.q_proj, layer.norm2(x)), rope)
 
     def _memory_keys(self, memory: MemoryTensors) -> tuple[Float[Tensor, "o keys m"], Float[Tensor, "o keys m"]]:
         """Memories as tokens (slot by slot, then pointers), and where and when they are."""

@@ -157,6 +157,35 @@ def test_objects_one_by_one_read_what_they_read_together(one_by_one: Path) -> No
     assert not {"spatial_valid", "pointer_valid"} & seen[1][1].keys(), "every row that is given is there"
 
 
+@pytest.mark.parametrize("pool", [1, 2])
+def test_operators_of_onnxruntime_give_the_numbers_of_the_plain_graph(
+    one_by_one: Path, tmp_path: Path, pool: int
+) -> None:
+    """Over numbers of memories and pointers; pooled keys have scores of their own, which no fused attention adds."""
+    if pool > 1:
+        from virst_engine.export.onnx import export_stages
+
+        sam2, one_by_one = small_sam2(), tmp_path
+        sam2.pool_memory(pool)
+        sizes = {"anchors_attended": 2, "recent_frames": 2, "pointers": 4, "prompt_tokens": 6}
+        export_stages(sam2, one_by_one, name="small", weights_sha256="ab" * 32, one_by_one=True, **sizes)
+    stages = OnnxRuntimeStages(one_by_one, threads=1)
+    frame = features(TorchStages(small_sam2()))
+    for slots, rows in ((4, 5), (1, 1), (4, 1), (1, 5), (3, 2)):
+        memory = memories(stages, 2, slots, rows)
+        memory.spatial_valid[:] = memory.pointer_valid[:] = True
+        plain = stages._run_on_cpu("memory_attention", {"top": frame.top, **vars(memory)})["conditioned"]
+        assert_near(stages.memory_attention(frame, memory), plain)
+
+
+def test_only_the_graphs_for_one_object_have_operators_of_onnxruntime(one_by_one: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    for stage in (*STAGES, *ONE_BY_ONE):
+        nodes = onnx.load(str(one_by_one / f"{stage}.onnx")).graph.node
+        own = {node.op_type for node in nodes if node.domain == "com.microsoft"}
+        assert own == ({"RotaryEmbedding", "MultiHeadAttention"} if stage in ONE_BY_ONE else set()), stage
+
+
 def test_an_object_without_pointers_or_memories_reads_by_the_stage_for_all(one_by_one: Path) -> None:
     stages, reference = OnnxRuntimeStages(one_by_one, threads=1), TorchStages(small_sam2())
     frame, memory = features(reference), some_memories(reference, 3, slots=4, rows=5)

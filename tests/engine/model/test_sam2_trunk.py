@@ -12,13 +12,13 @@ from virst_engine.model.sam2_trunk import LatePaddingBlock, pad_late
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one projection", "three projections"])
-@pytest.mark.parametrize("size", [128, 192, 224], ids=lambda size: f"{size} px")
-def test_late_padding_changes_no_number(size: int, apart: bool) -> None:
+@pytest.mark.parametrize(("size", "heads"), [(128, 2), (192, 2), (224, 2), (192, 1)], ids=str)
+def test_late_padding_changes_no_number(size: int, heads: int, apart: bool) -> None:
     """Windows of 14 and 7 cells, as in sam2.1 tiny, on grids that they do not fill; heads, pooling, global blocks."""
     reference = liven(
         Hiera(
             embed_dim=16,
-            num_heads=2,
+            num_heads=heads,
             stages=(1, 2, 3, 2),
             global_att_blocks=(4,),
             window_pos_embed_bkg_spatial_size=(4, 4),
