@@ -727,6 +727,7 @@ def weights_info(
     """Tell what a weights file holds: size, checksum, parameters, and where it comes from."""
     import hashlib
 
+    from virst_engine.model.methods import holds_method, load_method, read_method_card
     from virst_engine.weights import load_model, read_card, weights_path
 
     if file and Path(file).expanduser().is_dir():
@@ -734,8 +735,9 @@ def weights_info(
         return
     with _values_as_usage():
         path = weights_path(ModelParameters(name=model, weights=file))
-    card = read_card(path)
-    loaded = load_model(path)
+    is_method = holds_method(path)
+    card = read_method_card(path) if is_method else read_card(path)
+    loaded = load_method(path) if is_method else load_model(path)
     typer.echo(f"file        {path}")
     typer.echo(f"size        {path.stat().st_size / 2**20:.1f} MiB")
     typer.echo(f"sha256      {hashlib.sha256(path.read_bytes()).hexdigest()}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from virst_engine.errors import WeightsError
-from virst_engine.model.stored import read_metadata, read_weights, write_weights
+from virst_engine.model.stored import read_metadata, read_model_card, read_weights, write_weights
 from virst_engine.model.tempvrs import TempVrs, TempVrsConfig
 from virst_engine.model.virst import Virst
 from virst_engine.model.visa import Visa, VisaConfig
@@ -51,6 +51,20 @@ def read_method_config(path: Path) -> VisaConfig | TempVrsConfig:
         return CONFIGS[method].from_json(metadata["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} holds a configuration that we cannot read ({error}); {REMEDY}") from error
+
+
+def holds_method(path: Path) -> bool:
+    """Whether this is a file of `save_method`."""
+    try:
+        read_metadata(path, FORMAT, REMEDY)
+    except WeightsError:
+        return False
+    return True
+
+
+def read_method_card(path: Path) -> dict[str, object]:
+    """The facts that `save_method` stored. Raises WeightsError."""
+    return read_model_card(path, read_metadata(path, FORMAT, REMEDY), REMEDY)
 
 
 def load_method(path: Path, *, device: str = "cpu") -> Visa | TempVrs:

@@ -123,7 +123,7 @@ def test_errors_of_the_engine_are_one_line_and_exit_code_2(monkeypatch, capsys):
 
 def test_words_and_facts_of_a_weights_file(tmp_path):
     from tests.engine.model.small_models import WORDS, small_virst
-    from virst_engine.weights import save_model
+    from virst_engine.weights import SHIPPED, save_model
 
     file = tmp_path / "small.safetensors"
     save_model(small_virst(), file, {"trained": "never"})
@@ -133,6 +133,9 @@ def test_words_and_facts_of_a_weights_file(tmp_path):
     assert "never" in facts
     assert "sha256" in facts
     assert "tabletop-tiny" in run("weights", "info").output  # the shipped file, wherever the program is called
+    visa = run("weights", "info", str(SHIPPED / "tabletop-tiny-visa.safetensors")).output
+    assert "tabletop-tiny-visa" in visa
+    assert "started_from" in visa
 
 
 def test_missing_weights_are_named(monkeypatch, capsys, tmp_path):
