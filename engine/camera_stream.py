@@ -587,7 +587,10 @@ class CameraStream:
 
     def _apply(self, track: _Track, prompts: tuple[Prompt, ...], request: OpenRequest) -> None:
         """Decode the answer's anchors on their own frames, decide what they mean, act."""
-        selected = prompts if self._config.reasoner.chooses_frames else select_anchors(prompts)
+        if self._config.reasoner.chooses_frames:
+            selected = sorted(prompts, key=lambda prompt: prompt.step)
+        else:
+            selected = select_anchors(prompts)
         anchors = self._decode(track, selected)
         confidences = {prompt.step: prompt.confidence for prompt in selected}
         decision = self._decide(track, anchors, confidences, repeats=self._repeats_claim(track, prompts))

@@ -191,6 +191,8 @@ def load_goal_check(
             phrase_of(sentence)
 
         return has_words
+    if method in METHOD_WINDOWS:
+        load_method_config(parameters, method, reasoner_weights)  # no goal could be answered without it
     if is_sam2(parameters):
 
         def refuse(sentence: str) -> None:
@@ -333,8 +335,7 @@ def load_reasoner(
         memory_budget_gib: of virst-7b, `reasoner.memory_budget_gib`.
 
     Raises:
-        WeightsError: there is none, or none that can be used.
-        ValueError: of top_k.
+        WeightsError: there is none, or none that can be used, or it has fewer clips than `top_k`.
     """
     if is_sam2(parameters):
         raise WeightsError(
@@ -345,7 +346,12 @@ def load_reasoner(
         load_method_config(parameters, method, reasoner_weights)
         path = method_weights_path(parameters, method, reasoner_weights)
         found = load_method(path, device=parameters.device)
-        return VisaReasoner(found) if isinstance(found, Visa) else TempVrsReasoner(found, top_k=top_k)
+        if isinstance(found, Visa):
+            return VisaReasoner(found)
+        try:
+            return TempVrsReasoner(found, top_k=top_k)
+        except ValueError as error:
+            raise WeightsError(f"{path}: {error}") from error
     if is_full_size(parameters):
         if not (initial_fusion and second_fusion):
             raise WeightsError(f"{parameters.name} is not evaluated without its fusion; use tabletop-tiny")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from virst_engine.config import (
+    METHOD_WINDOWS,
     EngineConfig,
     EngineParameters,
     MemoryParameters,
@@ -82,6 +83,13 @@ class EvaluationSettings:
             raise ValueError("anchors and anchor_count need mode offline: a stream makes anchors of every answer")
         if self.top_k and self.method != "tempvrs":
             raise ValueError(f"top_k is for the method tempvrs, not for {self.method}")
+        chooses_frames = self.method in METHOD_WINDOWS
+        if self.reasoner_weights and not chooses_frames:
+            raise ValueError(f"reasoner_weights are for {', '.join(METHOD_WINDOWS)}, not for {self.method}")
+        if chooses_frames and (self.anchors != "dynamic" or self.anchor_count or self.first_anchor_only):
+            raise ValueError(f"{self.method} chooses its anchors itself: leave out what chooses others")
+        if self.method != "virst" and (self.no_initial_fusion or self.no_second_fusion):
+            raise ValueError(f"ST-Fusion is a part of virst, not of {self.method}")
         if self.per_scene < 1:
             raise ValueError(f"per_scene must be >= 1, got {self.per_scene}")
         if self.reasoner_delay_s < 0 or self.frame_time_s < 0:

@@ -49,7 +49,7 @@ def read_method_config(path: Path) -> VisaConfig | TempVrsConfig:
         raise WeightsError(f"{path} holds the method {method!r}; this version knows {', '.join(CONFIGS)}; {REMEDY}")
     try:
         return CONFIGS[method].from_json(metadata["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise WeightsError(f"{path} holds a configuration that we cannot read ({error}); {REMEDY}") from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from virst_engine.model.config import LanguageModelConfig, VideoEncoderConfig, from_fields
 from virst_engine.model.video_language import Question, Understood, VideoLanguage, VisualTokens
-from virst_engine.model.window import window_ages, window_cells
+from virst_engine.model.window import check_window, window_ages, window_cells
 
 SUPERVISIONS = ("clip", "frame")
 
@@ -39,6 +39,9 @@ class TempVrsConfig:
     def __post_init__(self) -> None:
         if self.supervision not in SUPERVISIONS:
             raise ValueError(f"the supervision of <TEP> must be one of {SUPERVISIONS}, got {self.supervision!r}")
+        if min(self.slow_frames, self.fast_pool) < 1 or self.fast_between < 0:
+            raise ValueError("slow_frames and fast_pool must be 1 or more, fast_between 0 or more")
+        check_window(self.video, self.window_frames, self.phases)
         if not 0 < self.top_k <= self.slow_frames:
             raise ValueError(f"top_k must be 1 to {self.slow_frames}, got {self.top_k}")
         if (self.video.grid // self.video.pool) % self.fast_pool:

@@ -5,7 +5,7 @@ In this file data flows from `encode` through `percentages` (the Text-guided Fra
 `reference_frames` to `prompts`. The paper's sampler is another, frozen video language model that abstracts a frame into
 two tokens (LLaMA-VID); here it is a small one with the same two tokens, trained. The language model is given the target
 frame in detail and T_r reference frames in a few tokens each. The words are "It is <SEG>": what is read is the hidden
-state that foretells <SEG>, and an MLP makes the one prompt of it that SAM's decoder gets.
+state one place before <SEG>, as the released code does, and an MLP makes the one prompt of it that SAM's decoder gets.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from virst_engine.model.config import LanguageModelConfig, VideoEncoderConfig, from_fields
 from virst_engine.model.video_language import Question, Understood, VideoLanguage, VisualTokens, build_language_model
-from virst_engine.model.window import window_ages, window_cells
+from virst_engine.model.window import check_window, window_ages, window_cells
 
 SAMPLINGS = ("local", "global", "global-local")
 PERCENTAGES = 101  # answers of the sampler: 0 % to 100 % of the window
@@ -43,8 +43,9 @@ class VisaConfig:
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"the sampling of reference frames must be one of {SAMPLINGS}, got {self.sampling!r}")
-        if not 0 < self.window_frames <= self.video.max_frames * self.phases:
-            raise ValueError(f"a window of {self.window_frames} frames is longer than the model's time embedding")
+        check_window(self.video, self.window_frames, self.phases)
+        if min(self.references, self.answers, self.sampler_layers) < 1:
+            raise ValueError("references, answers and sampler_layers must be 1 or more")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -9,7 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from virst_engine.model.config import VideoEncoderConfig
 from virst_engine.model.video_language import VideoLanguage
+
+
+def check_window(video: VideoEncoderConfig, frames: int, phases: int) -> None:
+    """Raises ValueError for a window that a network cannot be built for."""
+    if not video.fine_newest:
+        raise ValueError("this method shows a frame in detail: its video encoder needs fine_newest")
+    if video.pool < 1 or phases < 1:
+        raise ValueError("pool and phases must be 1 or more")
+    if not 2 <= frames <= video.max_frames * phases:
+        raise ValueError(f"a window has 2 to {video.max_frames * phases} frames, got {frames}")
 
 
 def window_cells(

@@ -172,6 +172,9 @@ def decide(
             return Decision(Action.INSERT, chosen=tuple(joining))
         if not can_replay:
             return Decision(Action.ASK_AGAIN, dispute=situation.dispute)
+        if not known and situation.is_settled and situation.state is ObjectState.TRACKING:
+            # What an answer says of frames before the track began alone contradicts nothing.
+            return Decision(Action.KEEP, dispute=situation.dispute)
         if not is_overruled:
             return Decision(Action.HOLD, dispute=dispute, claimed=newest)
     if not is_known and not evidence[newest].is_sure:

@@ -129,7 +129,10 @@ class VisaReasoner(WindowReasoner[Visa, Float[Tensor, "1 t cells d"]]):
 
 
 class TempVrsReasoner(WindowReasoner[TempVrs, VisualTokens]):
-    """Prompts for the slow frames of the k clips that have most to do with the sentence."""
+    """Prompts for the slow frames of the k clips that have most to do with the sentence.
+
+    A clip's relevance stands for the confidence of its slow frame: that any of its frames shows the target.
+    """
 
     def __init__(self, model: TempVrs, *, top_k: int = 0) -> None:
         """`top_k`: 0 = the model's. Raises ValueError where there are fewer clips."""

@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 import zmq
 
-from virst_engine.config import METHODS, ModelParameters, ReasonerParameters
+from virst_engine.config import METHOD_WINDOWS, METHODS, ModelParameters, ReasonerParameters
 from virst_engine.errors import VirstError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.pool import BEAT_S
@@ -431,6 +431,8 @@ def _command(
             asked = ReasonerParameters(method=method, weights=reasoner_weights, memory_budget_gib=memory_budget_gib)
             if detector and method != "grounding":
                 raise ValueError("--detector is for --method grounding")
+            if reasoner_weights and method not in METHOD_WINDOWS:
+                raise ValueError(f"--reasoner-weights is for --method {' or '.join(METHOD_WINDOWS)}")
             if top_k and method != "tempvrs":
                 raise ValueError("--top-k is for --method tempvrs")
             has_ended = serve(

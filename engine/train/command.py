@@ -15,7 +15,6 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from virst_engine.config import ModelParameters
 from virst_engine.data.recorded import open_scenes
 from virst_engine.model.config import Sam2Config, tabletop_tiny
 from virst_engine.model.methods import build_method, save_method, start_from
@@ -28,7 +27,7 @@ from virst_engine.train import trainer
 from virst_engine.train.config import Method, TrainConfig, method_training, tabletop_tiny_training
 from virst_engine.train.method_steps import MethodModel, MethodReadOuts
 from virst_engine.train.steps import ReadOuts
-from virst_engine.weights import SHIPPED, load_model, read_card, save_model, weights_sha256
+from virst_engine.weights import SHIPPED, file_sha256, load_model, read_card, save_model
 
 log = logging.getLogger(__name__)
 train_app = typer.Typer(
@@ -71,6 +70,8 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    if method != "tempvrs" and (one_seg or supervision != "clip"):
+        raise typer.BadParameter(f"are for the method tempvrs, not for {method}", param_hint="--supervision, --one-seg")
     model: Virst | MethodModel
     heads: ReadOuts | MethodReadOuts
     if method == "virst":
@@ -160,7 +161,7 @@ def _start_method(method: str, init: Path, supervision: str, *, several_seg: boo
         "language": virst.config.language,
         "prompt_channels": virst.config.sam2.channels,
         "words": virst.config.words,
-        "segmenter": weights_sha256(ModelParameters(name=virst.config.name, weights=str(init))),
+        "segmenter": file_sha256(init),
     }
     try:
         if method == "visa":

@@ -96,6 +96,14 @@ def test_version_lists_what_it_is_built_on():
         (["evaluate", "--family", "full", "--long", "5"], "more than 12 s"),
         (["evaluate", "--method", "grounding", "--mode", "offline"], "whole video"),
         (["segment", "a.mp4", "--goal", "it", "--out", "b", "--anchors", "guided"], "--offline"),
+        (
+            ["segment", "a.mp4", "--goal", "a", "--goal", "b", "--out", "c", "--offline", "--method", "visa"],
+            "one --goal at a time",
+        ),
+        (
+            ["segment", "a.mp4", "--goal", "a", "--out", "c", "--offline", "--method", "visa", "--anchors", "guided"],
+            "leave out --anchors",
+        ),
         (["compare"], "--json"),
         (["compare", "--list", "--long", "5"], "more than 12 s"),
         (["compare", "--json", "a.json", "--rows", "virst,nobody"], "no row or group 'nobody'"),

@@ -115,6 +115,11 @@ def test_first_anchor_only_decodes_the_goal_frame_alone(mode):
         ({"per_scene": 0}, "per_scene"),
         ({"mode": "offline", "no_refresh": True}, "no_refresh"),
         ({"frame_time_s": -1.0}, ">= 0"),
+        ({"top_k": 3}, "top_k is for the method tempvrs"),
+        ({"reasoner_weights": "x"}, "reasoner_weights are for visa, tempvrs"),
+        ({"method": "visa", "mode": "offline", "anchors": "uniform-3"}, "visa chooses its anchors itself"),
+        ({"method": "tempvrs", "first_anchor_only": True}, "tempvrs chooses its anchors itself"),
+        ({"method": "visa", "no_second_fusion": True}, "a part of virst"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):

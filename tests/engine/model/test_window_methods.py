@@ -129,6 +129,39 @@ class TestVisaChoosesFrames:
         assert not torch.allclose(first, visa.percentages(cells, *rows_of("the blue box")), atol=1e-3)
         assert not torch.allclose(first, visa.percentages(cells.flip(1), *rows_of("the red ball")), atol=1e-3)
 
+    def test_two_tokens_of_a_frame_then_the_words_are_what_the_sampler_reads(self, visa: Visa) -> None:
+        """Recomputed, frame by frame: what each word sees in the cells, on average, and the mean of the cells."""
+        cells, (text, valid) = visa.encode(window()), rows_of("the red ball")
+        sampler, d = visa.sampler, cells.shape[-1]
+        words = sampler.language_model.embed_tokens(text)[0]
+        tokens = []
+        for t in range(cells.shape[1]):
+            frame = cells[0, t]
+            seen = []
+            for word in words:
+                query = sampler.context_query.weight @ word + sampler.context_query.bias
+                seen.append((frame @ query / d**0.5).softmax(0) @ frame)
+            context = sampler.context.weight @ torch.stack(seen).mean(0) + sampler.context.bias
+            content = sampler.content.weight @ frame.mean(0) + sampler.content.bias
+            for kind, token in enumerate((context, content)):
+                token = torch.nn.functional.layer_norm(token, token.shape, sampler.norm.weight, sampler.norm.bias)
+                tokens.append(token + sampler.kind_embedding[kind] + sampler.time_embedding[t])
+        sequence = torch.cat((torch.stack(tokens), words, sampler.question_embedding))[None]
+        hidden = sampler.language_model(inputs_embeds=sequence, use_cache=False).last_hidden_state[0, -1]
+        expected = sampler.percentage.weight @ hidden + sampler.percentage.bias
+        assert torch.allclose(visa.percentages(cells, text, valid)[0], expected, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "part", ["content.weight", "context.weight", "context_query.weight", "kind_embedding", "time_embedding",
+                 "question_embedding", "norm.weight"]
+    )  # fmt: skip
+    def test_no_part_of_the_sampler_can_be_left_out(self, part: str) -> None:
+        visa = small(VISA)
+        cells, words = visa.encode(window()), rows_of("the red ball")
+        before = visa.percentages(cells, *words)
+        visa.sampler.get_parameter(part).zero_()
+        assert not torch.allclose(before, visa.percentages(cells, *words), atol=1e-3)
+
     def test_the_sampler_does_not_read_padding(self, visa: Visa) -> None:
         cells = visa.encode(window())
         text, valid = rows_of("the red ball", "the big blue box left of the can")
@@ -241,10 +274,16 @@ class TestTempVrs:
             use_cache=False,
         ).last_hidden_state
         output = tempvrs.prompts(question)
-        assert torch.allclose(output.relevance_logits, tempvrs.tep_mlp(hidden[:, -5]), atol=1e-5)
-        assert torch.allclose(output.prompts[:, :, 0], tempvrs.text_hidden_fcs(hidden[:, -4:]), atol=1e-5)
+        told = hidden[:, -5]  # three layers by hand, GELU between them
+        for number in (0, 2, 4):
+            told = told @ tempvrs.tep_mlp[number].weight.T + tempvrs.tep_mlp[number].bias
+            if number < 4:
+                told = told * 0.5 * (1 + torch.erf(told / 2**0.5))
+        assert torch.allclose(output.relevance_logits, told, atol=1e-5)
+        first, second = tempvrs.text_hidden_fcs[0], tempvrs.text_hidden_fcs[2]
+        prompts = (hidden[:, -4:] @ first.weight.T + first.bias).clamp(min=0) @ second.weight.T + second.bias
+        assert torch.allclose(output.prompts[:, :, 0], prompts, atol=1e-5)
         assert output.relevance_logits.shape == (1, 4)
-        assert sum(isinstance(part, torch.nn.Linear) for part in tempvrs.tep_mlp) == 3
 
     def test_each_clip_has_a_seg_of_its_own_with_its_time(self, tempvrs: TempVrs) -> None:
         text, valid = rows_of("the red ball")
@@ -327,7 +366,17 @@ class TestFiles:
     ("config", "changes", "says"),
     [
         (VISA, {"sampling": "all"}, "sampling"),
-        (VISA, {"window_frames": 1000}, "longer than"),
+        (VISA, {"window_frames": 1000}, "2 to 48 frames"),
+        (VISA, {"window_frames": 1}, "2 to 48 frames"),
+        (VISA, {"references": 0}, "references"),
+        (VISA, {"answers": 0}, "answers"),
+        (VISA, {"phases": 0}, "phases"),
+        (VISA, {"video": SMALL.video}, "fine_newest"),
+        (TEMPVRS, {"video": SMALL.video}, "fine_newest"),
+        (TEMPVRS, {"slow_frames": 0}, "slow_frames"),
+        (TEMPVRS, {"fast_pool": 0}, "fast_pool"),
+        (TEMPVRS, {"fast_between": -1}, "fast_between"),
+        (TEMPVRS, {"slow_frames": 40}, "2 to 48 frames"),
         (TEMPVRS, {"supervision": "none"}, "supervision"),
         (TEMPVRS, {"top_k": 5}, "top_k must be 1 to 4"),
         (TEMPVRS, {"fast_pool": 3}, "does not divide"),

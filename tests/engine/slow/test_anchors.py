@@ -73,6 +73,8 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         ([DIFFERS, AGREES], CONFIDENT, Decision(Action.INSERT, (1,))),  # the newest decides, only it joins
         ([UNKNOWN, AGREES], CONFIDENT, Decision(Action.INSERT, (1,))),  # nobody knows what the older one shows
         ([AGREES, UNKNOWN], CONFIDENT, Decision(Action.INSERT, (0, 1))),
+        ([UNKNOWN], CONTRADICTED, Decision(Action.KEEP, (), Dispute(1))),  # of a time before the track
+        ([UNKNOWN], UNSETTLED, Decision(Action.START_OVER, (0,))),
         ([EVICTED_AGREES], CONTRADICTED, Decision(Action.INSERT, (0,))),  # nothing to replay, so nothing is missing
         ([AGREES, ABSENT], CONFIDENT, Decision(Action.INSERT, (0,))),
         ([AGREES, DIFFERS], CONFIDENT, Decision(Action.HOLD, (), Dispute(1), claimed=1)),

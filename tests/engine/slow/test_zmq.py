@@ -510,6 +510,10 @@ def test_keys_are_never_overwritten_and_missing_ones_are_named(tmp_path):
         (["--weights", "/nowhere.safetensors"], 1, "no file /nowhere.safetensors"),
         (["--endpoint", "tcp://127.0.0.1:5555"], 1, "tcp:// needs CURVE keys"),
         (["--model", "unheard-of"], 1, "model.name must be one of"),
+        (["--top-k", "3"], 1, "--top-k is for --method tempvrs"),
+        (["--reasoner-weights", "x"], 1, "--reasoner-weights is for --method visa or tempvrs"),
+        (["--method", "visa", "--reasoner-weights", "/nowhere"], 1, "no file /nowhere"),
+        (["--method", "tempvrs", "--top-k", "9"], 1, "top_k must be 1 to 8"),
         (["--log-level", "loud"], 2, "log-level"),
     ],
 )

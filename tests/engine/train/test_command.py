@@ -164,6 +164,14 @@ def test_the_ablations_of_tempvrs_are_in_its_configuration(tmp_path: Path) -> No
     assert len(reasoner.seg_embedding) == 1
 
 
+def test_options_of_tempvrs_are_refused_elsewhere(tmp_path: Path) -> None:
+    for method in ("virst", "visa"):
+        for option in (("--one-seg",), ("--supervision", "frame")):
+            result = CliRunner().invoke(command.train_app, ["--method", method, *option, "--out", str(tmp_path)])
+            assert result.exit_code == 2
+            assert "for the method tempvrs" in result.output
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--method", "oracle"), ("--supervision", "none")])
 def test_a_method_that_there_is_not_is_refused(flag: str, value: str, tmp_path: Path) -> None:
     method = () if flag == "--method" else ("--method", "tempvrs")
