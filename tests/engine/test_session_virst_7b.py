@@ -287,8 +287,9 @@ def test_an_export_of_other_weights_is_told_by_the_manifests_checksum(
 
 
 def test_the_ablation_is_refused(folder: Path) -> None:
-    with pytest.raises(WeightsError, match="is not evaluated without Second ST-Fusion"):
-        load_reasoner(parameters_of(folder), second_fusion=False)
+    for off in ({"initial_fusion": False}, {"second_fusion": False}):
+        with pytest.raises(WeightsError, match="is not evaluated without its fusion"):
+            load_reasoner(parameters_of(folder), **off)
 
 
 # --- a recording ---------------------------------------------------------------------------------------------------
