@@ -36,7 +36,8 @@ PLAIN = EvaluationSettings()
 SEEING = Row("seeing", "methods", "finds what is asked for", (OFFLINE, STREAM, DELAYED), PLAIN)
 BLIND = Row("blind", "methods", "finds nothing", (OFFLINE, STREAM), replace(PLAIN, no_second_fusion=True))
 SAME = Row("same", "anchors", "the same as seeing", (OFFLINE,), PLAIN)
-LACKING = Row("lacking", "supervision", "needs a file", (OFFLINE,), PLAIN, "nowhere.safetensors")
+TEMPVRS = replace(PLAIN, method="tempvrs")
+LACKING = Row("lacking", "supervision", "needs a file", (OFFLINE,), TEMPVRS, "nowhere.safetensors")
 
 
 class Counting:
