@@ -138,6 +138,13 @@ class VirstConfig:
         return VirstConfig(name=raw["name"], words=tuple(raw["words"]), **built)
 
 
+def with_parts(text: str) -> dict[str, Any]:
+    """The fields of a reasoner's configuration, video encoder and language model built. Raises as `from_fields`."""
+    raw: dict[str, Any] = json.loads(text)
+    parts = {"video": VideoEncoderConfig, "language": LanguageModelConfig}
+    return raw | {key: from_fields(kind, raw[key]) for key, kind in parts.items()}
+
+
 def from_fields(kind: Any, raw: dict[str, Any]) -> Any:
     """A dataclass out of the dictionary that `asdict` and JSON made of it. ValueError for fields that it lacks."""
     unknown = set(raw) - {f.name for f in fields(kind)}

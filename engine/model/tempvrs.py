@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from virst_engine.model.config import LanguageModelConfig, VideoEncoderConfig, from_fields
+from virst_engine.model.config import LanguageModelConfig, VideoEncoderConfig, from_fields, with_parts
 from virst_engine.model.video_language import Question, Understood, VideoLanguage, VisualTokens
 from virst_engine.model.window import check_window, window_ages, window_cells
 
@@ -61,10 +61,7 @@ class TempVrsConfig:
     @staticmethod
     def from_json(text: str) -> "TempVrsConfig":
         """Raises KeyError, TypeError or ValueError on anything that `to_json` did not write."""
-        raw = json.loads(text)
-        raw["video"] = from_fields(VideoEncoderConfig, raw["video"])
-        raw["language"] = from_fields(LanguageModelConfig, raw["language"])
-        built: TempVrsConfig = from_fields(TempVrsConfig, raw)
+        built: TempVrsConfig = from_fields(TempVrsConfig, with_parts(text))
         return built
 
 

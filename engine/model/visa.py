@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from virst_engine.model.config import LanguageModelConfig, VideoEncoderConfig, from_fields
+from virst_engine.model.config import LanguageModelConfig, VideoEncoderConfig, from_fields, with_parts
 from virst_engine.model.video_language import Question, Understood, VideoLanguage, VisualTokens, build_language_model
 from virst_engine.model.window import check_window, window_ages, window_cells
 
@@ -53,10 +53,7 @@ class VisaConfig:
     @staticmethod
     def from_json(text: str) -> "VisaConfig":
         """Raises KeyError, TypeError or ValueError on anything that `to_json` did not write."""
-        raw = json.loads(text)
-        raw["video"] = from_fields(VideoEncoderConfig, raw["video"])
-        raw["language"] = from_fields(LanguageModelConfig, raw["language"])
-        built: VisaConfig = from_fields(VisaConfig, raw)
+        built: VisaConfig = from_fields(VisaConfig, with_parts(text))
         return built
 
 
