@@ -70,6 +70,22 @@ class Graph:
         self.node.create_subscription(kind, topic, messages.append, qos)
         return messages
 
+    def collect_log(self, node: Any) -> list[Any]:
+        """A list that fills with the lines of /rosout, once those of `node` are known to arrive.
+
+        What was logged while a subscription is being matched may be lost, though /rosout keeps lines for latecomers.
+        """
+        from rcl_interfaces.msg import Log
+
+        lines = self.collect(Log, "/rosout", 100)
+
+        def arrives() -> bool:
+            node.get_logger().info("the test listens")
+            return any(line.name == node.get_name() and line.msg == "the test listens" for line in list(lines))
+
+        wait_until(arrives)
+        return lines
+
     def publisher(self, kind: type, topic: str, qos: Any = 10) -> Any:
         return self.node.create_publisher(kind, topic, qos)
 

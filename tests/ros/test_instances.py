@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("rclpy")
 pytest.importorskip("virst_msgs.msg")
 
-from rcl_interfaces.msg import Log
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
@@ -148,9 +147,8 @@ def test_a_topic_of_its_own_comes_and_goes_with_each_object(graph, engine):
 
 def test_topics_of_objects_are_limited_and_the_log_tells_their_names(graph, engine, monkeypatch):
     monkeypatch.setattr(object_masks, "MOST_TOPICS", 2)
-    # The lines may be older than the subscription: /rosout keeps its lines for those who ask for them.
-    logged = graph.collect(Log, "/rosout", QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL))
     setup = Setup(graph, engine, object_masks=True)
+    logged = graph.collect_log(setup.node)
     setup.call(SetGoal, "set_goal", goal="red", object_id="the reds", max_instances=4)
     assert len(setup.send(8)) == 3
     wait_until(lambda: any("the reds" in line.msg and "/objects/the_reds/mask" in line.msg for line in logged))

@@ -132,14 +132,11 @@ class TestOnTheNode:
 
     def test_refusals_are_counted_in_diagnostics_and_told_in_the_log_once(self, graph, node):
         from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-        from rcl_interfaces.msg import Log
-        from rclpy.qos import DurabilityPolicy, QoSProfile
 
         from tests.ros.ros_graph import wait_until
 
         diagnostics = graph.collect(DiagnosticArray, "/diagnostics")
-        # The line may be older than the subscription: /rosout keeps its lines for those who ask for them.
-        logged = graph.collect(Log, "/rosout", QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+        logged = graph.collect_log(node)
         for _ in range(8):
             self.set_goal(graph, goal="the block")
 
