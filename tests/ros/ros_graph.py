@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of nodes share: a graph over the real middleware, and a fake engine."""
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -71,10 +72,7 @@ class Graph:
         return messages
 
     def collect_log(self, node: Any) -> list[Any]:
-        """A list that fills with the lines of /rosout, once those of `node` are known to arrive.
-
-        What was logged while a subscription is being matched may be lost, though /rosout keeps lines for latecomers.
-        """
+        """A list that fills with the lines of /rosout, once those of `node` are known to arrive."""
         from rcl_interfaces.msg import Log
 
         lines = self.collect(Log, "/rosout", 100)
@@ -112,6 +110,9 @@ class Graph:
         for spinning in reversed(self._spinning):
             spinning.stop()
         self.context.try_shutdown()
+        # rclpy's lifecycle nodes end with the garbage. One that ends while another of its name runs takes that one's
+        # publisher of /rosout with it, which goes by the name within a process.
+        gc.collect()
 
 
 class FakeSession:
