@@ -73,6 +73,7 @@ class _Track:
     absent_steps: int = 0
     is_doubted: bool = False  # nothing is tracked, and the newest answer was not sure enough to begin with it
     is_settled: bool = False  # by an answer that saw a full window
+    confirmations: int = 0  # later answers that agreed, since it is settled
     is_weak: bool = False  # known only by an anchor whose frame was evicted
     dispute: Dispute = field(default_factory=Dispute)
     claim: Claim | None = None  # what the newest answer of the dispute points at, unless that is absence
@@ -403,6 +404,7 @@ class CameraStream:
             track.replay_anchor_ns, track.replay_is_settled = stamp_ns, True
         else:
             track.newest_anchor_ns, track.is_settled, track.is_weak = stamp_ns, True, False
+            track.confirmations = 0
             track.state = ObjectState.TRACKING if sighting.is_present else ObjectState.LOST
             track.absent_steps = 0
 
@@ -451,7 +453,7 @@ class CameraStream:
         track.state = ObjectState.TRACKING if is_present else ObjectState.LOST
         track.absent_steps = 0 if is_present else self._config.tracking.lost_after_steps
         track.newest_anchor_ns, track.is_settled = track.replay_anchor_ns, track.replay_is_settled
-        track.is_weak, track.dispute, track.claim = False, Dispute(), None
+        track.confirmations, track.is_weak, track.dispute, track.claim = 0, False, Dispute(), None
         track.seen_dispute, track.seen_claim = Dispute(), None
 
     def _look_after_reasoner(self) -> bool:
@@ -609,6 +611,8 @@ class CameraStream:
             self.tracker.add_anchors(track.slot, anchors, decision.chosen)
             if newest_ns is not None:  # an older anchor may join alone
                 track.newest_anchor_ns = max(newest_ns, track.newest_anchor_ns or newest_ns)
+            if track.is_settled and request.is_full_window and anchors.agreement[decision.chosen[-1]] is not None:
+                track.confirmations += 1
             track.is_settled = track.is_settled or request.is_full_window
             track.is_weak = False
         elif decision.action is Action.START_OVER:
@@ -617,6 +621,7 @@ class CameraStream:
         elif decision.action is Action.DECLARE_ABSENT:
             self.tracker.forget(track.slot)
             track.state, track.newest_anchor_ns, track.is_settled = ObjectState.NOT_FOUND, None, False
+            track.confirmations = 0
             if track.instances is not None:
                 track.instances.release()
         elif decision.action is Action.JUMP:
@@ -624,6 +629,7 @@ class CameraStream:
             if track.instances is not None:
                 track.instances.union_was_replaced()
             track.newest_anchor_ns, track.is_settled, track.is_weak = newest_ns, False, True
+            track.confirmations = 0
             self._ask_again(track)
 
     def _split(self, frame: Frame, step: int) -> None:
@@ -695,6 +701,7 @@ class CameraStream:
             is_confident=self._is_confident(track),
             is_settled=track.is_settled,
             dispute=track.dispute,
+            is_kept=0 < tracking.keep_answers <= track.confirmations,
         )
         return decide(
             evidence,

@@ -149,6 +149,14 @@ class TrackingParameters:
         high=100,
         live=True,
     )
+    keep_answers: int = parameter(
+        1,
+        "answers that agree with a settled object, after which none takes it away while it is seen: a goal is what the "
+        "sentence meant when it was said; 0 = answers may always overrule it",
+        low=0,
+        high=100,
+        live=True,
+    )
     start_presence: float = parameter(
         0.93,
         "probability of presence, the reasoner's and the mask decoder's, from which an answer begins a track; one that "

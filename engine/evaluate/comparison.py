@@ -7,6 +7,7 @@ from virst_engine.evaluate.compare_rows import Row
 from virst_engine.evaluate.settings import FIRST_EVALUATION_SEED, EvaluationSettings
 from virst_engine.evaluate.summary import ExpressionScore
 
+FIRST_COMPARED_SEED = FIRST_EVALUATION_SEED + 100_000  # the rows were written with scenes of the first ones in sight
 SEEDS = 3  # disjoint ranges of scenes; the weights are trained once
 LARGEST_SEED_SCENES = 1000
 
@@ -22,7 +23,7 @@ class ComparedScenes:
             raise ValueError(f"scenes per seed must be 1..{LARGEST_SEED_SCENES}, got {self.per_seed}")
 
     def of_seed(self, seed: int) -> range:
-        first = FIRST_EVALUATION_SEED + seed * LARGEST_SEED_SCENES
+        first = FIRST_COMPARED_SEED + seed * LARGEST_SEED_SCENES
         return range(first, first + self.per_seed)
 
     @property

@@ -4,13 +4,15 @@
 The target of a goal is what the sentence meant when it was said. A refreshed answer is computed on another window of
 frames, so it may point elsewhere by mistake, or because what the words tell ("the one that moved first") has left the
 window. So an object that an answer with a full window has settled is given up only for several answers in a row that
-all point at the same other thing, whether it is seen or hidden: a hidden object comes back by its memory. That there is
-no such object is believed of a settled one only while the segmenter doubts it too. An object that is not settled has
-nothing to lose and takes every answer at once. Where nothing is tracked, both must be sure, the reasoner that the
-sentence means something here and the segmenter of what the prompt shows, surer than to go on with it later, and several
-answers in a row must find the same thing if the last one said that there is none: a goal that is not there is asked
-about again and again, and one mistake would show a mask. A doubt of the reasoner takes no track away with which its own
-prompt agrees.
+all point at the same other thing, whether it is seen or hidden: a hidden object comes back by its memory. While one is
+seen that a later answer has confirmed, it is not given up at all: from then on it is likelier that the words have lost
+their meaning than that it was the wrong one, and in minutes of a stream any number of answers in a row comes about.
+That there is no such object is believed of a settled one only while the segmenter doubts it too. An object that is not
+settled has nothing to lose and takes every answer at once. Where nothing is tracked, both must be sure, the reasoner
+that the sentence means something here and the segmenter of what the prompt shows, surer than to go on with it later,
+and several answers in a row must find the same thing if the last one said that there is none: a goal that is not there
+is asked about again and again, and one mistake would show a mask. A doubt of the reasoner takes no track away with
+which its own prompt agrees.
 """
 
 from collections.abc import Sequence
@@ -92,6 +94,7 @@ class Situation:
     is_confident: bool  # and well enough to be remembered
     is_settled: bool  # tracked by an answer that saw a full window
     dispute: Dispute = Dispute()
+    is_kept: bool = False  # settled, and confirmed by as many later answers as it takes
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def decide(
         return Decision(Action.KEEP, dispute=situation.dispute)
     present = [i for i, e in enumerate(evidence) if e.is_present and e.is_believed]
     dispute = situation.dispute.with_one_more(not present, repeats)
-    is_overruled = not situation.is_settled or dispute.answers >= overrule_answers
+    is_safe = situation.is_kept and situation.state is ObjectState.TRACKING
+    is_overruled = not situation.is_settled or (not is_safe and dispute.answers >= overrule_answers)
     if not present:
         if is_known and not situation.is_visible:
             # Hidden is what we say already, and its memory is what finds it when it comes back.

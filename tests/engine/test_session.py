@@ -329,7 +329,11 @@ def test_an_anchor_from_before_a_takeover_does_not_join_unchecked() -> None:
 
 
 def shown_squares(
-    meanings: Sequence[Colour], overrule_answers: int = 2, clip_frames: int = 2, min_write_iou: float = 0.5
+    meanings: Sequence[Colour],
+    overrule_answers: int = 2,
+    clip_frames: int = 2,
+    min_write_iou: float = 0.5,
+    keep_answers: int = 0,
 ) -> str:
     """Which square is shown in each frame, when the reasoner is asked every frame: r, b, g, or - for none."""
     still_green = Square(GREEN, lambda t: (12, 12), cells=3)
@@ -343,6 +347,7 @@ def shown_squares(
         clip_frames=clip_frames,
         clip_spacing_s=0.1,
         min_write_iou=min_write_iou,
+        keep_answers=keep_answers,
     )
     session.set_goal("it")
     letters = []
@@ -360,6 +365,16 @@ def test_only_answers_in_a_row_that_point_at_the_same_thing_take_a_settled_track
     assert shown_squares([r, r, r, b, g, r, r]) == "rrrrrrr"  # two answers, two wrong squares
     assert shown_squares([r, r, b, g, b, g, b]) == "rrrrrrr"
     assert shown_squares([r, r, b, g, g, g, g]) == "rrrrggg"
+
+
+def test_what_a_later_answer_has_confirmed_is_kept_whatever_the_sentence_means_later() -> None:
+    r, b, none = RED, BLUE, (-9.0, -9.0, -9.0)  # the first window is not full, the second answer settles
+    assert shown_squares([r, r, r, b, b, b, b, b], keep_answers=1) == "rrrrrrrr"
+    assert shown_squares([r, r, r, b, b, b, b, b], keep_answers=0) == "rrrrbbbb"
+    assert shown_squares([r, r, r, b, b, b, b, b], keep_answers=2) == "rrrrbbbb"
+    assert shown_squares([r, r, b, b, r, r, b, b], keep_answers=1) == "rrrbbrrb"  # what takes over has to be confirmed
+    assert shown_squares([r, r, r, none, none, none], min_write_iou=0.95, keep_answers=1) == "rrrrrr"
+    assert shown_squares([r, r, r, none, none, none], min_write_iou=0.95, keep_answers=0) == "rrrr--"
 
 
 def test_an_object_that_is_seen_well_is_not_given_up_because_it_is_said_to_be_absent() -> None:

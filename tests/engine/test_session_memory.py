@@ -50,7 +50,9 @@ def main() -> None:
     images = [video.frame(t).image_rgb_u8 for t in range(100)]
     answers = [RED, RED, BLUE, BLUE, BLUE]
     client = DelayedClient(FakeReasoner(lambda request: answers[request.request_id // 3 % 5]), delay_steps=4)
-    session = Session(small_config(period_s=0.5, max_objects=2, overrule_answers=1), FakeStages(), client)
+    session = Session(
+        small_config(period_s=0.5, max_objects=2, overrule_answers=1, keep_answers=0), FakeStages(), client
+    )
     session.set_goal("one")
     session.set_goal("another")
     tracker, takeovers = session._streams[""].tracker, 0

@@ -76,7 +76,7 @@ def test_every_row_answers_the_same_scenes_of_three_seeds(tmp_path, counting):
     steps = []
     comparison = run((SEEING, BLIND), tmp_path / "a.json", counting, on_scene=lambda *step: steps.append(step))
     assert steps == [(done, 6) for done in range(7)]
-    assert TWO.in_turns == [1_000_000, 1_001_000, 1_002_000, 1_000_001, 1_001_001, 1_002_001]
+    assert TWO.in_turns == [1_100_000, 1_101_000, 1_102_000, 1_100_001, 1_101_001, 1_102_001]
     assert counting.scenes[1:] == TWO.in_turns  # the first was to measure how late answers are
     seeing, blind = (comparison.run_of(name, STREAM) for name in ("seeing", "blind"))
     assert set(seeing.scores) == set(blind.scores) == set(TWO.in_turns)
@@ -134,7 +134,7 @@ def test_more_scenes_and_more_rows_go_on_with_what_is_there(tmp_path, counting):
     assert set(more.run_of("seeing", DELAYED).scores) == set(TWO.in_turns)
     counting.scenes.clear()
     run((SEEING, BLIND), file, counting, ComparedScenes(3))
-    assert counting.scenes == [1_000_002, 1_001_002, 1_002_002]
+    assert counting.scenes == [1_100_002, 1_101_002, 1_102_002]
 
 
 def test_what_was_broken_off_is_kept(tmp_path, counting):
@@ -226,7 +226,7 @@ def test_a_method_that_fails_is_given_up_and_the_others_go_on(tmp_path, counting
     comparison = compare((SEEING, failing), TWO, tmp_path / "a.json", system_of=system, case_of=counting.case)
     assert comparison.run_of("blind", OFFLINE).failed.endswith("understands nothing")
     assert set(comparison.run_of("seeing", OFFLINE).scores) == set(TWO.in_turns)
-    assert "was given up: scene 1000000: this method understands nothing" in page(comparison)
+    assert "was given up: scene 1100000: this method understands nothing" in page(comparison)
 
 
 def test_another_file_is_not_overwritten(tmp_path, counting):

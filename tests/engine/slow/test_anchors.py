@@ -31,6 +31,7 @@ HIDDEN = replace(CONTRADICTED, is_visible=False, is_confident=False)
 LOST = replace(HIDDEN, state=ObjectState.LOST, dispute=Dispute())
 LOST_UNSETTLED, LOST_DISPUTED = replace(LOST, is_settled=False), replace(LOST, dispute=Dispute(1))
 UNSURE_SAID_ABSENT = replace(UNSURE, dispute=Dispute(1, says_absent=True))
+KEPT = replace(CONTRADICTED, is_kept=True)
 SEARCHING = replace(LOST, state=ObjectState.SEARCHING, is_settled=False)
 NOT_FOUND = replace(SEARCHING, state=ObjectState.NOT_FOUND)
 
@@ -80,6 +81,11 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         ([AGREES, DIFFERS], CONFIDENT, Decision(Action.HOLD, (), Dispute(1), claimed=1)),
         ([AGREES, DIFFERS], CONTRADICTED, Decision(Action.START_OVER, (0, 1))),
         ([DIFFERS], UNSURE, Decision(Action.HOLD, (), Dispute(1), claimed=0)),
+        # What a later answer has confirmed: no number of answers takes it away while it is seen.
+        ([DIFFERS], KEPT, Decision(Action.HOLD, (), Dispute(2), claimed=0)),
+        ([AGREES], KEPT, Decision(Action.INSERT, (0,))),
+        ([ABSENT], replace(UNSURE_SAID_ABSENT, is_kept=True), Decision(Action.HOLD, (), Dispute(2, True))),
+        ([DIFFERS], replace(LOST_DISPUTED, is_kept=True), Decision(Action.START_OVER, (0,))),
         ([DIFFERS], UNSETTLED, Decision(Action.START_OVER, (0,))),
         ([ABSENT, ABSENT], CONFIDENT, Decision(Action.HOLD, (), Dispute(1, True))),
         ([ABSENT, ABSENT], SAID_ABSENT, Decision(Action.HOLD, (), Dispute(2, True))),  # we see it well
