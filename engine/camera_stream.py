@@ -59,6 +59,10 @@ TOO_LATE = (
     "the reasoner answered too late: what came after its frames is gone, so the answer was not used; raise "
     "memory.ring_steps"
 )
+NEW_MEANING = (
+    "the sentence has come to mean another object, this one is kept (tracking.keep_answers); clear the goal and set it "
+    "again to follow the other"
+)
 NO_FEATURES = np.zeros((1, 1, 1), np.float16)  # for reasoners that read none
 WEAK_ANCHOR_SCORE = 0.5  # factor on the score of an object known only by an anchor that could not be replayed
 
@@ -701,7 +705,7 @@ class CameraStream:
             is_confident=self._is_confident(track),
             is_settled=track.is_settled,
             dispute=track.dispute,
-            is_kept=0 < tracking.keep_answers <= track.confirmations,
+            is_kept=self._is_kept(track),
         )
         return decide(
             evidence,
@@ -711,6 +715,9 @@ class CameraStream:
             confirm_answers=tracking.confirm_answers,
             repeats=repeats,
         )
+
+    def _is_kept(self, track: _Track) -> bool:
+        return 0 < self._config.tracking.keep_answers <= track.confirmations
 
     def _ask_again(self, track: _Track) -> None:
         with self._lock:
@@ -743,8 +750,12 @@ class CameraStream:
         return score * WEAK_ANCHOR_SCORE if track.is_weak else score
 
     def _message(self, track: _Track) -> str:
-        if track.problem or track.state is ObjectState.TRACKING:
-            return track.problem or (track.instances.message if track.instances is not None else "")
+        if track.problem:
+            return track.problem
+        if track.state is ObjectState.TRACKING:
+            if self._is_kept(track) and track.claim and track.dispute.answers >= self._config.tracking.overrule_answers:
+                return NEW_MEANING
+            return track.instances.message if track.instances is not None else ""
         if self._trouble and track.goal.sentence:
             return self._trouble
         if not self._has_reasoner and track.goal.sentence:

@@ -377,6 +377,22 @@ def test_what_a_later_answer_has_confirmed_is_kept_whatever_the_sentence_means_l
     assert shown_squares([r, r, r, none, none, none], min_write_iou=0.95, keep_answers=0) == "rrrr--"
 
 
+def test_it_is_told_when_the_sentence_has_come_to_mean_another_object() -> None:
+    video = Video([moving_square(row=1), Square(BLUE, lambda t: (9, 3))])
+    client = InstantClient(FakeReasoner(lambda request: RED if request.clip.steps[-1] < 30 else BLUE))
+    session = session_of(client, period_s=0.5, overrule_answers=3, keep_answers=1)
+    session.set_goal("the one on the left")
+    results = run(session, video, range(60))
+    assert all(np.array_equal(result.objects[0].mask, video.truth(result.step)) for result in results)
+    asked = [int(request.clip.steps[-1]) for request in client.reasoner.requests]
+    third = [step for step in asked if step >= 30][2]
+    assert {result.objects[0].message for result in results[:third]} == {""}
+    assert all("has come to mean another object" in result.objects[0].message for result in results[third:])
+
+    client.reasoner = FakeReasoner(meaning_of([RED]))  # it means this one again
+    assert run(session, video, range(60, 70))[-1].objects[0].message == ""
+
+
 def test_an_object_that_is_seen_well_is_not_given_up_because_it_is_said_to_be_absent() -> None:
     r, none = RED, (-9.0, -9.0, -9.0)
     assert shown_squares([r, r, none, none, none, none, none]) == "rrrrrrr"
