@@ -21,6 +21,7 @@ from virst_engine.train.config import LossWeights, StageConfig, TrainConfig, met
 from virst_engine.train.method_steps import MethodModel, MethodReadOuts, best_frames, tempvrs_step, visa_step
 from virst_engine.train.steps import weighted
 from virst_engine.train.trainer import Trainer
+from virst_engine.types import ImageFeatures
 
 FROZEN = ("seg_model.", "reasoner.video_encoder.")
 FRAMES = VISA.window_frames
@@ -122,6 +123,54 @@ def test_the_best_frame_is_the_newest_that_shows_about_as_much_as_any() -> None:
     best, exists = best_frames(truth)
     assert best[:2].tolist() == [2, 1]
     assert exists.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["visa", "tempvrs"])
+def test_a_prompt_is_decoded_on_its_own_frame_against_that_frames_truth(kind, monkeypatch) -> None:
+    """Every frame has a grey of its own, and so has its truth, and the prompt of each clip of `tempvrs`."""
+    torch.manual_seed(0)
+    model, heads = parts(VISA if kind == "visa" else TEMPVRS)
+    batch = batch_of(kind)
+    clips, frames = batch.frames_rgb_u8.shape[:2]
+    grey = 20 * torch.arange(clips)[:, None] + torch.arange(frames)
+    assert len(set(grey.flatten().tolist())) == clips * frames
+    batch = replace(
+        batch,
+        frames_rgb_u8=grey[..., None, None, None].expand(batch.frames_rgb_u8.shape).to(torch.uint8),
+        truth=grey[batch.clip_of_row][..., None, None].expand(batch.truth.shape) / 255.0,
+        visible=torch.ones_like(batch.visible),
+    )
+    decoded = []
+    monkeypatch.setattr(method_steps, "normalise", lambda frames: frames.permute(0, 3, 1, 2).float())
+    monkeypatch.setattr(
+        model.seg_model, "encode_image", lambda pixels, level: ImageFeatures(*[pixels[:, :1, :1, :1]] * 4)
+    )
+    monkeypatch.setattr(model.seg_model, "without_memory", lambda features: features.top)
+    monkeypatch.setattr(model.seg_model, "decode_mask", lambda features, conditioned, prompts: (features, prompts))
+    answer_of = type(model.reasoner).prompts
+
+    def prompts(reasoner, *arguments):
+        output = answer_of(reasoner, *arguments)
+        if kind == "tempvrs":
+            of_clip = torch.arange(output.prompts.shape[1]) * TEMPVRS.phases
+            output = replace(output, prompts=of_clip[None, :, None, None].expand(output.prompts.shape).float())
+        return output
+
+    def losses_of(decoding, truth, seen):
+        features, prompt_tokens = decoding
+        decoded.append((features.top.flatten(), truth[:, 0, 0] * 255.0, prompt_tokens.sparse[:, 0, 0]))
+        return {}
+
+    monkeypatch.setattr(type(model.reasoner), "prompts", prompts)
+    monkeypatch.setattr(method_steps, "mask_losses", losses_of)
+    (visa_step if kind == "visa" else tempvrs_step)(model, heads, batch)
+    assert len(decoded) == (1 if kind == "visa" else method_steps.NODES)
+    for seen, truth, prompt in decoded:
+        torch.testing.assert_close(seen, truth, atol=1e-3, rtol=0)
+        frame = truth - 20 * batch.clip_of_row
+        assert ((frame >= -0.01) & (frame < frames)).all(), "of the row's own clip"
+        if kind == "tempvrs":
+            torch.testing.assert_close(prompt, frame, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["visa", "tempvrs"])
