@@ -9,10 +9,7 @@ another version of the code, of other weights or other settings are not counted.
 import hashlib
 import json
 import logging
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from virst_engine.evaluate.provenance import code_version, command_line, device_
 from virst_engine.evaluate.runner import LoadCase, LoadSystem, evaluate_scene, measure_times
 from virst_engine.evaluate.settings import EvaluationSettings
 from virst_engine.evaluate.summary import ExpressionScore
+from virst_engine.evaluate.workers import in_processes
 
 logger = logging.getLogger(__name__)
 
@@ -168,18 +166,8 @@ def _all_jobs(
         for scene, wanted in jobs.items():
             yield scene, _answer_scene(wanted, scene, systems, system_of, case_of)
         return
-    # spawn: neither torch's threads nor an OpenGL context survive a fork
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        waiting = {pool.submit(_work, wanted, scene, system_of, case_of): scene for scene, wanted in jobs.items()}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
-    except BrokenProcessPool as error:
-        raise VirstError(
-            "a worker of the comparison ended unexpectedly, perhaps for lack of memory; use fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    arguments = {scene: (wanted, scene, system_of, case_of) for scene, wanted in jobs.items()}
+    yield from in_processes(_work, arguments, workers)
 
 
 _systems: dict[EvaluationSettings, System] = {}  # of this worker process

@@ -63,8 +63,8 @@ def _cpu_name() -> str:
 # Folders and files of the package that move no figure of an evaluation: they make, tell or time something else.
 NOT_EVALUATED = (
     "cli.py", "export/", "train/", "data/", "evaluate/bench", "evaluate/compare", "evaluate/pictures",
-    "evaluate/provenance", "evaluate/answers", "evaluate/peers", "evaluate/sam2_peer", "evaluate/transformers_peer",
-    "sim/live", "video/command", "video/results", "video/segment",
+    "evaluate/provenance", "evaluate/workers", "evaluate/answers", "evaluate/peers", "evaluate/sam2_peer",
+    "evaluate/transformers_peer", "sim/live", "video/command", "video/results", "video/segment",
 )  # fmt: skip
 
 

@@ -2,24 +2,22 @@
 """Run an evaluation: every scene of a range, on several processes, scored against the simulator's truth."""
 
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from virst_engine.errors import SceneError, VirstError
+from virst_engine.errors import SceneError
 from virst_engine.evaluate.cases import Case, load_case
 from virst_engine.evaluate.metrics import mean_score, score_frames
 from virst_engine.evaluate.modes import System, load_system, run_mode
 from virst_engine.evaluate.provenance import command_line, device_description, versions
 from virst_engine.evaluate.settings import SETTLED_FRAMES, EvaluationSettings
 from virst_engine.evaluate.summary import ExpressionScore, summarise
+from virst_engine.evaluate.workers import in_processes
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import InProcessClient, Reasoner
 from virst_engine.types import ReasonerAnswer, ReasonerRequest
@@ -189,18 +187,7 @@ def _all_scenes(
         for scene in settings.scenes:
             yield scene, evaluate_scene(system, settings, scene, case_of)
         return
-    # spawn: neither torch's threads nor an OpenGL context survive a fork
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        waiting = {pool.submit(_work, settings, system_of, case_of, scene): scene for scene in settings.scenes}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
-    except BrokenProcessPool as error:
-        raise VirstError(
-            "an evaluation worker ended unexpectedly, perhaps for lack of memory; use fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from in_processes(_work, {scene: (settings, system_of, case_of, scene) for scene in settings.scenes}, workers)
 
 
 _systems: dict[EvaluationSettings, System] = {}  # of this worker process
