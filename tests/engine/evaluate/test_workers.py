@@ -35,5 +35,5 @@ def test_what_a_worker_raises_is_raised_here() -> None:
 
 
 def test_a_worker_that_dies_is_told_with_a_remedy() -> None:
-    with pytest.raises(VirstError, match="ended unexpectedly.*use fewer --workers"):
+    with pytest.raises(VirstError, match=r"ended unexpectedly.*use fewer --workers"):
         list(in_processes(dying, {0: (0,), 1: (1,)}, 1))
