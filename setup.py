@@ -52,6 +52,7 @@ setup(
         "demo": ["imageio-ffmpeg"],
         "grounding": ["scipy"],  # what transformers needs for OWLv2; other detectors need nothing more
         "bag": ["rosbags"],  # `virst segment` on rosbag2 and MCAP files
+        "quantised": ["bitsandbytes>=0.50"],  # virst-reasoner --weight-bits 8 or 4
         "train": ["tensorboard"],
         "plot": ["matplotlib"],
         "export": ["onnx", "onnxscript", "onnxruntime"],

@@ -229,6 +229,9 @@ def segment(
     memory_budget_gib: Annotated[
         float, typer.Option(min=0, help="virst-7b: memory of its device that the reasoner may take; 0 = what is free.")
     ] = 0.0,
+    weight_bits: Annotated[
+        int, typer.Option(help="virst-7b: of each weight of the language model's layers: 16 = as stored, 8 or 4.")
+    ] = 16,
     device: Annotated[str, typer.Option(help="torch device, for example cpu or cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
     stages: Annotated[str, typer.Option(metavar="DIR", help="Stages of `virst export`; empty = torch.")] = "",
@@ -254,6 +257,7 @@ def segment(
                 weights=reasoner_weights,
                 clip_frames=clip_frames,
                 memory_budget_gib=memory_budget_gib,
+                weight_bits=weight_bits,
             ),
         )
         settings = SegmentSettings(
@@ -757,7 +761,11 @@ def _folder_info(folder: Path, verify: bool) -> None:
     typer.echo(f"folder      {folder}{', every shard as its checksum says' if verify else ''}")
     typer.echo(f"size        {manifest.bytes / 2**30:.2f} GiB in {len(manifest.shards)} shards")
     typer.echo(f"segmenter   {weights_bytes(manifest, segmenter=True) / 2**30:.2f} GiB of weights")
-    typer.echo(f"reasoner    {weights_bytes(manifest) / 2**30:.2f} GiB of weights")
+    eight, four = (weights_bytes(manifest, weight_bits=bits) / 2**30 for bits in (8, 4))
+    typer.echo(
+        f"reasoner    {weights_bytes(manifest) / 2**30:.2f} GiB of weights; {eight:.2f} with --weight-bits 8, "
+        f"{four:.2f} with --weight-bits 4"
+    )
     typer.echo(f"sha256      {manifest.sha256}")
     typer.echo(f"model       {manifest.config.name}")
     typer.echo(f"questions   {'answered' if manifest.has_words else 'not answered, lm_head is missing'}")

@@ -15,10 +15,10 @@ def parameter(
     *,
     low: int | float | None = None,
     high: int | float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | int, ...] = (),
     live: bool = False,
 ) -> Any:
-    """A documented field: `low`..`high` inclusive, `choices` for strings, `live` = may change while the node runs."""
+    """A documented field: `low`..`high` inclusive, `choices` of str or int, `live` = may change while the node runs."""
     metadata = {"description": description, "low": low, "high": high, "choices": choices, "live": live}
     return field(default=default, metadata=metadata)
 
@@ -42,7 +42,7 @@ def check_fields(group: str, config: Any) -> None:
             raise ValueError(f"{name} must be <= {high}, got {value}")
         choices = f.metadata.get("choices")
         if choices and value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 VIRST_7B = "virst-7b"
@@ -234,6 +234,12 @@ class ReasonerParameters:
         low=0.0,
         high=1024.0,
     )
+    weight_bits: int = parameter(
+        16,
+        "virst-7b: of each weight of the language model's layers (virst-reasoner --weight-bits); 16 = as stored, 8 = "
+        "int8, 4 = nf4, both of which need bitsandbytes",
+        choices=(16, 8, 4),
+    )
 
     def __post_init__(self) -> None:
         check_fields("reasoner", self)
@@ -285,6 +291,13 @@ class EngineConfig:
     tracking: TrackingParameters = field(default_factory=TrackingParameters)
     reasoner: ReasonerParameters = field(default_factory=ReasonerParameters)
     goal: GoalParameters = field(default_factory=GoalParameters)
+
+    def __post_init__(self) -> None:
+        if self.reasoner.weight_bits != 16 and not (self.model.name == VIRST_7B and self.reasoner.method == "virst"):
+            raise ValueError(
+                f"reasoner.weight_bits {self.reasoner.weight_bits} is for the model {VIRST_7B} and its own method, not "
+                f"{self.model.name} with the method {self.reasoner.method}; leave it at 16"
+            )
 
     @property
     def clips_on_grid(self) -> bool:

@@ -325,6 +325,7 @@ def load_reasoner(
     second_fusion: bool = True,
     top_k: int = 0,
     memory_budget_gib: float = 0.0,
+    weight_bits: int = 16,
 ) -> Reasoner:
     """The reasoner on `parameters.device`, of a method that needs no detector.
 
@@ -332,7 +333,7 @@ def load_reasoner(
         reasoner_weights: file of the method `visa` or `tempvrs`; empty: the shipped one.
         initial_fusion, second_fusion: False: VIRST's ablations of table 4, of tabletop-tiny only.
         top_k: of TempVRS; 0: the model's.
-        memory_budget_gib: of virst-7b, `reasoner.memory_budget_gib`.
+        memory_budget_gib, weight_bits: of virst-7b, `reasoner.memory_budget_gib` and `reasoner.weight_bits`.
 
     Raises:
         WeightsError: there is none, or none that can be used, or it has fewer clips than `top_k`.
@@ -340,6 +341,11 @@ def load_reasoner(
     if is_sam2(parameters):
         raise WeightsError(
             f"{parameters.name} has no reasoner; choose a model that has one (tabletop-tiny), or --method grounding"
+        )
+    if weight_bits != 16 and not (is_full_size(parameters) and method == "virst"):
+        raise WeightsError(
+            f"weights of {weight_bits} bits are for the model {VIRST_7B} and its own method, not {parameters.name} "
+            f"with the method {method}; leave out --weight-bits"
         )
     _limit_threads(parameters)
     if method in METHOD_WINDOWS:
@@ -356,7 +362,7 @@ def load_reasoner(
         if not (initial_fusion and second_fusion):
             raise WeightsError(f"{parameters.name} is not evaluated without its fusion; use tabletop-tiny")
         folder = weights_path(parameters)
-        full = load_reasoner_model(folder, parameters.device, memory_budget_gib, WINDOWS)
+        full = load_reasoner_model(folder, parameters.device, memory_budget_gib, WINDOWS, weight_bits)
         return Virst7bReasoner(full, ChatTokenizer(folder, full.config.language.vocabulary))
     model = load_model(weights_path(parameters), device=parameters.device)
     return VirstReasoner(model, initial_fusion=initial_fusion, second_fusion=second_fusion)

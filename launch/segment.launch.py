@@ -182,6 +182,13 @@ ARGUMENTS = [
         description="memory of its device that the reasoner of virst-7b may take, GiB; empty = as in params_file",
     ),
     DeclareLaunchArgument(
+        "weight_bits",
+        default_value="",
+        choices=["", "16", "8", "4"],
+        description="bits of each weight of virst-7b's language model, 8 and 4 need bitsandbytes; empty = as in "
+        "params_file",
+    ),
+    DeclareLaunchArgument(
         "reasoner_endpoint",
         default_value="",
         description="ZeroMQ address at which segmenter and reasoner meet; empty = as in params_file",
@@ -242,6 +249,7 @@ TEXT_PARAMETERS = {
     "curve_keys": "reasoner.curve_keys",
 }
 NUMBER_PARAMETERS = {"memory_budget_gib": "reasoner.memory_budget_gib"}
+INTEGER_PARAMETERS = {"weight_bits": "reasoner.weight_bits"}
 BOOLEAN_PARAMETERS = ("autostart", "use_sim_time", "overlay")
 # Launch argument -> topic of a camera, in the segmenter's namespace.
 TOPICS = {
@@ -262,6 +270,7 @@ REASONER_OPTIONS = {
     "reasoner.method": "--method",
     "reasoner.weights": "--reasoner-weights",
     "reasoner.memory_budget_gib": "--memory-budget-gib",
+    "reasoner.weight_bits": "--weight-bits",
 }
 DETECTING = "grounding"  # the method that needs a detector
 # Python's logging and ROS 2 name two levels differently.
@@ -322,6 +331,9 @@ def start(context: LaunchContext) -> list:
         parameter: as_number(argument, value[argument])
         for argument, parameter in NUMBER_PARAMETERS.items()
         if value[argument]
+    }
+    parameters |= {
+        parameter: int(value[argument]) for argument, parameter in INTEGER_PARAMETERS.items() if value[argument]
     }
     if value["depth_topic"]:
         parameters["use_depth"] = True

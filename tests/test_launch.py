@@ -120,7 +120,7 @@ def test_every_argument_is_declared_with_its_meaning(launch_module: Any) -> None
         *("log_level", "use_sim_time", "autostart", "sim", "reasoner", "weights", "curve_keys", "rviz"),
         *("camera_names", "depth_camera_info_topic", "image_transport", "target", "overlay", "detections", "model"),
         *("fixed_frame", "foxglove", "foxglove_port", "backend", "engine_path", "precision", "process_per_camera"),
-        *("method", "reasoner_weights", "detector", "memory_budget_gib"),
+        *("method", "reasoner_weights", "detector", "memory_budget_gib", "weight_bits"),
     } <= set(names)
     assert len(names) == len(set(names))
     for argument in launch_module.ARGUMENTS:
@@ -215,10 +215,11 @@ def test_method_detector_and_memory_budget_reach_the_reasoner(launch_module: Any
     options, got = reasoner_options(started), parameters(started["segmenter"])
     assert (options["--method"], options["--detector"], got["reasoner.method"]) == ("grounding", "/gdino", "grounding")
     assert "--memory-budget-gib" not in options
-    started = processes(launch_module, model="virst-7b", weights="/virst-7b", memory_budget_gib="40")
+    started = processes(launch_module, model="virst-7b", weights="/virst-7b", memory_budget_gib="40", weight_bits="8")
     options, got = reasoner_options(started), parameters(started["segmenter"])
     assert (options["--model"], options["--weights"], options["--method"]) == ("virst-7b", "/virst-7b", "virst")
     assert (options["--memory-budget-gib"], got["reasoner.memory_budget_gib"]) == ("40.0", 40.0)
+    assert (options["--weight-bits"], got["reasoner.weight_bits"]) == ("8", 8)
     assert "--detector" not in options
     started = processes(launch_module, method="tempvrs", reasoner_weights="/t.safetensors")
     options, got = reasoner_options(started), parameters(started["segmenter"])
@@ -293,7 +294,7 @@ def test_without_an_installation_the_reasoner_is_found_on_path_or_in_this_python
 def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) -> None:
     started = processes(
         launch_module, device="cuda:0", log_level="warn", weights="/w", curve_keys="/k", memory_budget_gib="20.5",
-        method="grounding", detector="/d", reasoner_weights="/r",
+        weight_bits="4", method="grounding", detector="/d", reasoner_weights="/r",
     )  # fmt: skip
     options = [word for pair in reasoner_options(started).items() for word in pair]
     app = typer.Typer()
@@ -325,6 +326,7 @@ def test_the_reasoner_understands_what_it_is_started_with(launch_module: Any) ->
             "weights": "/virst-7b",
             "method": "virst",
             "memory_budget_gib": "40",
+            "weight_bits": "4",
             "reasoner_weights": "/r",
         },
     ],

@@ -62,6 +62,7 @@ HEAVY = {
     "rich": ("cli.py", "train/*.py"),
     "matplotlib": ("evaluate/*.py",),
     "rosbags": (),
+    "bitsandbytes": ("model/quantised.py",),
 }
 ROS = ("rclpy", "launch", "launch_ros", "ament_index_python", "builtin_interfaces", "virst_ros")
 

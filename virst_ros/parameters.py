@@ -175,14 +175,14 @@ class ParameterSpec:
     description: str
     low: float | None
     high: float | None
-    choices: tuple[str, ...]
+    choices: tuple[str | int, ...]
     live: bool
 
     @property
     def constraints(self) -> str:
         """The allowed values, in words; empty when the type says it all."""
         if self.choices:
-            return "one of " + ", ".join(self.choices)
+            return "one of " + ", ".join(map(str, self.choices))
         if self.low is not None and self.high is not None:
             return f"{self.low:g} to {self.high:g}"
         if self.low is not None:

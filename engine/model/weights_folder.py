@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from virst_engine.errors import WeightsError
 from virst_engine.model.checkpoint import FLOATS, listed, parameters_without_numbers
+from virst_engine.model.quantised import is_quantised, put_weight, quantise_layers, quantised_bytes
 from virst_engine.model.sam2 import Sam2
 from virst_engine.model.virst_7b import Virst7b
 from virst_engine.model.virst_7b_config import Virst7bConfig
@@ -160,24 +161,28 @@ def read_manifest(folder: Path) -> Manifest:
         raise WeightsError(f"{file} is no manifest that this version can read ({error!r}); {REMEDY}") from error
 
 
-def load_reasoner_model(folder: Path, device: str = "cpu", budget_gib: float = 0.0, windows: int = 1) -> Virst7b:
+def load_reasoner_model(
+    folder: Path, device: str = "cpu", budget_gib: float = 0.0, windows: int = 1, weight_bits: int = 16
+) -> Virst7b:
     """Everything of the folder that turns a clip and a sentence into prompts, on `device`, in evaluation mode.
 
     `seg_model` stays without numbers, and so does `lm_head` where the folder has none.
     `budget_gib`: memory that this process may take on the device; it will get no more on a GPU. 0 = what a GPU has
-    free. `windows`: of frames, of which the reasoner keeps what it made.
-    Raises WeightsError for a folder that is damaged or of another model, for too little memory, and for a GPU that does
-    not compute in the folder's precision.
+    free. `windows`: of frames, of which the reasoner keeps what it made. `weight_bits`: 16 = all weights as they are
+    stored, 8 or 4 = those of the language model's layers quantised one by one (engine/model/quantised.py).
+    Raises WeightsError for a folder that is damaged or of another model, for too little memory, for a GPU that does
+    not compute in the folder's precision, and for 8 or 4 bits without bitsandbytes.
     """
     manifest = read_manifest(folder)
     model = Virst7b.without_numbers(manifest.config)
+    quantised = quantise_layers(model, weight_bits)
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(SEGMENTER)}
     if not manifest.has_words:
         del wanted[WORDS_HEAD]
     if _is_gpu(device):
         _check_gpu(manifest, wanted, device)
-    _check_memory(manifest, wanted, device, budget_gib, windows)
-    _fill(model, folder, manifest, wanted, device)
+    _check_memory(manifest, device, budget_gib, windows, weight_bits)
+    _fill(model, folder, manifest, wanted, device, quantised)
     for module in (model.language_model.rotary_emb, model.vision_tower):
         for name, table in module.named_buffers(recurse=False):
             setattr(module, name, table.to(device))
@@ -191,16 +196,20 @@ def load_segmenter_model(folder: Path, device: str = "cpu") -> Sam2:
     with parameters_without_numbers():
         model = Sam2(manifest.config.sam2)
     holder.add_module(SEGMENTER[:-1], model)
-    _fill(holder, folder, manifest, holder.state_dict(), device)
+    _fill(holder, folder, manifest, holder.state_dict(), device, {})
     return model.eval().to(device)
 
 
-def weights_bytes(manifest: Manifest, segmenter: bool = False) -> int:
-    """Of the reasoner's weights, or of the segmenter's."""
-    return sum(tensor.bytes for name, tensor in manifest.tensors.items() if name.startswith(SEGMENTER) is segmenter)
+def weights_bytes(manifest: Manifest, segmenter: bool = False, weight_bits: int = 16) -> int:
+    """Of the reasoner's weights on their device, or of the segmenter's."""
+    return sum(
+        quantised_bytes(tensor.shape, weight_bits) if weight_bits != 16 and is_quantised(name) else tensor.bytes
+        for name, tensor in manifest.tensors.items()
+        if name.startswith(SEGMENTER) is segmenter
+    )
 
 
-def working_bytes(config: Virst7bConfig, windows: int = 1) -> int:
+def working_bytes(config: Virst7bConfig, windows: int = 1, weight_bits: int = 16) -> int:
     """About what answers take besides the weights: the widest activations of a part, and what is kept."""
     vision, language, sam2, fusion = config.vision, config.language, config.sam2, config.fusion
     clip = vision.clip_frames * vision.grid**2 * (vision.feedforward + 8 * vision.channels) * 2
@@ -210,7 +219,9 @@ def working_bytes(config: Virst7bConfig, windows: int = 1) -> int:
     tokens = (sam2.grid // math.prod(fusion.tokenizer_strides)) ** 2
     window = vision.max_frames * vision.tokens_per_frame * language.hidden * 2
     window += config.seg_frames * tokens * (language.hidden + sam2.channels) * 4
-    return max(clip, words, maps) + windows * window
+    # A quantised layer is in 16 bits while it is loaded, and while many tokens at once pass through one of 4 bits.
+    unpacked = language.feedforward * language.hidden * 2 if weight_bits != 16 else 0
+    return max(clip, words, maps) + windows * window + unpacked
 
 
 def _is_gpu(device: str) -> bool:
@@ -230,9 +241,9 @@ def _check_gpu(manifest: Manifest, wanted: dict[str, Tensor], device: str) -> No
         )
 
 
-def _check_memory(manifest: Manifest, wanted: dict[str, Tensor], device: str, budget_gib: float, windows: int) -> None:
-    weights = sum(manifest.tensors[name].bytes for name in wanted if name in manifest.tensors)
-    needed = (weights + working_bytes(manifest.config, windows)) / 2**30
+def _check_memory(manifest: Manifest, device: str, budget_gib: float, windows: int, weight_bits: int) -> None:
+    weights = weights_bytes(manifest, weight_bits=weight_bits)
+    needed = (weights + working_bytes(manifest.config, windows, weight_bits)) / 2**30
     there, has = budget_gib or math.inf, f"the budget is {budget_gib:.2f} GiB"
     if _is_gpu(device):
         free, all_of_it = (size / 2**30 for size in torch.cuda.mem_get_info(device))
@@ -241,35 +252,51 @@ def _check_memory(manifest: Manifest, wanted: dict[str, Tensor], device: str, bu
         if not budget_gib or free < budget_gib:
             there, has = free, f"{device} has {free:.2f} GiB free"
     if needed > there:
+        fewer = {16: "load fewer bits of each weight (--weight-bits 8 or 4), ", 8: "use --weight-bits 4, "}
         raise WeightsError(
             f"virst-7b needs {needed:.2f} GiB of device memory ({weights / 2**30:.2f} of them for weights), {has}; "
-            "allow more (--memory-budget-gib), end what else is on that GPU, use a larger one, or convert the weights "
-            "with --dtype bfloat16"
+            f"allow more (--memory-budget-gib), {fewer.get(weight_bits, '')}end what else is on that GPU, use a larger "
+            "one, or convert the weights with --dtype bfloat16"
         )
 
 
-def _fill(model: nn.Module, folder: Path, manifest: Manifest, wanted: dict[str, Tensor], device: str) -> None:
-    """Put the folder's tensors `wanted` into the model, shard by shard."""
+def _fill(
+    model: nn.Module,
+    folder: Path,
+    manifest: Manifest,
+    wanted: dict[str, Tensor],
+    device: str,
+    quantised: dict[str, nn.Linear],
+) -> None:
+    """Put the folder's tensors `wanted` into the model, shard by shard; the weights of `quantised` one by one."""
     _check_tensors(folder, manifest, wanted)
     for shard in sorted({manifest.tensors[name].shard for name in wanted}):
         file = folder / shard
-        names = [name for name in wanted if manifest.tensors[name].shard == shard]
+        names = {name for name in wanted if manifest.tensors[name].shard == shard}
         _check_shard(file, manifest)
         try:
-            with safe_open(file, framework="pt", device=device) as opened:
-                state = {name: opened.get_tensor(name) for name in names}
+            state: dict[str, Tensor] = {}
+            for where, of_them in ((device, names - quantised.keys()), ("cpu", names & quantised.keys())):
+                with safe_open(file, framework="pt", device=where) as opened:
+                    state |= {name: opened.get_tensor(name) for name in of_them}
+            _check_content(file, manifest, state)
+            for name in names & quantised.keys():
+                put_weight(quantised[name], state.pop(name), device)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} is damaged ({error}); {REMEDY}") from error
         except (RuntimeError, AssertionError) as error:  # of torch
             raise WeightsError(f"the model cannot be put on device {device!r} ({error}); set model.device") from error
-        for name, value in state.items():
-            stored = manifest.tensors[name]
-            if (str(value.dtype), tuple(value.shape)) != (f"torch.{stored.dtype}", stored.shape):
-                raise WeightsError(
-                    f"{file} is not the file that the manifest describes: {name} is {value.dtype} "
-                    f"{list(value.shape)}, wanted {stored.dtype} {list(stored.shape)}; {REMEDY}"
-                )
         model.load_state_dict(state, strict=False, assign=True)
+
+
+def _check_content(file: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
+    for name, value in state.items():
+        stored = manifest.tensors[name]
+        if (str(value.dtype), tuple(value.shape)) != (f"torch.{stored.dtype}", stored.shape):
+            raise WeightsError(
+                f"{file} is not the file that the manifest describes: {name} is {value.dtype} "
+                f"{list(value.shape)}, wanted {stored.dtype} {list(stored.shape)}; {REMEDY}"
+            )
 
 
 def _check_tensors(folder: Path, manifest: Manifest, wanted: dict[str, Tensor]) -> None:

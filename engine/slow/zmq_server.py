@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 import zmq
 
-from virst_engine.config import METHOD_WINDOWS, METHODS, ModelParameters, ReasonerParameters
+from virst_engine.config import METHOD_WINDOWS, METHODS, EngineConfig, ModelParameters, ReasonerParameters
 from virst_engine.errors import VirstError, WireError
 from virst_engine.slow import wire
 from virst_engine.slow.pool import BEAT_S
@@ -368,6 +368,13 @@ def _command(
         float,
         typer.Option(min=0, help="virst-7b: memory of the device that it may take; 0 = what a GPU has free"),
     ] = 0.0,
+    weight_bits: Annotated[
+        int,
+        typer.Option(
+            help="virst-7b: of each weight of the language model's layers; 16 = as stored, 8 = int8, 4 = nf4 (both "
+            "need bitsandbytes)"
+        ),
+    ] = 16,
     method: Annotated[
         str, typer.Option(metavar="METHOD", help=f"how sentences become prompts: {', '.join(METHODS)}")
     ] = ReasonerParameters().method,
@@ -428,7 +435,13 @@ def _command(
             serve_pool(endpoint, pool, curve_keys=curve_keys)
         else:
             parameters = ModelParameters(name=model, weights=weights, device=device, threads=threads or _threads(cpus))
-            asked = ReasonerParameters(method=method, weights=reasoner_weights, memory_budget_gib=memory_budget_gib)
+            asked = ReasonerParameters(
+                method=method,
+                weights=reasoner_weights,
+                memory_budget_gib=memory_budget_gib,
+                weight_bits=weight_bits,
+            )
+            EngineConfig(model=parameters, reasoner=asked)  # refuses what does not go together
             if detector and method != "grounding":
                 raise ValueError("--detector is for --method grounding")
             if reasoner_weights and method not in METHOD_WINDOWS:
@@ -467,8 +480,14 @@ def _load(
 
     if asked.method == "grounding":
         return load_grounding(detector, parameters, threshold=threshold, most_boxes=boxes)
-    budget_gib = asked.memory_budget_gib
-    return load_reasoner(parameters, asked.method, asked.weights, top_k=top_k, memory_budget_gib=budget_gib)
+    return load_reasoner(
+        parameters,
+        asked.method,
+        asked.weights,
+        top_k=top_k,
+        memory_budget_gib=asked.memory_budget_gib,
+        weight_bits=asked.weight_bits,
+    )
 
 
 def _identify(parameters: ModelParameters, asked: ReasonerParameters) -> str:

@@ -83,6 +83,7 @@ def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None
             method,
             config.reasoner.weights,
             memory_budget_gib=config.reasoner.memory_budget_gib,
+            weight_bits=config.reasoner.weight_bits,
         )
     stages = load_stages(config.model, config.engine, config.memory)
     description: dict[str, Any] = {

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -52,6 +53,7 @@ from virst_engine.weights import (
 )
 
 ROOT = Path(__file__).parents[2]
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 VIDEO = Video([Square(RED, lambda t: (2, 1 + t % 10)), Square(BLUE, lambda t: (9, 10 - t % 10))], period_s=1 / 30)
 
 
@@ -286,6 +288,29 @@ def test_an_export_of_other_weights_is_told_by_the_manifests_checksum(
     assert seen["video_size"] == 32
 
 
+def test_fewer_bits_are_for_this_model_and_its_method(folder: Path) -> None:
+    for parameters, method in (
+        (ModelParameters(), "virst"),
+        (ModelParameters(), "visa"),
+        (parameters_of(folder), "tempvrs"),
+    ):
+        says = rf"weights of 8 bits are for .*virst-7b.* not {parameters.name} with the method {method}; leave out"
+        with pytest.raises(WeightsError, match=says):
+            load_reasoner(parameters, method, weight_bits=8)
+    with pytest.raises(ValueError, match=r"reasoner.weight_bits 4 is for .* virst-7b with the method grounding; leave"):
+        EngineConfig(parameters_of(folder), reasoner=ReasonerParameters(method="grounding", weight_bits=4))
+
+
+@needs_bitsandbytes
+def test_a_session_runs_with_a_reasoner_of_8_bits(folder: Path) -> None:
+    reasoner = load_reasoner(parameters_of(folder), weight_bits=8)
+    with Session.open(config_of(folder, weight_bits=8), InProcessClient(reasoner)) as session:
+        session.set_goal("the red square")
+        for t in range(30):
+            result = session.step(VIDEO.frame(t))
+    assert result.objects[0].state is ObjectState.TRACKING
+
+
 def test_the_ablation_is_refused(folder: Path) -> None:
     for off in ({"initial_fusion": False}, {"second_fusion": False}):
         with pytest.raises(WeightsError, match="is not evaluated without its fusion"):
@@ -351,9 +376,10 @@ def refreshes(session: Session, count: int) -> Iterator[FrameResult]:
     assert not count, found.message
 
 
-def test_two_processes_answer_goals_and_questions(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", ["16", pytest.param("8", marks=needs_bitsandbytes)])
+def test_two_processes_answer_goals_and_questions(folder: Path, tmp_path: Path, bits: str) -> None:
     endpoint = f"ipc://{tmp_path}/reasoner"
-    options = ("--model", "virst-7b", "--weights", str(folder), "--memory-budget-gib", "2")
+    options = ("--model", "virst-7b", "--weights", str(folder), "--memory-budget-gib", "2", "--weight-bits", bits)
     with (
         reasoner_process(endpoint, *options),
         Session.open(config_of(folder, endpoint=endpoint, ttl_s=100.0)) as session,
@@ -391,6 +417,9 @@ def test_another_folder_is_told_by_its_identity(folder: Path, tmp_path: Path) ->
         ((), "do not come with this package; `virst weights convert"),
         (("--memory-budget-gib", "0.000001"), "the budget is 0.00 GiB; allow more (--memory-budget-gib)"),
         (("--memory-budget-gib", "9999"), "reasoner.memory_budget_gib must be <= 1024.0"),
+        (("--weight-bits", "5"), "reasoner.weight_bits must be one of 16, 8, 4, got 5"),
+        (("--weight-bits", "4", "--method", "visa"), "reasoner.weight_bits 4 is for the model virst-7b and its own"),
+        (("--weight-bits", "8", "--model", "tabletop-tiny"), "virst-7b and its own method, not tabletop-tiny with the"),
     ],
 )
 def test_the_program_says_why_it_cannot_run(folder: Path, tmp_path: Path, options: tuple[str, ...], says: str) -> None:

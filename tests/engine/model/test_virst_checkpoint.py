@@ -469,6 +469,7 @@ def test_the_command_converts_and_tells_what_it_wrote(
     assert "merged adapters 14" in run.output
     told = CliRunner().invoke(app, ["weights", "info", str(out), "--verify"])
     assert told.exit_code == 0, told.output
+    assert re.search(r"reasoner +\d\.\d\d GiB of weights; \d\.\d\d with --weight-bits 8, \d\.\d\d with", told.output)
     assert f"sha256      {manifest.sha256}" in told.output
     assert "every shard as its checksum says" in told.output
     assert "questions   answered" in told.output
