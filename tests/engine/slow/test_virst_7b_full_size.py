@@ -57,9 +57,10 @@ def write_random_folder(folder: Path, config: Virst7bConfig, device: str, dtype:
     return folder
 
 
-def measure(folder: Path, device: str, clip_frames: int, refreshes: int) -> dict[str, Any]:
+def measure(folder: Path, device: str, clip_frames: int, refreshes: int, weight_bits: int = 16) -> dict[str, Any]:
     """Milliseconds and GiB of a reasoner and a segmenter on one device; refreshes are those after the first window."""
-    config = read_manifest(folder).config
+    manifest = read_manifest(folder)
+    config, weights = manifest.config, weights_bytes(manifest, weight_bits=weight_bits)
     parameters = ModelParameters(name="virst-7b", weights=str(folder), device=device, threads=0)
     on_gpu = device.startswith("cuda")
 
@@ -67,12 +68,13 @@ def measure(folder: Path, device: str, clip_frames: int, refreshes: int) -> dict
         return torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
 
     begin_s = time.perf_counter()
-    reasoner = load_reasoner(parameters)
+    reasoner = load_reasoner(parameters, weight_bits=weight_bits)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_gpu else device,
         "clip_frames": clip_frames,
+        "weight_bits": weight_bits,
         "load_s": time.perf_counter() - begin_s,
-        "weights_gib": weights_bytes(read_manifest(folder)) / 2**30,
+        "weights_gib": weights / 2**30,
         "after_loading_gib": gib(),
     }
     window = FrameWindow(clip_frames, SPACING_S, on_grid=True)
@@ -101,7 +103,7 @@ def measure(folder: Path, device: str, clip_frames: int, refreshes: int) -> dict
     words = ask("What is on the table?", wants_words=True)
     report["question_ms"] = words.timings_ms
     report["peak_gib"] = gib()
-    report["estimate_gib"] = (weights_bytes(read_manifest(folder)) + working_bytes(config, WINDOWS)) / 2**30
+    report["estimate_gib"] = (weights + working_bytes(config, WINDOWS, weight_bits)) / 2**30
     stages = load_stages(parameters, EngineParameters(precision="bf16" if on_gpu else "fp32"))
     pixels = torch.zeros(1, 3, config.sam2.image_size, config.sam2.image_size, device=device)
     for _ in range(3):
@@ -131,18 +133,25 @@ def test_full_size_runs_on_a_gpu_and_says_what_it_costs(
         pytest.skip("no 18 GB of disk for random weights")
     config = with_preset(Virst7bConfig(), preset)
     folder = write_random_folder(tmp_path / "weights", config, "cuda:0", torch.bfloat16)
-    torch.cuda.reset_peak_memory_stats()
-    report = measure(folder, "cuda:0", clip_frames=32, refreshes=8)
-    with capsys.disabled():
-        print(json.dumps({"preset": preset} | report, indent=1))
+    reports = []
+    for weight_bits in (16, 8, 4):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        reports.append(measure(folder, "cuda:0", clip_frames=32, refreshes=8, weight_bits=weight_bits))
+        with capsys.disabled():
+            print(json.dumps({"preset": preset} | reports[-1], indent=1))
     shutil.rmtree(folder)
-    assert report["peak_gib"] < 1.1 * report["estimate_gib"]  # what a memory budget is compared with
+    for report in reports:
+        assert report["peak_gib"] < 1.1 * report["estimate_gib"]  # what a memory budget is compared with
 
 
-def test_the_harness_runs_in_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_bits", [16, 8])  # four bits need wider layers
+def test_the_harness_runs_in_small(tmp_path: Path, weight_bits: int) -> None:
     config = with_preset(replace(SMALL_7B, seg_frames=16), "paper")
     folder = write_random_folder(tmp_path / "weights", config, "cpu", torch.float32)
-    report = measure(folder, "cpu", clip_frames=16, refreshes=4)
+    if weight_bits != 16:
+        pytest.importorskip("bitsandbytes")
+    report = measure(folder, "cpu", clip_frames=16, refreshes=4, weight_bits=weight_bits)
     assert report["refresh_ms"].keys() == {"video_encoder", "fusion_maps", "language_model", "total"}
     assert report["question_ms"].keys() == {"video_encoder", "language_model", "total"}
     assert json.loads(json.dumps(report)) == report
