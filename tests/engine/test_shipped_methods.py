@@ -17,10 +17,18 @@ from virst_engine.session import Session
 from virst_engine.slow.reasoner import InProcessClient
 from virst_engine.slow.zmq_client import ZmqReasonerClient
 from virst_engine.types import Frame, ObjectState
-from virst_engine.weights import load_method_config, load_reasoner, load_stages, method_weights_path, reasoner_identity
+from virst_engine.weights import (
+    SHIPPED,
+    load_method_config,
+    load_reasoner,
+    load_stages,
+    method_weights_path,
+    reasoner_identity,
+)
 from virst_ros.demo.recorded_run import RecordedRun, load_recording
 
 METHODS = tuple(METHOD_WINDOWS)
+FRAME_BY_FRAME = "tabletop-tiny-tempvrs-frame.safetensors"
 WINDOW = 45  # frames at 20 Hz: the window is full
 WATCHED = 60
 MODEL = ModelParameters()
@@ -46,12 +54,15 @@ def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
     return float((mask & truth).sum() / (mask | truth).sum())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_file_is_small_and_fits_the_code_and_the_segmenter(method: str) -> None:
-    path = method_weights_path(MODEL, method)
+@pytest.mark.parametrize(("method", "name"), [(method, "") for method in METHODS] + [("tempvrs", FRAME_BY_FRAME)])
+def test_the_file_is_small_and_fits_the_code_and_the_segmenter(method: str, name: str) -> None:
+    chosen = str(SHIPPED / name) if name else ""
+    path = method_weights_path(MODEL, method, chosen)
     assert path.stat().st_size <= 30e6
-    config = load_method_config(MODEL, method)
+    config = load_method_config(MODEL, method, chosen)
     assert load_method(path).config == config
+    if method == "tempvrs":
+        assert config.supervision == ("frame" if name else "clip")
     card = read_model_card(path, read_metadata(path, "virst-reasoner-1", ""), "")
     assert card["finished"] is True
     assert "/" not in str(card["command"])  # no folders of the machine it was made on
