@@ -693,7 +693,7 @@ class CameraStream:
                     is_cached,
                     is_present,
                     agreement,
-                    is_sure=min(sighting.presence, confidence) >= tracking.start_presence,
+                    is_sure=min(sighting.presence, confidence) >= self._config.start_presence,
                     is_believed=confidence > 0.5,
                 )
                 for is_cached, is_present, agreement, sighting, confidence in rows

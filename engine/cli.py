@@ -364,7 +364,8 @@ def evaluate_command(
     ] = False,
     alpha: Annotated[int, typer.Option(min=1, max=8, help="Anchors that a frame attends to.")] = 3,
     start_presence: Annotated[
-        float, typer.Option(min=0, max=1, help="Probability of presence from which an answer begins a track.")
+        float,
+        typer.Option(min=0, max=1, help="Probability of presence from which an answer begins a track; 0 = as chosen."),
     ] = TrackingParameters.start_presence,
     pooled_keys: Annotated[bool, typer.Option("--pooled-keys", help="2 x 2 cells of a memory become one key.")] = False,
     backend: Annotated[Backend, typer.Option(help="What runs the stages of --stages.")] = Backend.auto,

@@ -7,6 +7,7 @@ from typing import Any
 
 from virst_engine.config import (
     METHOD_WINDOWS,
+    START_PRESENCE,
     EngineConfig,
     EngineParameters,
     MemoryParameters,
@@ -130,6 +131,7 @@ class EvaluationSettings:
         """The settings as they stand in a report."""
         values = asdict(self)
         first, last = values.pop("first_scene"), values.pop("last_scene")
+        values["start_presence"] = self.start_presence or START_PRESENCE[self.method]
         values["weights"] = self.weights or "shipped"
         values["reasoner_weights"] = Path(self.reasoner_weights).name or "shipped"
         values["reasoner"] = dict(self.reasoner)

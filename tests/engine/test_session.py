@@ -29,7 +29,7 @@ from tests.fakes import (
     session_of,
     small_config,
 )
-from virst_engine.config import EngineConfig, ReasonerParameters
+from virst_engine.config import START_PRESENCE, EngineConfig, ReasonerParameters
 from virst_engine.errors import BadFrame, BadGoal, BadPrompt, UnknownGoal, VirstError, WireError
 from virst_engine.session import Session
 from virst_engine.slow.reasoner import NoReasoner
@@ -148,6 +148,16 @@ def test_what_the_reasoner_does_not_believe_in_is_not_tracked_though_the_decoder
     found = states(run(session, video, range(21, 30)))
     assert found.index(TRACKING) in range(3, 7)  # two sure answers, three frames apart
     assert set(found[found.index(TRACKING) :]) == {TRACKING}
+
+
+@pytest.mark.parametrize("method", ["virst", "visa", "tempvrs"])
+def test_each_method_begins_a_track_from_its_own_probability_or_from_the_one_that_is_set(method: str) -> None:
+    for start, needed in ((0.0, START_PRESENCE[method]), (0.6, 0.6)):
+        for confidence, expected in ((needed - 0.02, SEARCHING), (needed + 0.02, TRACKING)):
+            client = spoiled(lambda answer, confidence=confidence: with_confidence(answer, confidence))
+            session = session_of(client, method=method, start_presence=start)
+            session.set_goal("the red square")
+            assert states(run(session, Video([moving_square()]), range(4)))[-1] is expected, (start, confidence)
 
 
 @pytest.mark.parametrize("frames_before", [6, 30])  # the window is not full, the track is not settled; and full

@@ -70,7 +70,7 @@ def config_of(folder: Path, **reasoner: str | float) -> EngineConfig:
     return EngineConfig(
         model=parameters_of(folder),
         memory=MemoryParameters(ring_steps=40, min_write_iou=0.0),
-        tracking=TrackingParameters(max_objects=3, start_presence=0.0, confirm_answers=1),
+        tracking=TrackingParameters(max_objects=3, start_presence=0.01, confirm_answers=1),
         reasoner=ReasonerParameters(period_s=0.5, retry_s=0.5, **reasoner),  # type: ignore[arg-type]
     )
 
