@@ -5,7 +5,8 @@ Frames are seen as a grid of patches, and every patch has a box and, for each ph
 and objects anew in every step; here the patch in the middle of an object answers for it, which needs no search, and
 every other patch on it learns its box and its name beside, which a short training needs.
 
-The folder that is written is a snapshot like those of the hub: `load_detector` reads it as any other.
+The folder that is written is a snapshot like those of the hub: `load_detector` reads it as any other, also with
+transformers 4. Training needs transformers 5.
 """
 
 import json
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor
+from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor
 
 from virst_engine.data.clips import MIN_VISIBLE_SHARE, Batch, BatchSource, ClipPlan, RecordedScene
 from virst_engine.model.pixels import IMAGE_DEVIATION, IMAGE_MEAN, normalise
@@ -377,7 +378,8 @@ def save_detector(model: DetectorModel, folder: Path, card: dict[str, Any], cali
         image_mean=list(IMAGE_MEAN),
         image_std=list(IMAGE_DEVIATION),
     )
-    OwlViTProcessor(images, model.clip_tokenizer).save_pretrained(folder)
-    images.save_pretrained(folder)  # preprocessor_config.json: newer versions of transformers write it no more
+    # One by one: the processor that they make up is written in a way that transformers 4 cannot read.
+    images.save_pretrained(folder)
+    model.clip_tokenizer.save_pretrained(folder)
     told = {**card, "calibration": asdict(calibration)}
     (folder / CARD).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")

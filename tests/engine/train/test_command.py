@@ -192,12 +192,12 @@ def test_a_detector_is_trained_resumed_and_written_as_a_folder(tmp_path: Path, m
     monkeypatch.setattr(command, "CALIBRATION_BATCHES", 2)
     start = ("--method", "grounding", "--out", tmp_path)
     first = run(*start, "--minutes", 1e-9)
-    assert "detector 1/1 loss" in first.output
+    assert "detector-names 1/1 loss" in first.output
     result = run(*start, "--resume", "--export", tmp_path / "owl")
     assert result.exit_code == 0, result.output
     assert "detector-whole 1/1 loss" in result.output
     card = json.loads((tmp_path / "owl" / "card.json").read_text())
-    assert card["steps"] == {"detector": 1, "detector-whole": 1}
+    assert card["steps"] == {"detector-names": 1, "detector": 1, "detector-whole": 1}
     assert card["finished"] is True
     assert card["calibration"]["phrases"] == 4
     assert load_detector(tmp_path / "owl").detect(np.zeros((48, 64, 3), np.uint8), "the red ball").boxes.shape[1] == 4
