@@ -27,10 +27,16 @@ from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.sim.spec import COLOURS, SHAPES
 from virst_engine.train import trainer
 from virst_engine.train.config import Method, TrainConfig, detector_training, method_training, tabletop_tiny_training
-from virst_engine.train.detector import DetectorModel, DetectorReadOuts, calibrate, save_detector, split_scenes
 from virst_engine.train.method_steps import MethodModel, MethodReadOuts
 from virst_engine.train.phrases import PhraseScene
 from virst_engine.train.steps import ReadOuts
+from virst_engine.train.transformers_detector import (
+    DetectorModel,
+    DetectorReadOuts,
+    calibrate,
+    save_detector,
+    split_scenes,
+)
 from virst_engine.weights import SHIPPED, file_sha256, load_model, read_card, save_model
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,6 @@ from virst_engine.errors import WeightsError
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
 from virst_engine.train.config import StageConfig, TrainConfig
-from virst_engine.train.detector import DetectorModel, DetectorReadOuts, detector_step
 from virst_engine.train.method_steps import MethodModel, MethodReadOuts, tempvrs_step, visa_step
 from virst_engine.train.steps import (
     Losses,
@@ -32,6 +31,7 @@ from virst_engine.train.steps import (
     video_step,
     weighted,
 )
+from virst_engine.train.transformers_detector import DetectorModel, DetectorReadOuts, detector_step
 
 log = logging.getLogger(__name__)
 FINISHED = "finished"  # in place of a stage's name

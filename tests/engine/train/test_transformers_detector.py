@@ -12,11 +12,11 @@ import torch
 from tests.engine.data.fake_scenes import NOTHING, THE_BALL, THE_BOX, Said, two_scenes
 from virst_engine.data.clips import Batch, BatchSource
 from virst_engine.sim.expressions import VOCABULARY
-from virst_engine.slow.transformers_detector import THRESHOLDS, load_detector
-from virst_engine.train import detector
+from virst_engine.slow.transformers_detector import load_detector
+from virst_engine.train import transformers_detector as detector
 from virst_engine.train.config import detector_training
-from virst_engine.train.detector import DetectorModel, DetectorReadOuts, detector_step, objects_of
 from virst_engine.train.steps import weighted
+from virst_engine.train.transformers_detector import DetectorModel, DetectorReadOuts, detector_step, objects_of
 
 STAGE = replace(detector_training().stages[0], clips=2, sentences=3, mirrored_share=0.0)
 
@@ -111,7 +111,7 @@ def test_a_few_steps_teach_two_names_and_the_folder_is_a_detector(tmp_path: Path
     detector.save_detector(model, tmp_path / "owl", {"seed": 0}, found)
     assert json.loads((tmp_path / "owl" / detector.CARD).read_text())["calibration"]["phrases"] == found.phrases
     loaded = load_detector(tmp_path / "owl")
-    assert loaded.threshold == THRESHOLDS["owlvit"]
+    assert loaded.threshold == detector.THRESHOLD
     scene = two_scenes()[0]
 
     def best(said: Said) -> float:

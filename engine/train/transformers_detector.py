@@ -10,12 +10,12 @@ transformers 4. Training needs transformers 5.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -28,11 +28,11 @@ from virst_engine.data.clips import MIN_VISIBLE_SHARE, Batch, BatchSource, ClipP
 from virst_engine.model.pixels import IMAGE_DEVIATION, IMAGE_MEAN, normalise
 from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.sim.spec import MAX_OBJECTS
-from virst_engine.slow.transformers_detector import THRESHOLDS
 from virst_engine.train.losses import attribute_loss
 from virst_engine.train.steps import Losses
 
 CARD = "card.json"
+THRESHOLD = 0.15  # of an OWL-ViT's score, where `load_detector` reads it
 IMAGE_SIZE, PATCH, LONGEST = 128, 8, 32  # pixels, pixels, tokens
 START, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<pad>", "<unk>"
 HELD_OUT = 40  # every so many-th scene is not learnt from: it chooses the threshold
@@ -334,7 +334,7 @@ class Calibration:
 def calibrate(model: DetectorModel, scenes: Sequence[RecordedScene], plan: ClipPlan, *, batches: int) -> Calibration:
     """Shift the model's scores so that the usual threshold of OWL-ViT tells best what is there and what is not."""
     model.eval()
-    threshold = float(np.log(THRESHOLDS["owlvit"] / (1 - THRESHOLDS["owlvit"])))
+    threshold = math.log(THRESHOLD / (1 - THRESHOLD))
     shifts = torch.linspace(-0.6, 0.6, 121)
     best, present, overlap = [], [], []
     source = BatchSource(scenes, model.tokenizer, plan, (HELD_OUT,), batches)
