@@ -215,7 +215,8 @@ def segment(
         typer.Option(help="virst, visa, tempvrs: ways to understand; grounding: a detector finds noun phrases."),
     ] = Method.virst,
     detector: Annotated[
-        str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded.")
+        str,
+        typer.Option(metavar="FOLDER", help="grounding: folder of a zero-shot detector; empty = the shipped one."),
     ] = "",
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="grounding: score from which an object is there; 0 = the usual one.")
@@ -328,7 +329,10 @@ def evaluate_command(
     method: Annotated[
         Method, typer.Option(help="virst, visa, tempvrs: ways to understand; grounding: a detector finds noun phrases.")
     ] = Method.virst,
-    detector: Annotated[str, typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector.")] = "",
+    detector: Annotated[
+        str,
+        typer.Option(metavar="FOLDER", help="grounding: folder of a zero-shot detector; empty = the shipped one."),
+    ] = "",
     reasoner_weights: Annotated[
         str, typer.Option(help="visa, tempvrs: safetensors file of the reasoner; empty = the shipped one.")
     ] = "",
@@ -454,7 +458,8 @@ def compare_command(
         typer.Option(min=0, help="How late answers are; measured if left out, so let nothing else run at the start."),
     ] = None,
     detector: Annotated[
-        str, typer.Option(metavar="FOLDER", help="Snapshot of a zero-shot detector, for the row grounding.")
+        str,
+        typer.Option(metavar="FOLDER", help="Row grounding: a zero-shot detector; empty = the shipped one."),
     ] = "",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
 ) -> None:
@@ -736,7 +741,11 @@ def weights_info(
     from virst_engine.weights import load_model, read_card, weights_path
 
     if file and Path(file).expanduser().is_dir():
-        _folder_info(Path(file).expanduser(), verify)
+        folder = Path(file).expanduser()
+        if (folder / "preprocessor_config.json").is_file():
+            _detector_info(folder)
+        else:
+            _folder_info(folder, verify)
         return
     with _values_as_usage():
         path = weights_path(ModelParameters(name=model, weights=file))
@@ -749,6 +758,18 @@ def weights_info(
     typer.echo(f"model       {loaded.config.name}")
     typer.echo(f"parameters  {sum(p.numel() for p in loaded.parameters()) / 1e6:.2f} M")
     for name, value in card.items():
+        typer.echo(f"{name:<11} {value}")
+
+
+def _detector_info(folder: Path) -> None:
+    """Of a detector that this repository has trained; others have no card."""
+    from virst_engine.weights import detector_identity
+
+    card = folder / "card.json"
+    typer.echo(f"folder      {folder}")
+    typer.echo(f"size        {sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 2**20:.1f} MiB")
+    typer.echo(f"sha256      {detector_identity(str(folder), ModelParameters())}...")
+    for name, value in (json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}).items():
         typer.echo(f"{name:<11} {value}")
 
 

@@ -43,6 +43,7 @@ class StageSizes:
     memory_frames: int  # num_maskmem: P = 7, rows of maskmem_tpos_enc
     video_size: int = 128  # side of the square frames that the reasoner's video encoder reads, pixels
     prompt_tokens: int = 0  # most rows of PromptTokens.sparse; 0: any number
+    reads_boxes: bool = True  # False: trained with points and never with the corners of a box, as tabletop-tiny was
 
 
 @dataclass(frozen=True)

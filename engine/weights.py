@@ -368,21 +368,43 @@ def load_reasoner(
     return VirstReasoner(model, initial_fusion=initial_fusion, second_fusion=second_fusion)
 
 
+def detector_folder(detector: str, parameters: ModelParameters) -> Path:
+    """The folder that is named, or the shipped one of this model. Raises WeightsError when there is none to choose."""
+    if detector:
+        return Path(detector).expanduser()
+    folder = SHIPPED / f"{parameters.name}-grounding"
+    if not folder.is_dir():
+        raise WeightsError(
+            f"the method grounding needs --detector, the folder of a zero-shot object detector: {parameters.name} has "
+            "none of its own (tabletop-tiny has, for the simulated tabletop)"
+        )
+    return folder
+
+
+def detector_identity(detector: str, parameters: ModelParameters) -> str:
+    """What tells a detector from others: the start of the SHA-256 of its weights. Raises WeightsError."""
+    folder = detector_folder(detector, parameters)
+    return " ".join(file_sha256(path)[:12] for path in sorted(folder.glob("*.safetensors")))
+
+
 def load_grounding(
     detector: str, parameters: ModelParameters, *, threshold: float = 0.0, most_boxes: int = 1
 ) -> GroundingReasoner:
-    """The method `grounding` with the detector in that folder, on `parameters.device`.
+    """The method `grounding` on `parameters.device`.
+
+    Args:
+        detector: folder of a zero-shot object detector; empty: the one that is shipped with the model.
+        threshold, most_boxes: see GroundingReasoner.
 
     Raises:
         WeightsError: there is none that can be used.
-        ValueError: of threshold or most_boxes, see GroundingReasoner.
+        ValueError: of threshold or most_boxes.
     """
     from virst_engine.slow.transformers_detector import load_detector  # a session needs no language model
 
-    if not detector:
-        raise WeightsError("the method grounding needs --detector, the folder of a zero-shot object detector")
+    folder = detector_folder(detector, parameters)
     _limit_threads(parameters)
-    found = load_detector(Path(detector), device=parameters.device)
+    found = load_detector(folder, device=parameters.device)
     return GroundingReasoner(found, threshold=threshold, most_boxes=most_boxes)
 
 

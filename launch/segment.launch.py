@@ -174,7 +174,8 @@ ARGUMENTS = [
     DeclareLaunchArgument(
         "detector",
         default_value="",
-        description="folder of the zero-shot detector that the reasoner of the method grounding looks with",
+        description="folder of the zero-shot detector that the reasoner of the method grounding looks with; empty = "
+        "the one of tabletop-tiny, which other models do not have",
     ),
     DeclareLaunchArgument(
         "memory_budget_gib",
@@ -273,6 +274,7 @@ REASONER_OPTIONS = {
     "reasoner.weight_bits": "--weight-bits",
 }
 DETECTING = "grounding"  # the method that needs a detector
+HAS_DETECTOR = "tabletop-tiny"  # the model that is shipped with one
 # Python's logging and ROS 2 name two levels differently.
 REASONER_LOG_LEVELS = {"warn": "warning", "fatal": "error"}
 
@@ -486,15 +488,16 @@ def reasoner(value: dict[str, str], agreed: dict[str, Any]) -> ExecuteProcess:
         if agreed.get(parameter):
             command += [option, str(agreed[parameter])]
     method = agreed.get("reasoner.method") or "virst"
-    detects = method == DETECTING
-    if detects != bool(value["detector"]):
+    detector, model = value["detector"], agreed.get("model.name") or HAS_DETECTOR
+    if detector and method != DETECTING:
+        raise ValueError(f"a detector is for the method grounding, not {method}: method:=grounding")
+    if method == DETECTING and not detector and model != HAS_DETECTOR:
         raise ValueError(
-            "the method grounding needs a detector: detector:=FOLDER, a snapshot of one of transformers"
-            if detects
-            else f"a detector is for the method grounding, not {method}: method:=grounding"
+            f"the method grounding needs a detector, {model} has none of its own: detector:=FOLDER, a snapshot of one "
+            "of transformers"
         )
-    if detects:
-        command += ["--detector", value["detector"]]
+    if detector:
+        command += ["--detector", detector]
     return ExecuteProcess(
         name="reasoner", cmd=command, output="screen", respawn=True, respawn_delay=2.0, sigterm_timeout=PATIENCE_S
     )

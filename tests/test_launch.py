@@ -215,6 +215,9 @@ def test_method_detector_and_memory_budget_reach_the_reasoner(launch_module: Any
     options, got = reasoner_options(started), parameters(started["segmenter"])
     assert (options["--method"], options["--detector"], got["reasoner.method"]) == ("grounding", "/gdino", "grounding")
     assert "--memory-budget-gib" not in options
+    options = reasoner_options(processes(launch_module, method="grounding"))
+    assert options["--method"] == "grounding"
+    assert "--detector" not in options, "tabletop-tiny brings its own"
     started = processes(launch_module, model="virst-7b", weights="/virst-7b", memory_budget_gib="40", weight_bits="8")
     options, got = reasoner_options(started), parameters(started["segmenter"])
     assert (options["--model"], options["--weights"], options["--method"]) == ("virst-7b", "/virst-7b", "virst")
@@ -244,7 +247,10 @@ def test_the_parameter_file_may_choose_method_and_memory_budget(launch_module: A
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"method": "grounding"}, "grounding needs a detector: detector:=FOLDER"),
+        (
+            {"method": "grounding", "model": "sam2.1-small"},
+            "grounding needs a detector, sam2.1-small has none of its own: detector:=FOLDER",
+        ),
         ({"detector": "/gdino"}, "a detector is for the method grounding, not virst: method:=grounding"),
         ({"memory_budget_gib": "much"}, "memory_budget_gib must be a number, got 'much'"),
     ],

@@ -83,6 +83,7 @@ class Manifest:
             mask=4 * grid,
             memory_frames=self.memory_frames,
             prompt_tokens=self.prompt_tokens,
+            reads_boxes=self.multimask_prompted,  # as Sam2Config.reads_boxes
         )
 
 

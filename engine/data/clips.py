@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from virst_engine.errors import SceneError
-from virst_engine.model.words import END, WordTokenizer, pad_rows
+from virst_engine.model.words import END, pad_rows
 from virst_engine.sim.expressions import ABSENT_SHARE
 
 MIN_VISIBLE_SHARE = 0.0004  # of the image: about 7 pixels at 128 x 128
@@ -51,6 +51,12 @@ class Sentence(Protocol):
     def landmark_ids(self) -> tuple[int, ...]: ...
     @property
     def answer(self) -> str: ...
+
+
+class Tokenizer(Protocol):
+    """Of the model that is trained."""
+
+    def encode(self, sentence: str) -> list[int]: ...
 
 
 class RecordedScene(Protocol):
@@ -119,10 +125,15 @@ class AnyObject:
     answer: str = ""
 
 
+def visible_ids(mask: UInt8[np.ndarray, "size size"]) -> list[int]:
+    """The objects that a frame shows enough of."""
+    ids, pixels = np.unique(mask, return_counts=True)
+    return [int(i) - 1 for i, n in zip(ids, pixels, strict=True) if 0 < i < 255 and n > MIN_VISIBLE_SHARE * mask.size]
+
+
 def visible_objects(mask: UInt8[np.ndarray, "size size"], count: int, rng: np.random.Generator) -> list[AnyObject]:
     """`count` random objects of a frame (with repeats when it shows fewer); object 0 when it shows none."""
-    ids, pixels = np.unique(mask, return_counts=True)
-    seen = [int(i) - 1 for i, n in zip(ids, pixels, strict=True) if 0 < i < 255 and n > MIN_VISIBLE_SHARE * mask.size]
+    seen = visible_ids(mask)
     return [AnyObject((int(i),)) for i in rng.choice(seen or [0], size=count, replace=len(seen) < count)]
 
 
@@ -149,7 +160,7 @@ class BatchSource(torch.utils.data.Dataset[Batch]):
     def __init__(
         self,
         scenes: Sequence[RecordedScene],
-        tokenizer: WordTokenizer,
+        tokenizer: Tokenizer,
         plan: ClipPlan,
         seed: Sequence[int],
         steps: int,

@@ -137,10 +137,13 @@ def _shipped(name: str) -> str:
 
 def _identity(settings: EvaluationSettings) -> str:
     """What tells the weights of a run from others."""
-    from virst_engine.weights import reasoner_identity, weights_identity
+    from virst_engine.weights import detector_identity, reasoner_identity, weights_identity
 
     model = settings.engine_config().model
-    return f"{weights_identity(model)}, {reasoner_identity(model, settings.method, settings.reasoner_weights)}"
+    reasoner = reasoner_identity(model, settings.method, settings.reasoner_weights)
+    if settings.method == "grounding":  # its answers mean the same to any segmenter, but are not the same
+        reasoner += f" {detector_identity(settings.detector, model)}"
+    return f"{weights_identity(model)}, {reasoner}"
 
 
 def _key(settings: EvaluationSettings, version: str, identity: str) -> str:

@@ -41,7 +41,7 @@ class EvaluationSettings:
     per_scene: int = 4
     long_s: float = 0.0  # scenes of so many seconds on which things go on happening; 0: short ones
     method: str = "virst"  # reasoner.method
-    detector: str = ""  # grounding only: folder of the detector
+    detector: str = ""  # grounding only: folder of the detector; empty: the shipped one
     reasoner_weights: str = ""  # visa and tempvrs only; empty: the shipped ones
     top_k: int = 0  # tempvrs only: clips that become nodes; 0: the model's
     weights: str = ""  # of the model; empty: the shipped ones
@@ -82,6 +82,8 @@ class EvaluationSettings:
         AnchorStrategy(self.anchors, self.anchor_count)
         if self.mode != "offline" and (self.anchors, self.anchor_count) != ("dynamic", 0):
             raise ValueError("anchors and anchor_count need mode offline: a stream makes anchors of every answer")
+        if self.detector and self.method != "grounding":
+            raise ValueError(f"a detector is for the method grounding, not for {self.method}")
         if self.top_k and self.method != "tempvrs":
             raise ValueError(f"top_k is for the method tempvrs, not for {self.method}")
         chooses_frames = self.method in METHOD_WINDOWS
@@ -133,6 +135,7 @@ class EvaluationSettings:
         first, last = values.pop("first_scene"), values.pop("last_scene")
         values["start_presence"] = self.start_presence or START_PRESENCE[self.method]
         values["weights"] = self.weights or "shipped"
+        values["detector"] = (Path(self.detector).name or "shipped") if self.method == "grounding" else ""
         values["reasoner_weights"] = Path(self.reasoner_weights).name or "shipped"
         values["reasoner"] = dict(self.reasoner)
         return {

@@ -5,6 +5,8 @@ Coordinates are scaled as in sam2's predictor (sam2_video_predictor.py, add_new_
 2b90b9f): squashed to the square input, aspect not kept.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,17 +54,24 @@ def decode_boxes(
 ) -> MaskPrediction:
     """The objects that a detector's boxes show, each the union of what its k boxes show.
 
-    Its predicted IoU and its pointer are those of the box whose object the decoder believes in most.
+    Its predicted IoU and its pointer are those of the box whose object the decoder believes in most. To a model that
+    reads no boxes, a box is the point in its middle, and what the model sees outside of the box is cut off.
 
     Args:
         features: of the frame of each box (b = o x k, k rows of each object in turn).
         boxes: left, top, right, bottom in shares of the image's width and height.
     """
     objects, count = boxes.shape[:2]
-    corners = torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).reshape(-1, 2, 2) * stages.sizes.image_size
-    labels = torch.tensor(BOX_CORNERS).expand(len(corners), 2)
-    tokens = stages.click_tokens(corners.to(device), labels.to(device))
+    corners = torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).reshape(-1, 2, 2)
+    points, labels = corners, torch.tensor(BOX_CORNERS).expand(len(corners), 2)
+    if not stages.sizes.reads_boxes:
+        points, labels = corners.mean(dim=1, keepdim=True), torch.ones(len(corners), 1, dtype=torch.long)
+    tokens = stages.click_tokens((points * stages.sizes.image_size).to(device), labels.to(device))
+    if not stages.sizes.reads_boxes:  # it was not trained to draw three masks for a single point, either
+        tokens = replace(tokens, multimask=torch.zeros(len(corners), dtype=torch.bool, device=device))
     each = stages.mask_decoder(features, None, tokens)
+    if not stages.sizes.reads_boxes:
+        each = replace(each, mask_logits=_cut(each.mask_logits, corners.to(device)))
     if count == 1:
         return each
     score, iou = (value.reshape(objects, count) for value in (each.object_score_logits, each.iou))
@@ -77,6 +86,16 @@ def decode_boxes(
         object_score_logits=score[rows, best],
         pointer=each.pointer.reshape(objects, count, -1)[rows, best],
     )
+
+
+def _cut(mask_logits: Float[Tensor, "o h w"], corners: Float[Tensor, "o 2 2"]) -> Float[Tensor, "o h w"]:
+    """The masks with nothing outside of their boxes, in shares of the image."""
+    is_inside = []
+    for axis, length in enumerate((mask_logits.shape[2], mask_logits.shape[1])):
+        middles = (torch.arange(length, device=mask_logits.device) + 0.5) / length
+        is_inside.append((middles >= corners[:, :1, axis]) & (middles <= corners[:, 1:, axis]))
+    kept = is_inside[1][:, :, None] & is_inside[0][:, None]
+    return torch.where(kept, mask_logits, mask_logits.clamp(max=ABSENT_LOGIT))
 
 
 def check_prompt(prompt: ClickPrompt | MaskPrompt, image_size: tuple[int, int], most_tokens: int = 0) -> None:

@@ -40,6 +40,11 @@ class Sam2Config:
     memory_pool: int = 1  # pool x pool cells of a memory become one key; 2 = EfficientTAM's cross attention
 
     @property
+    def reads_boxes(self) -> bool:
+        """Whether the corners of a box mean something: `virst train`, whose models draw one mask, shows points only."""
+        return self.multimask_prompted
+
+    @property
     def grid(self) -> int:
         return self.image_size // 16
 

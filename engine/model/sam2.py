@@ -266,6 +266,7 @@ class Sam2(nn.Module):
             grid=grid,
             mask=4 * grid,
             memory_frames=self.config.memory_frames,
+            reads_boxes=self.config.reads_boxes,
         )
 
     def encode_image(self, pixels: Float[Tensor, "b 3 size size"], fusion_level: int = -1) -> ImageFeatures:

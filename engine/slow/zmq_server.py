@@ -386,7 +386,7 @@ def _command(
     ] = 0,
     detector: Annotated[
         str,
-        typer.Option(metavar="FOLDER", help="grounding: snapshot of a zero-shot detector; nothing is downloaded"),
+        typer.Option(metavar="FOLDER", help="grounding: folder of a zero-shot detector; empty = the shipped one"),
     ] = "",
     threshold: Annotated[
         float,

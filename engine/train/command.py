@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -15,6 +16,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from virst_engine.data.clips import RecordedScene
 from virst_engine.data.recorded import open_scenes
 from virst_engine.model.config import Sam2Config, tabletop_tiny
 from virst_engine.model.methods import build_method, save_method, start_from
@@ -24,12 +26,21 @@ from virst_engine.model.visa import VisaConfig
 from virst_engine.sim.expressions import VOCABULARY
 from virst_engine.sim.spec import COLOURS, SHAPES
 from virst_engine.train import trainer
-from virst_engine.train.config import Method, TrainConfig, method_training, tabletop_tiny_training
+from virst_engine.train.config import Method, TrainConfig, detector_training, method_training, tabletop_tiny_training
 from virst_engine.train.method_steps import MethodModel, MethodReadOuts
+from virst_engine.train.phrases import PhraseScene
 from virst_engine.train.steps import ReadOuts
+from virst_engine.train.transformers_detector import (
+    DetectorModel,
+    DetectorReadOuts,
+    calibrate,
+    save_detector,
+    split_scenes,
+)
 from virst_engine.weights import SHIPPED, file_sha256, load_model, read_card, save_model
 
 log = logging.getLogger(__name__)
+CALIBRATION_BATCHES = 30
 train_app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
@@ -42,7 +53,8 @@ def train(
     ),
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint and the curves.")] = Path("runs/tabletop-tiny"),
     export: Annotated[
-        Path | None, typer.Option(help="Write the weights here when done (safetensors, float16).")
+        Path | None,
+        typer.Option(help="Write the weights here when done (safetensors, float16); grounding: a folder."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     init: Annotated[Path | None, typer.Option(help="Start from these weights instead of random ones.")] = None,
@@ -56,14 +68,17 @@ def train(
     size: Annotated[int, typer.Option(min=32, help="Side of the segmenter's input, pixels.")] = 128,
     method: Annotated[
         str,
-        typer.Option(help="virst, or visa or tempvrs: a reasoner beside the segmenter of --init (the shipped one)."),
+        typer.Option(
+            help="virst; visa or tempvrs: a reasoner beside the segmenter of --init (the shipped one); grounding: a "
+            "detector."
+        ),
     ] = "virst",
     supervision: Annotated[str, typer.Option(help="tempvrs: what <TEP> tells of, clip or frame.")] = "clip",
     one_seg: Annotated[bool, typer.Option("--one-seg", help="tempvrs: one <SEG> for all clips.")] = False,
 ) -> None:
     """Train `tabletop-tiny`: pre-training, then VIRST's alignment, few-image and propagation stages.
 
-    With --method: another reasoner that goes on from its language model.
+    With --method: another reasoner that goes on from its language model, or a detector that starts from nothing.
     """
     keep_freed_memory()
     _check_device(device)
@@ -72,8 +87,10 @@ def train(
     torch.manual_seed(seed)
     if method != "tempvrs" and (one_seg or supervision != "clip"):
         raise typer.BadParameter(f"are for the method tempvrs, not for {method}", param_hint="--supervision, --one-seg")
-    model: Virst | MethodModel
-    heads: ReadOuts | MethodReadOuts
+    model: trainer.Trained
+    heads: trainer.Heads
+    scenes: Sequence[RecordedScene] = open_scenes(clips)
+    held_out: Sequence[RecordedScene] = ()
     if method == "virst":
         config = tabletop_tiny_training(scale)
         model = _start_model(init, size)
@@ -83,10 +100,16 @@ def train(
         config = method_training(cast(Method, method), scale)
         model = _start_method(method, init, supervision, several_seg=not one_seg)
         heads = MethodReadOuts(model.reasoner, colours=len(COLOURS), shapes=len(SHAPES))
+    elif method == "grounding":
+        if init is not None:
+            raise typer.BadParameter("a detector starts from nothing", param_hint="--init")
+        config = detector_training(scale)
+        model = DetectorModel("tabletop-tiny-grounding")
+        heads = DetectorReadOuts(model.config.owl.vision_config.hidden_size, colours=len(COLOURS), shapes=len(SHAPES))
+        scenes, held_out = split_scenes([PhraseScene(scene) for scene in scenes])
     else:
-        raise typer.BadParameter(f"must be virst, visa or tempvrs, got {method!r}", param_hint="--method")
+        raise typer.BadParameter(f"must be virst, visa, tempvrs or grounding, got {method!r}", param_hint="--method")
     config = _chosen_stages(replace(config, seed=seed), stages)
-    scenes = open_scenes(clips)
     run = trainer.Trainer(
         model, heads, config, scenes, folder=out, scalars=_curves(out), device=device, loader_workers=workers
     )
@@ -108,7 +131,10 @@ def train(
             "steps": run.taken,
             "started_from": None if init is None else {"file": init.name, "card": read_card(init)},
         }
-        if isinstance(model, MethodModel):
+        if isinstance(model, DetectorModel):
+            plan = config.stages[-1].clip_plan(config.clip_stride)
+            save_detector(model, export, card, calibrate(model, held_out, plan, batches=CALIBRATION_BATCHES))
+        elif isinstance(model, MethodModel):
             save_method(model.reasoner, export, card)
         else:
             save_model(model, export, card)

@@ -30,6 +30,10 @@ class LossWeights:
     visual_motion: float = 4.0  # shift of the object in every visual token, before the language model (not in VIRST)
     motion: float = 0.2  # shift of every cell's object, from the video encoder (not in VIRST)
     sampler: float = 0.5  # the answer of VISA's frame sampler
+    score: float = 1.0  # of a detector: whether a patch is the middle of what the words mean
+    match: float = 1.0  # of a detector: whether the object under a patch is what the words mean
+    box: float = 5.0  # of a detector: L1 of the boxes
+    overlap: float = 2.0  # of a detector: generalised IoU of the boxes
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class StageConfig:
     """One stage. `kind` pretraining is extra to the paper: its parts come pre-trained, ours start from nothing."""
 
     name: str
-    kind: Literal["video", "pretraining", "image", "propagation", "visa", "tempvrs"]
+    kind: Literal["video", "pretraining", "image", "propagation", "visa", "tempvrs", "detector"]
     steps: int
     learning_rate: float
     frozen: tuple[str, ...] = ()  # prefixes of parameter names
@@ -48,6 +52,7 @@ class StageConfig:
     clip_frames: int = 8  # T_seg
     propagation_frames: int = 5  # n_prop of Algorithm 1
     kinds: tuple[str, ...] = ()  # of sentences; empty: all that a scene allows
+    patches: int = 0  # that a detector sees of a frame, those on objects first; 0: all
     absent_share: float = ABSENT_SHARE  # of sentences whose target does not exist
     mirrored_share: float = 0.5  # of clips: a recorded scene is worth two
     warmup_steps: int = 50
@@ -81,6 +86,7 @@ class TrainConfig:
 
 
 Method = Literal["visa", "tempvrs"]
+NOUN_PHRASE = "phrase"  # of a detector: the kind of "the red ball", which is no sentence of the grammar
 METHOD_WINDOW = 22  # frames at the recordings' 10 Hz: the time of a clip of `tabletop-tiny`, three times as dense
 
 
@@ -101,6 +107,34 @@ def method_training(method: Method, scale: float = 1.0) -> TrainConfig:
             ),
         ),
     )  # fmt: skip
+
+
+def detector_training(scale: float = 1.0) -> TrainConfig:
+    """The detector of the method grounding: single frames, each with many phrases.
+
+    Names come first: they are short, and cost nothing to make. All but the last steps see the patches on objects and
+    some of the bare table, which takes a third of the time; the last ones see whole frames, as the detector will.
+    """
+    seen = ("attribute", "attribute", "superlative", "superlative", "reasoning", "plural", "relation")
+    sentences = (*seen, "motion", "order", "event", "count")
+
+    def stage(
+        name: str, steps: int, rate: float, kinds: tuple[str, ...], patches: int, warmup: int = 50, final: float = 0.3
+    ) -> StageConfig:
+        return StageConfig(
+            name, "detector", max(1, round(steps * scale)), rate, clips=16, sentences=8, clip_frames=1, anchors=1,
+            kinds=kinds, patches=patches, absent_share=0.35, warmup_steps=warmup, final_rate=final,
+            weights=LossWeights(attribute=0.5),
+        )  # fmt: skip
+
+    return TrainConfig(
+        bf16=False,  # matrices as small as these are faster in float32
+        stages=(
+            stage("detector-names", 1600, 1.5e-3, (NOUN_PHRASE,), 72),
+            stage("detector", 1200, 1e-3, sentences, 72),
+            stage("detector-whole", 300, 4e-4, sentences, 0, warmup=10, final=0.03),
+        ),
+    )
 
 
 def tabletop_tiny_training(scale: float = 1.0) -> TrainConfig:

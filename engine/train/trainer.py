@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from virst_engine.data.clips import Batch, BatchSource, RecordedScene
+from virst_engine.data.clips import Batch, BatchSource, RecordedScene, Tokenizer
 from virst_engine.errors import WeightsError
 from virst_engine.model.virst import Virst
 from virst_engine.model.words import WordTokenizer
@@ -31,6 +31,7 @@ from virst_engine.train.steps import (
     video_step,
     weighted,
 )
+from virst_engine.train.transformers_detector import DetectorModel, DetectorReadOuts, detector_step
 
 log = logging.getLogger(__name__)
 FINISHED = "finished"  # in place of a stage's name
@@ -63,7 +64,15 @@ def computes_bf16(device: str) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def run_step(stage: StageConfig, model: Virst | MethodModel, heads: ReadOuts | MethodReadOuts, batch: Batch) -> Losses:
+Trained = Virst | MethodModel | DetectorModel
+Heads = ReadOuts | MethodReadOuts | DetectorReadOuts
+
+
+def run_step(stage: StageConfig, model: Trained, heads: Heads, batch: Batch) -> Losses:
+    if isinstance(model, DetectorModel) or isinstance(heads, DetectorReadOuts):
+        assert isinstance(model, DetectorModel)
+        assert isinstance(heads, DetectorReadOuts)
+        return detector_step(model, heads, batch, stage.patches)
     if isinstance(model, MethodModel) or isinstance(heads, MethodReadOuts):
         assert isinstance(model, MethodModel)
         assert isinstance(heads, MethodReadOuts)
@@ -83,8 +92,8 @@ class Trainer:
 
     def __init__(
         self,
-        model: Virst | MethodModel,
-        heads: ReadOuts | MethodReadOuts,
+        model: Trained,
+        heads: Heads,
         config: TrainConfig,
         scenes: Sequence[RecordedScene],
         *,
@@ -96,7 +105,9 @@ class Trainer:
         self.model, self.heads, self.config = model.to(device), heads.to(device), config
         self.scenes, self.folder, self.scalars = scenes, folder, scalars
         self.device, self.loader_workers = device, loader_workers
-        self.tokenizer = WordTokenizer(model.config.words)
+        self.tokenizer: Tokenizer = (
+            model.tokenizer if isinstance(model, DetectorModel) else WordTokenizer(model.config.words)
+        )
         self.stage_number, self.step, self.seconds = 0, 0, 0.0
         self.taken: dict[str, int] = {}  # steps of each stage so far
         self.precision = "bfloat16" if config.bf16 and computes_bf16(device) else "float32"

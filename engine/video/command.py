@@ -32,7 +32,7 @@ class SegmentSettings:
     delay_s: float | None = None  # None: measured, when it is needed
     topic: str = ""
     rate_hz: float = 0.0
-    detector: str = ""  # folder, for the method grounding
+    detector: str = ""  # folder, for the method grounding; empty: the one that is shipped with the model
     threshold: float = 0.0
     overlay: bool = True
     replace: bool = False

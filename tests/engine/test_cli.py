@@ -95,6 +95,7 @@ def test_version_lists_what_it_is_built_on():
         (["evaluate", "--long", "100"], "family full"),
         (["evaluate", "--family", "full", "--long", "5"], "more than 12 s"),
         (["evaluate", "--method", "grounding", "--mode", "offline"], "whole video"),
+        (["evaluate", "--detector", "owl"], "for the method grounding"),
         (["segment", "a.mp4", "--goal", "it", "--out", "b", "--anchors", "guided"], "--offline"),
         (
             ["segment", "a.mp4", "--goal", "a", "--goal", "b", "--out", "c", "--offline", "--method", "visa"],
@@ -144,6 +145,9 @@ def test_words_and_facts_of_a_weights_file(tmp_path):
     visa = run("weights", "info", str(SHIPPED / "tabletop-tiny-visa.safetensors")).output
     assert "tabletop-tiny-visa" in visa
     assert "started_from" in visa
+    detector = run("weights", "info", str(SHIPPED / "tabletop-tiny-grounding")).output
+    assert "calibration" in detector
+    assert "sha256" in detector
 
 
 def test_missing_weights_are_named(monkeypatch, capsys, tmp_path):

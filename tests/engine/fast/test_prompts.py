@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in pixels of the camera's image -> the model's input."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from tests.fakes import FakeStages
 from virst_engine.errors import BadPrompt
-from virst_engine.fast.prompts import check_prompt, click_input, mask_input
-from virst_engine.types import ClickPrompt, MaskPrompt
+from virst_engine.fast.prompts import ABSENT_LOGIT, check_prompt, click_input, decode_boxes, mask_input
+from virst_engine.types import ClickPrompt, ImageFeatures, MaskPrediction, MaskPrompt, PromptTokens
 
 WIDE = (240, 320)  # height, width
 
@@ -58,3 +61,54 @@ def test_a_mask_is_squashed_and_stays_zero_or_one() -> None:
 def test_a_mask_of_another_size_is_named() -> None:
     with pytest.raises(BadPrompt, match="the mask is 20 x 10, the camera's image 320 x 240"):
         check_prompt(MaskPrompt(np.zeros((10, 20), bool)), WIDE)
+
+
+class SeesAnObjectEverywhere(FakeStages):
+    def __init__(self, *, reads_boxes: bool) -> None:
+        super().__init__()
+        self.sizes = replace(self.sizes, reads_boxes=reads_boxes)
+        self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.tokens: list[PromptTokens] = []
+
+    def click_tokens(
+        self, points: torch.Tensor, labels: torch.Tensor, mask_logits: torch.Tensor | None = None
+    ) -> PromptTokens:
+        self.asked.append((points, labels))
+        return super().click_tokens(points, labels, mask_logits)
+
+    def mask_decoder(
+        self, features: ImageFeatures, conditioned: object, prompts: PromptTokens | None
+    ) -> MaskPrediction:
+        assert prompts is not None
+        self.tokens.append(prompts)
+        count, side = len(prompts.sparse), self.sizes.mask
+        return MaskPrediction(
+            torch.ones(count, side, side), torch.ones(count), torch.ones(count), torch.zeros(count, 8)
+        )
+
+
+BOXES = np.array([[[0.25, 0.5, 0.75, 1.0]], [[0.0, 0.0, 0.5, 0.25]]], np.float32)
+NOTHING = ImageFeatures(*(torch.zeros(2, 8, 4, 4) for _ in range(4)))
+
+
+def test_a_model_that_reads_boxes_gets_their_corners() -> None:
+    stages = SeesAnObjectEverywhere(reads_boxes=True)
+    found = decode_boxes(stages, NOTHING, BOXES, torch.device("cpu"))
+    ((points, labels),) = stages.asked
+    assert labels.tolist() == [[2, 3], [2, 3]]
+    assert points.tolist() == [[[8, 16], [24, 32]], [[0, 0], [16, 8]]]
+    assert (found.mask_logits == 1).all()
+
+
+def test_to_a_model_that_reads_none_a_box_is_its_middle_and_nothing_outside() -> None:
+    stages = SeesAnObjectEverywhere(reads_boxes=False)
+    found = decode_boxes(stages, NOTHING, BOXES, torch.device("cpu"))
+    ((points, labels),) = stages.asked
+    assert labels.tolist() == [[1], [1]]
+    assert points.tolist() == [[[16, 24]], [[8, 4]]]
+    assert stages.tokens[0].multimask is not None
+    assert not stages.tokens[0].multimask.any()
+    wanted = torch.full((2, 16, 16), ABSENT_LOGIT)
+    wanted[0, 8:, 4:12] = 1
+    wanted[1, :4, :8] = 1
+    assert torch.equal(found.mask_logits, wanted)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`virst train` as a person runs it, with every stage cut down to a step."""
 
+import json
 import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -18,8 +20,9 @@ from virst_engine.model.config import tabletop_tiny
 from virst_engine.model.methods import load_method, read_method_config
 from virst_engine.model.virst import Virst
 from virst_engine.sim.expressions import VOCABULARY
+from virst_engine.slow.transformers_detector import load_detector
 from virst_engine.train import command
-from virst_engine.train.config import Method, TrainConfig, method_training, tabletop_tiny_training
+from virst_engine.train.config import Method, TrainConfig, detector_training, method_training, tabletop_tiny_training
 from virst_engine.weights import load_model, read_card, save_model, weights_sha256
 
 
@@ -178,3 +181,25 @@ def test_a_method_that_there_is_not_is_refused(flag: str, value: str, tmp_path: 
     result = CliRunner().invoke(command.train_app, [*method, flag, value, "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert value in result.output
+
+
+def test_a_detector_is_trained_resumed_and_written_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_detector(scale: float = 1.0) -> TrainConfig:
+        config = detector_training(0.0001)
+        return replace(config, stages=tuple(replace(stage, clips=1, sentences=2) for stage in config.stages))
+
+    monkeypatch.setattr(command, "detector_training", short_detector)
+    monkeypatch.setattr(command, "CALIBRATION_BATCHES", 2)
+    start = ("--method", "grounding", "--out", tmp_path)
+    first = run(*start, "--minutes", 1e-9)
+    assert "detector-names 1/1 loss" in first.output
+    result = run(*start, "--resume", "--export", tmp_path / "owl")
+    assert result.exit_code == 0, result.output
+    assert "detector-whole 1/1 loss" in result.output
+    card = json.loads((tmp_path / "owl" / "card.json").read_text())
+    assert card["steps"] == {"detector-names": 1, "detector": 1, "detector-whole": 1}
+    assert card["finished"] is True
+    assert card["calibration"]["phrases"] == 4
+    assert load_detector(tmp_path / "owl").detect(np.zeros((48, 64, 3), np.uint8), "the red ball").boxes.shape[1] == 4
+    refused = run("--method", "grounding", "--init", tmp_path / "x.safetensors")
+    assert "starts from nothing" in refused.output
