@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from virst_engine.backends.base import Stages
@@ -18,6 +18,7 @@ from virst_engine.errors import BadPrompt
 from virst_engine.model.sam2_prompts import BOX_CORNERS
 from virst_engine.types import ClickPrompt, ImageFeatures, MaskPrediction, MaskPrompt
 
+ON_OBJECT = 1  # label of a point
 ABSENT_LOGIT = -10.0  # of a mask of nothing
 
 
@@ -45,8 +46,35 @@ def decode_prompt(
     if corrects is None and not bool((labels > 0).any()):
         raise BadPrompt("a prompt needs a point on the object (label 1) or a box where no mask of it is seen")
     mask_logits = None if corrects is None else corrects[None].float()
-    tokens = stages.click_tokens(points.to(device), labels.to(device), mask_logits)
-    return stages.mask_decoder(features, None, tokens)
+    return _decode_clicks(stages, features, points.to(device), labels.to(device), mask_logits)
+
+
+def _decode_clicks(
+    stages: Stages,
+    features: ImageFeatures,
+    points: Float[Tensor, "o p 2"],
+    labels: Int[Tensor, "o p"],
+    mask_logits: Float[Tensor, "o hm wm"] | None = None,
+) -> MaskPrediction:
+    """What points in pixels of the model's input show; the first two may be the corners of a box, in all rows.
+
+    To a model that reads no boxes, a box is the point in its middle, unless points tell the object, and what the model
+    sees outside of the box is cut off. It draws one mask for every prompt: it was not trained to draw three.
+    """
+    if stages.sizes.reads_boxes:
+        return stages.mask_decoder(features, None, stages.click_tokens(points, labels, mask_logits))
+    corners = points[:, :2] if bool((labels[:, :1] == BOX_CORNERS[0]).all()) else None
+    if corners is not None:
+        points, labels = points[:, 2:], labels[:, 2:]
+        if not bool((labels == ON_OBJECT).any(dim=1).all()):
+            points = torch.cat((corners.mean(dim=1, keepdim=True), points), dim=1)
+            labels = torch.cat((labels.new_full((len(labels), 1), ON_OBJECT), labels), dim=1)
+    tokens = stages.click_tokens(points, labels, mask_logits)
+    tokens = replace(tokens, multimask=torch.zeros(len(points), dtype=torch.bool, device=points.device))
+    seen = stages.mask_decoder(features, None, tokens)
+    if corners is None:
+        return seen
+    return replace(seen, mask_logits=_cut(seen.mask_logits, corners / stages.sizes.image_size))
 
 
 def decode_boxes(
@@ -54,24 +82,16 @@ def decode_boxes(
 ) -> MaskPrediction:
     """The objects that a detector's boxes show, each the union of what its k boxes show.
 
-    Its predicted IoU and its pointer are those of the box whose object the decoder believes in most. To a model that
-    reads no boxes, a box is the point in its middle, and what the model sees outside of the box is cut off.
+    Its predicted IoU and its pointer are those of the box whose object the decoder believes in most.
 
     Args:
         features: of the frame of each box (b = o x k, k rows of each object in turn).
         boxes: left, top, right, bottom in shares of the image's width and height.
     """
     objects, count = boxes.shape[:2]
-    corners = torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).reshape(-1, 2, 2)
-    points, labels = corners, torch.tensor(BOX_CORNERS).expand(len(corners), 2)
-    if not stages.sizes.reads_boxes:
-        points, labels = corners.mean(dim=1, keepdim=True), torch.ones(len(corners), 1, dtype=torch.long)
-    tokens = stages.click_tokens((points * stages.sizes.image_size).to(device), labels.to(device))
-    if not stages.sizes.reads_boxes:  # it was not trained to draw three masks for a single point, either
-        tokens = replace(tokens, multimask=torch.zeros(len(corners), dtype=torch.bool, device=device))
-    each = stages.mask_decoder(features, None, tokens)
-    if not stages.sizes.reads_boxes:
-        each = replace(each, mask_logits=_cut(each.mask_logits, corners.to(device)))
+    corners = torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).reshape(-1, 2, 2) * stages.sizes.image_size
+    labels = torch.tensor(BOX_CORNERS).expand(len(corners), 2)
+    each = _decode_clicks(stages, features, corners.to(device), labels.to(device))
     if count == 1:
         return each
     score, iou = (value.reshape(objects, count) for value in (each.object_score_logits, each.iou))

@@ -10,8 +10,8 @@ from virst_engine.config import EngineConfig, ModelParameters
 from virst_engine.model.config import tabletop_tiny
 from virst_engine.session import Session
 from virst_engine.sim.expressions import VOCABULARY
-from virst_engine.slow.reasoner import InProcessClient
-from virst_engine.types import Frame, ObjectState
+from virst_engine.slow.reasoner import InProcessClient, NoReasoner
+from virst_engine.types import ClickPrompt, Frame, ObjectState
 from virst_engine.weights import load_model, load_reasoner, load_stages, read_card, weights_path
 from virst_ros.demo.recorded_run import RecordedRun, load_recording
 
@@ -60,3 +60,20 @@ def test_a_sentence_gets_its_object_and_no_other(session: Session, recording: Re
         if label is not None:
             assert len(overlaps[sentence]) == WATCHED
             assert np.mean(overlaps[sentence]) > 0.7, sentence
+
+
+def test_what_a_box_points_out_is_tracked(recording: RecordedRun) -> None:
+    truth = recording.instance_masks == 1
+    rows, columns = np.nonzero(truth[0])
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    prompt = ClickPrompt(box_px=tuple(map(float, box)))
+    overlaps = []
+    with Session(EngineConfig(), load_stages(ModelParameters()), NoReasoner()) as session:
+        for number in range(40):
+            if number == 1:
+                session.add_object(prompt)
+            result = session.step(Frame(recording.images_rgb_u8[number], round(1e9 * number / recording.rate_hz)))
+            if number > 1:
+                mask = result.objects[0].mask
+                overlaps.append((mask & truth[number]).sum() / (mask | truth[number]).sum())
+    assert np.mean(overlaps) > 0.7

@@ -9,7 +9,7 @@ import torch
 
 from tests.fakes import FakeStages
 from virst_engine.errors import BadPrompt
-from virst_engine.fast.prompts import ABSENT_LOGIT, check_prompt, click_input, decode_boxes, mask_input
+from virst_engine.fast.prompts import ABSENT_LOGIT, check_prompt, click_input, decode_boxes, decode_prompt, mask_input
 from virst_engine.types import ClickPrompt, ImageFeatures, MaskPrediction, MaskPrompt, PromptTokens
 
 WIDE = (240, 320)  # height, width
@@ -111,4 +111,36 @@ def test_to_a_model_that_reads_none_a_box_is_its_middle_and_nothing_outside() ->
     wanted = torch.full((2, 16, 16), ABSENT_LOGIT)
     wanted[0, 8:, 4:12] = 1
     wanted[1, :4, :8] = 1
+    assert torch.equal(found.mask_logits, wanted)
+
+
+BOX_PX, POINT_PX = (80.0, 0.0, 160.0, 120.0), np.array([[80.0, 60.0]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "points", "labels", "is_cut"),
+    [
+        (ClickPrompt(box_px=(80, 0, 160, 120)), [[12, 8]], [1], True),
+        (ClickPrompt(np.array([[80.0, 60.0]]), np.array([1]), box_px=(80, 0, 160, 120)), [[8, 8]], [1], True),
+        (
+            ClickPrompt(np.array([[80.0, 60.0]]), np.array([0]), box_px=(80, 0, 160, 120)),
+            [[12, 8], [8, 8]],
+            [1, 0],
+            True,
+        ),
+        (ClickPrompt(np.array([[80.0, 60.0]]), np.array([1])), [[8, 8]], [1], False),
+    ],
+)
+def test_a_users_box_is_its_middle_too_unless_a_point_tells_the_object(prompt, points, labels, is_cut) -> None:
+    stages = SeesAnObjectEverywhere(reads_boxes=False)
+    frame = ImageFeatures(*(torch.zeros(1, 8, 4, 4) for _ in range(4)))
+    found = decode_prompt(stages, frame, prompt, (240, 320), torch.device("cpu"))
+    ((asked, with_labels),) = stages.asked
+    assert (asked[0].tolist(), with_labels[0].tolist()) == (points, labels)
+    assert stages.tokens[0].multimask is not None
+    assert not stages.tokens[0].multimask.any()
+    wanted = torch.ones(1, 16, 16)
+    if is_cut:
+        wanted = torch.full((1, 16, 16), ABSENT_LOGIT)
+        wanted[0, :8, 4:8] = 1
     assert torch.equal(found.mask_logits, wanted)
