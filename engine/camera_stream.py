@@ -59,6 +59,7 @@ TOO_LATE = (
     "the reasoner answered too late: what came after its frames is gone, so the answer was not used; raise "
     "memory.ring_steps"
 )
+USERS_WORD = 1 << 30  # confirmations by a user who pointed the object out
 NEW_MEANING = (
     "the sentence has come to mean another object, this one is kept (tracking.keep_answers); clear the goal and set it "
     "again to follow the other"
@@ -77,7 +78,7 @@ class _Track:
     absent_steps: int = 0
     is_doubted: bool = False  # nothing is tracked, and the newest answer was not sure enough to begin with it
     is_settled: bool = False  # by an answer that saw a full window
-    confirmations: int = 0  # later answers that agreed, since it is settled
+    confirmations: int = 0  # later answers that agreed, since it is settled; USERS_WORD: of a user
     is_weak: bool = False  # known only by an anchor whose frame was evicted
     dispute: Dispute = field(default_factory=Dispute)
     claim: Claim | None = None  # what the newest answer of the dispute points at, unless that is absence
@@ -87,6 +88,7 @@ class _Track:
     newest_anchor_ns: int | None = None
     replay_anchor_ns: int | None = None  # becomes the newest anchor when the replay is through
     replay_is_settled: bool = False
+    replay_confirmations: int = 0
     latency_s: float = float("nan")
     problem: str = ""  # what was wrong with the newest answer
     instances: InstanceTracks | None = None  # of a goal that is split
@@ -406,9 +408,10 @@ class CameraStream:
         track.problem, track.dispute, track.claim = "", Dispute(), None
         if self.tracker.is_replaying(track.slot):
             track.replay_anchor_ns, track.replay_is_settled = stamp_ns, True
+            track.replay_confirmations = USERS_WORD
         else:
             track.newest_anchor_ns, track.is_settled, track.is_weak = stamp_ns, True, False
-            track.confirmations = 0
+            track.confirmations = USERS_WORD
             track.state = ObjectState.TRACKING if sighting.is_present else ObjectState.LOST
             track.absent_steps = 0
 
@@ -445,6 +448,8 @@ class CameraStream:
         if track.state is not ObjectState.LOST and track.absent_steps >= self._config.tracking.lost_after_steps:
             track.state = ObjectState.LOST
             track.seen_dispute, track.seen_claim = track.dispute, track.claim
+            if self._is_kept(track):  # what was said while it was seen must not take it at once
+                track.dispute, track.claim = Dispute(), None
 
     def _note_takeover(self, slot: int) -> None:
         track = next((track for track in self._tracks.values() if track.slot == slot), None)
@@ -457,7 +462,8 @@ class CameraStream:
         track.state = ObjectState.TRACKING if is_present else ObjectState.LOST
         track.absent_steps = 0 if is_present else self._config.tracking.lost_after_steps
         track.newest_anchor_ns, track.is_settled = track.replay_anchor_ns, track.replay_is_settled
-        track.confirmations, track.is_weak, track.dispute, track.claim = 0, False, Dispute(), None
+        track.confirmations, track.is_weak = track.replay_confirmations, False
+        track.dispute, track.claim = Dispute(), None
         track.seen_dispute, track.seen_claim = Dispute(), None
 
     def _look_after_reasoner(self) -> bool:
@@ -622,6 +628,7 @@ class CameraStream:
         elif decision.action is Action.START_OVER:
             self.tracker.start_over(track.slot, anchors, decision.chosen)
             track.replay_anchor_ns, track.replay_is_settled = newest_ns, request.is_full_window
+            track.replay_confirmations = 0
         elif decision.action is Action.DECLARE_ABSENT:
             self.tracker.forget(track.slot)
             track.state, track.newest_anchor_ns, track.is_settled = ObjectState.NOT_FOUND, None, False
@@ -717,7 +724,9 @@ class CameraStream:
         )
 
     def _is_kept(self, track: _Track) -> bool:
-        return 0 < self._config.tracking.keep_answers <= track.confirmations
+        """Whether it stays what it is while it is seen. What a plural means may grow: it goes on with the answers."""
+        is_confirmed = 0 < self._config.tracking.keep_answers <= track.confirmations
+        return is_confirmed and track.instances is None
 
     def _ask_again(self, track: _Track) -> None:
         with self._lock:

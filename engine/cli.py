@@ -371,6 +371,9 @@ def evaluate_command(
         float,
         typer.Option(min=0, max=1, help="Probability of presence from which an answer begins a track; 0 = as chosen."),
     ] = TrackingParameters.start_presence,
+    keep_answers: Annotated[
+        int, typer.Option(min=0, max=100, help="Agreeing answers after which a track is kept; 0 = never.")
+    ] = TrackingParameters.keep_answers,
     pooled_keys: Annotated[bool, typer.Option("--pooled-keys", help="2 x 2 cells of a memory become one key.")] = False,
     backend: Annotated[Backend, typer.Option(help="What runs the stages of --stages.")] = Backend.auto,
     stages: Annotated[str, typer.Option(metavar="DIR", help="Stages of `virst export`; empty = torch.")] = "",
@@ -409,6 +412,7 @@ def evaluate_command(
             no_second_fusion=no_second_fusion,
             alpha=alpha,
             start_presence=start_presence,
+            keep_answers=keep_answers,
             pooled_keys=pooled_keys,
             backend=backend.value,
             stages=stages,

@@ -58,6 +58,7 @@ class EvaluationSettings:
     anchor_count: int = 0  # offline only: of dynamic ones; 0 = Algorithm 2's
     alpha: int = MemoryParameters.anchors_attended
     start_presence: float = TrackingParameters.start_presence
+    keep_answers: int = TrackingParameters.keep_answers
     pooled_keys: bool = False
     backend: str = "auto"
     stages: str = ""  # folder of exported stages; empty: torch
@@ -108,7 +109,7 @@ class EvaluationSettings:
 
     def engine_config(self) -> EngineConfig:
         """The engine's parameters under these settings; raises ValueError where one is out of range."""
-        tracking = TrackingParameters(start_presence=self.start_presence)
+        tracking = TrackingParameters(start_presence=self.start_presence, keep_answers=self.keep_answers)
         if self.no_refresh or self.first_anchor_only:  # no second answer will come to confirm the first
             tracking = replace(tracking, confirm_answers=1)
         unknown = sorted({name for name, _ in self.reasoner} - {f.name for f in fields(ReasonerParameters)})

@@ -29,12 +29,15 @@ def decode_prompt(
     image_size: tuple[int, int],
     device: torch.device,
     corrects: Float[Tensor, "hm wm"] | None = None,
+    *,
+    as_sam2: bool = False,
 ) -> MaskPrediction:
     """The object (o = 1) that the prompt shows in the frame of `features` (b = 1).
 
     Args:
         image_size: height and width of the camera's image, pixels.
         corrects: logits of the mask that points without a box add to and take from; None: they stand alone.
+        as_sam2: corners are corners, as in SAM 2's own predictor, even to a model that reads none.
 
     Raises:
         BadPrompt: the prompt does not fit that image.
@@ -46,23 +49,25 @@ def decode_prompt(
     if corrects is None and not bool((labels > 0).any()):
         raise BadPrompt("a prompt needs a point on the object (label 1) or a box where no mask of it is seen")
     mask_logits = None if corrects is None else corrects[None].float()
-    return _decode_clicks(stages, features, points.to(device), labels.to(device), mask_logits)
+    points, labels = points.to(device), labels.to(device)
+    if stages.sizes.reads_boxes or as_sam2:
+        return stages.mask_decoder(features, None, stages.click_tokens(points, labels, mask_logits))
+    return _decode_without_corners(stages, features, points, labels, mask_logits)
 
 
-def _decode_clicks(
+def _decode_without_corners(
     stages: Stages,
     features: ImageFeatures,
     points: Float[Tensor, "o p 2"],
     labels: Int[Tensor, "o p"],
     mask_logits: Float[Tensor, "o hm wm"] | None = None,
 ) -> MaskPrediction:
-    """What points in pixels of the model's input show; the first two may be the corners of a box, in all rows.
+    """What points in pixels of the model's input show to a model that reads no boxes; in all rows, the first two may be
+    the corners of one.
 
-    To a model that reads no boxes, a box is the point in its middle, unless points tell the object, and what the model
-    sees outside of the box is cut off. It draws one mask for every prompt: it was not trained to draw three.
+    Then the box is the point in its middle, unless points tell the object, and what the model sees outside of it is cut
+    off. The model draws one mask for every prompt: it was not trained to draw three.
     """
-    if stages.sizes.reads_boxes:
-        return stages.mask_decoder(features, None, stages.click_tokens(points, labels, mask_logits))
     corners = points[:, :2] if bool((labels[:, :1] == BOX_CORNERS[0]).all()) else None
     if corners is not None:
         points, labels = points[:, 2:], labels[:, 2:]
@@ -91,7 +96,11 @@ def decode_boxes(
     objects, count = boxes.shape[:2]
     corners = torch.from_numpy(np.ascontiguousarray(boxes, np.float32)).reshape(-1, 2, 2) * stages.sizes.image_size
     labels = torch.tensor(BOX_CORNERS).expand(len(corners), 2)
-    each = _decode_clicks(stages, features, corners.to(device), labels.to(device))
+    corners, labels = corners.to(device), labels.to(device)
+    if stages.sizes.reads_boxes:
+        each = stages.mask_decoder(features, None, stages.click_tokens(corners, labels))
+    else:
+        each = _decode_without_corners(stages, features, corners, labels)
     if count == 1:
         return each
     score, iou = (value.reshape(objects, count) for value in (each.object_score_logits, each.iou))

@@ -215,7 +215,8 @@ class Tracker:
             )
         check_prompt(prompt, size, self._stages.sizes.prompt_tokens)
         corrects = self._corrected(slot, step, prompt)
-        prediction = _own(decode_prompt(self._stages, features, prompt, size, self._device, corrects))
+        as_sam2 = self._remembers_all
+        prediction = _own(decode_prompt(self._stages, features, prompt, size, self._device, corrects, as_sam2=as_sam2))
         (sighting,) = self._look(_send(prediction), [step])
         believed, agreement = self._ring.belief(step, slot), self._agreement(slot, sighting)
         anchors = DecodedAnchors(

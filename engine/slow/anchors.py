@@ -152,8 +152,7 @@ def decide(
         return Decision(Action.KEEP, dispute=situation.dispute)
     present = [i for i, e in enumerate(evidence) if e.is_present and e.is_believed]
     dispute = situation.dispute.with_one_more(not present, repeats)
-    is_safe = situation.is_kept and situation.state is ObjectState.TRACKING
-    is_overruled = not situation.is_settled or (not is_safe and dispute.answers >= overrule_answers)
+    is_overruled = not situation.is_settled or dispute.answers >= overrule_answers
     if not present:
         if is_known and not situation.is_visible:
             # Hidden is what we say already, and its memory is what finds it when it comes back.
@@ -163,6 +162,8 @@ def decide(
                 return Decision(Action.HOLD, dispute=dispute)
             return Decision(Action.DECLARE_ABSENT)
         is_protected = situation.is_settled and situation.is_confident
+        if is_known and is_protected and situation.is_kept:
+            return Decision(Action.HOLD)  # what is said while it is seen well does not count later
         if is_known and (is_protected or not is_overruled):
             return Decision(Action.HOLD, dispute=dispute)
         return Decision(Action.DECLARE_ABSENT)
@@ -179,7 +180,7 @@ def decide(
         if not known and situation.is_settled and situation.state is ObjectState.TRACKING:
             # What an answer says of frames before the track began alone contradicts nothing.
             return Decision(Action.KEEP, dispute=situation.dispute)
-        if not is_overruled:
+        if not is_overruled or (situation.is_kept and situation.state is ObjectState.TRACKING):
             return Decision(Action.HOLD, dispute=dispute, claimed=newest)
     if not is_known and not evidence[newest].is_sure:
         return Decision(Action.HOLD, dispute=situation.dispute)

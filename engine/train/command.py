@@ -133,6 +133,7 @@ def train(
         }
         if isinstance(model, DetectorModel):
             plan = config.stages[-1].clip_plan(config.clip_stride)
+            model.to("cpu")
             save_detector(model, export, card, calibrate(model, held_out, plan, batches=CALIBRATION_BATCHES))
         elif isinstance(model, MethodModel):
             save_method(model.reasoner, export, card)

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor
+from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection
 
 from virst_engine.data.clips import MIN_VISIBLE_SHARE, Batch, BatchSource, ClipPlan, RecordedScene
 from virst_engine.model.pixels import IMAGE_DEVIATION, IMAGE_MEAN, normalise
@@ -369,6 +369,8 @@ def _mean(reaches: Bool[Tensor, "k shifts"]) -> Float[Tensor, " shifts"]:
 
 def save_detector(model: DetectorModel, folder: Path, card: dict[str, Any], calibration: Calibration) -> None:
     """Write the snapshot: configuration, weights as float16, the processor's files and CARD."""
+    from transformers import OwlViTImageProcessor  # importing it warns of torchvision
+
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half().contiguous() for name, value in model.owl.state_dict().items()}
     model.owl.save_pretrained(folder, state_dict=weights)

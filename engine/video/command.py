@@ -91,6 +91,8 @@ def run_segment(settings: SegmentSettings, *, on_step: Callable[[int, int | None
         "model": config.model.name,
         "method": method,
         "mode": "offline" if settings.is_offline else "stream",
+        "start_presence": config.start_presence,
+        "weight_bits": config.reasoner.weight_bits,
     }
     total = recording.expected_frames
     if settings.is_offline:

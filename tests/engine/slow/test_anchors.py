@@ -84,7 +84,9 @@ def decided(evidence: list[AnchorEvidence], situation: Situation, repeats: bool 
         # What a later answer has confirmed: no number of answers takes it away while it is seen.
         ([DIFFERS], KEPT, Decision(Action.HOLD, (), Dispute(2), claimed=0)),
         ([AGREES], KEPT, Decision(Action.INSERT, (0,))),
-        ([ABSENT], replace(UNSURE_SAID_ABSENT, is_kept=True), Decision(Action.HOLD, (), Dispute(2, True))),
+        ([ABSENT], replace(SAID_ABSENT, is_kept=True), Decision(Action.HOLD)),  # seen well: that does not add up ...
+        ([ABSENT], replace(UNSURE, is_kept=True), Decision(Action.HOLD, (), Dispute(1, True))),
+        ([ABSENT], replace(UNSURE_SAID_ABSENT, is_kept=True), Decision(Action.DECLARE_ABSENT)),  # ... where both doubt
         ([DIFFERS], replace(LOST_DISPUTED, is_kept=True), Decision(Action.START_OVER, (0,))),
         ([DIFFERS], UNSETTLED, Decision(Action.START_OVER, (0,))),
         ([ABSENT, ABSENT], CONFIDENT, Decision(Action.HOLD, (), Dispute(1, True))),
