@@ -89,6 +89,17 @@ def test_masks_have_the_cameras_size() -> None:
         assert (each.mask & expected).sum() > 0.9 * (each.mask | expected).sum()
 
 
+@pytest.mark.parametrize("is_split", [True, False])
+def test_what_comes_later_joins_a_goal_in_the_plural_and_takes_no_single_object(is_split: bool) -> None:
+    video = Video([red_square(3, 2, 2), red_square(8, 8, 6, hidden=range(30))])
+    session = session_of(period_s=0.3, retry_s=0.3, overrule_answers=3)
+    session.set_goal("red", object_id="reds", max_instances=4 if is_split else 1)
+    union, *_ = run(session, video, range(90))[-1].objects
+    first, second = truths(video, 89)
+    assert np.array_equal(union.mask, first | second if is_split else first)
+    assert union.message == "" or not is_split
+
+
 @pytest.mark.parametrize(
     ("sentence", "split_plurals", "asked", "is_split"),
     [
