@@ -213,9 +213,9 @@ class Session:
     ) -> Goal:
         """Show an object that is set already (by a sentence or a prompt), or an instance, once more; its ids stay.
 
-        The prompt becomes an anchor, and settles the object in that camera: the reasoner overrules it only as it would
-        its own answer to a full window. Arguments and errors as of `add_object`; UnknownGoal when no goal has this
-        object there.
+        The prompt becomes an anchor, and settles the object in that camera, as an answer to a full window that others
+        have confirmed (`tracking.keep_answers`). Arguments and errors as of `add_object`; UnknownGoal when no goal has
+        this object there.
         """
         with self._lock:
             stream = self._prompted_stream(camera)

@@ -65,7 +65,8 @@ def page(comparison: Comparison, why: str = "") -> str:
     for group, title in GROUPS.items():
         rows = [row for row in comparison.rows if row.group == group]
         if rows:
-            lines += ["", f"## {title}", "", *_table(comparison, rows)]
+            heading = title.replace("<", "\\<")  # or Markdown takes <TEP> for HTML, and shows nothing
+            lines += ["", f"## {heading}", "", *_table(comparison, rows)]
     lines += ["", "## The papers' order, and what is required", "", *_claims(comparison)]
     lines += ["", "## Why", "", BEGIN, why or NOT_YET, END, ""]
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
