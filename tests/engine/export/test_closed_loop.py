@@ -20,8 +20,10 @@ from virst_engine.evaluate.bench import BenchSettings, Playback, default_case
 from virst_engine.evaluate.modes import FirstAnswerOnly
 from virst_engine.export.tensorrt import build_engines
 from virst_engine.session import Session
-from virst_engine.slow.reasoner import InProcessClient
+from virst_engine.slow.reasoner import InProcessClient, NoReasoner
+from virst_engine.types import ClickPrompt, Frame
 from virst_engine.weights import load_reasoner, load_segmenter, load_stages
+from virst_ros.demo.recorded_run import load_recording
 
 FRAMES, OBJECTS, BEFORE = 64, 3, 24
 Masks = list[list[np.ndarray]]
@@ -70,6 +72,31 @@ def test_onnxruntime_gives_the_masks_of_torch(
     stages = load_stages(ModelParameters(), EngineParameters(backend="onnxruntime", path=str(exported("fp32"))))
     assert type(stages).__name__ == "OnnxRuntimeStages"
     assert_equal_masks(stream(stages, playback), expected)
+
+
+@pytest.mark.parametrize("with_background", [False, True])
+def test_a_users_box_shows_the_same_by_onnxruntime_as_by_torch(
+    exported: Callable[[str], Path], with_background: bool
+) -> None:
+    """The model reads no corners: the box becomes a point, and its mask is cut."""
+    recording = load_recording()
+    rows, columns = np.nonzero(recording.instance_masks[0] == 1)
+    box = tuple(map(float, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)))
+    points = (np.array([[2.0, 2.0]]), np.array([0])) if with_background else (None, None)
+    shown = []
+    for engine in (EngineParameters(), EngineParameters(backend="onnxruntime", path=str(exported("fp32")))):
+        stages = load_stages(ModelParameters(), engine)
+        assert not stages.sizes.reads_boxes
+        with Session(EngineConfig(), stages, NoReasoner()) as session:
+            masks = []
+            for number in range(12):
+                if number == 1:
+                    session.add_object(ClickPrompt(*points, box_px=box))
+                result = session.step(Frame(recording.images_rgb_u8[number], round(1e9 * number / recording.rate_hz)))
+                masks += [[found.mask for found in result.objects]] if number > 1 else []
+        shown.append(masks)
+    assert np.mean([mask.any() for frame in shown[0] for mask in frame]) == 1
+    assert_equal_masks(shown[1], shown[0])
 
 
 @pytest.mark.skipif(not cpu_computes_in(torch.bfloat16), reason="this CPU computes bfloat16 only by emulation")
