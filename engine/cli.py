@@ -746,7 +746,7 @@ def weights_info(
 
     if file and Path(file).expanduser().is_dir():
         folder = Path(file).expanduser()
-        if (folder / "preprocessor_config.json").is_file():
+        if (folder / "card.json").is_file():
             _detector_info(folder)
         else:
             _folder_info(folder, verify)
@@ -766,14 +766,13 @@ def weights_info(
 
 
 def _detector_info(folder: Path) -> None:
-    """Of a detector that this repository has trained; others have no card."""
+    """Of a detector of `virst train`, which writes a card beside it."""
     from virst_engine.weights import detector_identity
 
-    card = folder / "card.json"
     typer.echo(f"folder      {folder}")
     typer.echo(f"size        {sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 2**20:.1f} MiB")
     typer.echo(f"sha256      {detector_identity(str(folder), ModelParameters())}...")
-    for name, value in (json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}).items():
+    for name, value in json.loads((folder / "card.json").read_text(encoding="utf-8")).items():
         typer.echo(f"{name:<11} {value}")
 
 

@@ -151,8 +151,8 @@ class TrackingParameters:
     )
     keep_answers: int = parameter(
         1,
-        "answers that agree with a settled object, after which none takes it away while it is seen: a goal is what the "
-        "sentence meant when it was said; 0 = answers may always overrule it",
+        "answers that agree with a settled object, after which no other object takes its place while it is seen: a "
+        "goal is what the sentence meant when it was said; 0 = answers may always overrule it",
         low=0,
         high=100,
         live=True,
