@@ -37,6 +37,7 @@ TENSORS = {  # the names that every export has: inputs, outputs
     ),
     "memory_encoder": (("top", "mask_logits", "object_score_logits", "binarize"), ("spatial",)),
 }
+FRAME_INPUTS = ("top", "high_res_s0", "high_res_s1")  # the frame's; all other inputs have a row for each object
 
 
 class ExportedStages(ABC):
@@ -167,8 +168,7 @@ class ExportedStages(ABC):
         """`run`; where each object has a frame of its own, one after the other: the graphs take one frame."""
         if objects < 1:
             raise BackendError(f"{stage} was called for 0 objects; a frame without objects needs no {stage}")
-        frames = ("top", "high_res_s0", "high_res_s1")
-        if all(inputs[name].shape[0] == 1 for name in frames if name in inputs):
+        if all(inputs[name].shape[0] == 1 for name in FRAME_INPUTS if name in inputs):
             return self.run(stage, inputs, objects)
         rows = ({name: value[i : i + 1] for name, value in inputs.items()} for i in range(objects))
         return concatenate(self.run(stage, row, 1) for row in rows)

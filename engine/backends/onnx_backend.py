@@ -3,14 +3,15 @@
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from virst_engine.backends.exported import ExportedStages, Tensors
+from virst_engine.backends.exported import FRAME_INPUTS, ExportedStages, Tensors
 from virst_engine.backends.manifest import OBJECTS, STAGES, read_manifest, stage_path
 from virst_engine.errors import BackendError
 
@@ -20,6 +21,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Memory attention in two parts: what objects share, and the rest for one object of which every memory is there. Where
 # its scores are large, this is faster than all objects at once: they stay in the cache, and need no mask.
 ONE_BY_ONE = ("memory_queries", "memory_read")
+SHARED_INPUTS = (*FRAME_INPUTS, "tokens", "queries")  # the frame's: all objects have these in common
 # Its fused operator takes ten times as long as a sum and a layer norm (onnxruntime 1.32, CPU).
 SLOW_FUSIONS = ("SkipLayerNormFusion",)
 # Inputs that say which rows along axis 1 are there, and the inputs that have those rows.
@@ -32,7 +34,9 @@ ROWS = {
 class OnnxRuntimeStages(ExportedStages):
     """`Stages` on the folder of `virst export`, one ONNX Runtime session per stage.
 
-    Where the graphs allow it (float32), memories, pointers and prompt tokens that no object has are left out.
+    Where the graphs allow it (float32), memories, pointers and prompt tokens that no object has are left out. On a CPU,
+    as many objects as there are threads go at the same time, each on a thread of its own: threads that share an
+    operator wait for each other at its end, and not all of them can be cut in equal parts.
     """
 
     name = "onnxruntime"
@@ -69,13 +73,28 @@ class OnnxRuntimeStages(ExportedStages):
             )
         if wanted == (CPU,) and manifest.precision == "fp16":
             log.warning("%s computes in fp16, which ONNX Runtime does in float32 on CPUs; fp32 is faster here", folder)
-        self._sessions = {
-            stage: open_session(
-                runtime, stage_path(folder, manifest, stage), providers=wanted, device=self.device, threads=threads
-            )
+        wanted_stages = [
+            stage
             for stage in (*STAGES, *ONE_BY_ONE)
             if stage in manifest.stages and (stage not in ONE_BY_ONE or where.type == "cpu")
-        }
+        ]
+
+        def open_stages(stages: Sequence[str], threads: int) -> dict[str, Any]:
+            return {
+                stage: open_session(
+                    runtime, stage_path(folder, manifest, stage), providers=wanted, device=self.device, threads=threads
+                )
+                for stage in stages
+            }
+
+        self._sessions = open_stages(wanted_stages, threads)
+        self._takes_turns = ONE_BY_ONE[0] in self._sessions
+        # The other sessions for one thread each: an image and its queries are shared, and gaps in memories are rare.
+        self._at_once = (threads or torch.get_num_threads()) if where.type == "cpu" else 1
+        shared = {"image_encoder", ONE_BY_ONE[0]} | ({"memory_attention"} if self._takes_turns else set())
+        own = [stage for stage in wanted_stages if stage not in shared]
+        self._one_thread = open_stages(own, 1) if self._at_once > 1 else {}
+        self._pool = ThreadPoolExecutor(self._at_once, "onnxruntime") if self._at_once > 1 else None
         self._inputs = {stage: [i.name for i in session.get_inputs()] for stage, session in self._sessions.items()}
         # Axes that have a name in the file are free.
         shapes = [i.shape for session in self._sessions.values() for i in session.get_inputs()]
@@ -86,33 +105,45 @@ class OnnxRuntimeStages(ExportedStages):
         """Outputs are new tensors."""
         if self.device.type != "cpu":
             return self._run_on_device(stage, inputs, objects)
-        if stage == "memory_attention" and ONE_BY_ONE[0] in self._sessions:
-            return {"conditioned": self._read_one_by_one(inputs)}
-        if stage == "memory_attention" and self._has_free_rows:
-            inputs = _without_empty_rows(inputs)
-        return self._run_on_cpu(stage, inputs)
+        if stage == "memory_attention" and self._takes_turns:
+            inputs = inputs | self._run_on_cpu(ONE_BY_ONE[0], {"top": inputs["top"]}, self._sessions)
+        if self._pool is None or stage == "image_encoder" or objects < self._at_once:
+            return self._run_rows(stage, inputs, 0, objects, self._sessions)
+        if self._takes_turns:  # one object at a time on each thread; those left over have all threads, one by one
+            cuts = list(range(objects - objects % self._at_once + 1))
+        else:  # small ones are not worth a call for each
+            cuts = [objects * part // self._at_once for part in range(self._at_once + 1)]
+        waiting = [
+            self._pool.submit(self._run_rows, stage, inputs, start, stop, self._sessions | self._one_thread)
+            for start, stop in pairwise(cuts)
+        ]
+        parts = [part.result() for part in waiting]
+        if cuts[-1] < objects:
+            parts.append(self._run_rows(stage, inputs, cuts[-1], objects, self._sessions))
+        return _join(parts)
 
-    def _read_one_by_one(self, inputs: Tensors) -> Tensor:
-        shared, read = ONE_BY_ONE
-        frame = self._run_on_cpu(shared, {"top": inputs["top"]})
+    def _run_rows(self, stage: str, inputs: Tensors, start: int, stop: int, sessions: dict[str, Any]) -> Tensors:
+        """Objects `start` to `stop` of a stage's inputs."""
+        rows = {name: value if name in SHARED_INPUTS else value[start:stop] for name, value in inputs.items()}
+        if stage != "memory_attention":
+            return self._run_on_cpu(stage, rows, sessions)
+        if not self._takes_turns:
+            return self._run_on_cpu(stage, _without_empty_rows(rows) if self._has_free_rows else rows, sessions)
         parts = []
-        for i in range(inputs["spatial"].shape[0]):
-            own = {name: value if name == "top" else value[i : i + 1] for name, value in inputs.items()}
-            if all(bool(own[valid].any()) for valid in ROWS):
-                outputs = self._run_on_cpu(read, frame | _without_empty_rows(own))
-            else:
-                outputs = self._run_on_cpu("memory_attention", _without_empty_rows(own))
-            parts.append(outputs["conditioned"])
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        for i in range(stop - start):
+            own = {name: value if name in SHARED_INPUTS else value[i : i + 1] for name, value in rows.items()}
+            complete = all(bool(own[valid].any()) for valid in ROWS)
+            parts.append(self._run_on_cpu(ONE_BY_ONE[1] if complete else stage, _without_empty_rows(own), sessions))
+        return _join(parts)
 
     def _missing(self, what: str, found: int, exported: int) -> int:
         missing = super()._missing(what, found, exported)
         return 0 if self._has_free_rows else missing
 
-    def _run_on_cpu(self, stage: str, inputs: Tensors) -> Tensors:
+    def _run_on_cpu(self, stage: str, inputs: Tensors, sessions: dict[str, Any]) -> Tensors:
         names = list(self.manifest.stages[stage].outputs)
         given = {name: inputs[name].detach().contiguous().numpy() for name in self._inputs[stage]}
-        found = self._sessions[stage].run(names, given)
+        found = sessions[stage].run(names, given)
         return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
     def _run_on_device(self, stage: str, inputs: Tensors, objects: int) -> Tensors:
@@ -133,6 +164,11 @@ class OnnxRuntimeStages(ExportedStages):
         torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
         session.run_with_iobinding(binding)
         return made
+
+
+def _join(parts: Sequence[Tensors]) -> Tensors:
+    """Outputs for several objects, below each other."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
 
 def _without_empty_rows(inputs: Tensors) -> Tensors:
@@ -179,6 +215,8 @@ def open_session(
     options.log_severity_level = 3  # errors; providers that do not start are found out below
     # Threads that wait by spinning take the cores from the camera and from ROS.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Blocks of work that get smaller: the last thread of an operator ends soon after the others.
+    options.add_session_config_entry("session.dynamic_block_base", "4")
     settings = [
         (name, {"device_id": (device.index if device else None) or 0} if name != CPU else {}) for name in providers
     ]

@@ -174,7 +174,8 @@ def test_operators_of_onnxruntime_give_the_numbers_of_the_plain_graph(
     for slots, rows in ((4, 5), (1, 1), (4, 1), (1, 5), (3, 2)):
         memory = memories(stages, 2, slots, rows)
         memory.spatial_valid[:] = memory.pointer_valid[:] = True
-        plain = stages._run_on_cpu("memory_attention", {"top": frame.top, **vars(memory)})["conditioned"]
+        given = {"top": frame.top, **vars(memory)}
+        plain = stages._run_on_cpu("memory_attention", given, stages._sessions)["conditioned"]
         assert_near(stages.memory_attention(frame, memory), plain)
 
 
