@@ -204,7 +204,7 @@ METHOD_WINDOWS = {"visa": (22, 0.1), "tempvrs": (22, 0.1)}
 # tracking.start_presence of each method: probabilities of different networks do not mean the same. Those of virst, visa
 # and tempvrs were chosen with tabletop-tiny on scenes that neither training nor evaluations see, so that about nine in
 # ten goals that are not there stay empty. A detector has a threshold of its own; SAM 2 alone has to reach this one.
-START_PRESENCE = {"virst": 0.93, "visa": 0.75, "tempvrs": 0.75, "grounding": 0.93}
+START_PRESENCE = {"virst": 0.85, "visa": 0.75, "tempvrs": 0.75, "grounding": 0.93}
 
 
 @dataclass(frozen=True)
