@@ -318,6 +318,63 @@ def test_a_provider_that_does_not_start_is_not_passed_over(folder: Path) -> None
         open_session(Pretender(), folder / "mask_decoder.onnx", providers=(CUDA,), device=torch.device("cuda:1"))
 
 
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_as_many_objects_as_threads_go_at_once(one_by_one: Path, folder: Path, threads: int, turns: bool) -> None:
+    """Alone where scores are large, with those left over one by one on all threads; else in equal parts, none left."""
+    export, slots, rows = (one_by_one, 4, 5) if turns else (folder, SLOTS, ROWS)
+    single, several = OnnxRuntimeStages(export, threads=1), OnnxRuntimeStages(export, threads=threads)
+    assert {"mask_decoder", "memory_encoder"} < several._one_thread.keys()
+    size = single.sizes.image_size
+    frame = single.image_encoder(torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    given_rows: list[tuple[bool, int]] = []  # on a thread of its own? how many objects
+    for own, sessions in ((False, several._sessions), (True, several._one_thread)):
+
+        def run(names: Any, given: Any, own: bool = own, real: Any = sessions["mask_decoder"]) -> Any:
+            given_rows.append((own, len(given["sparse"])))
+            return real.run(names, given)
+
+        sessions["mask_decoder"] = SimpleNamespace(run=run)
+    for objects in (1, 2, 3, 5, 7):
+        given_rows.clear()
+        memory = memories(single, objects, slots, rows)
+        memory.spatial_valid[:, 0] = memory.pointer_valid[:, 0] = True
+        memory.pointer_valid[objects // 2] = False  # the stage for all reads this one, among the others
+        conditioned = single.memory_attention(frame, memory)
+        assert_near(several.memory_attention(frame, memory), conditioned)
+        prediction = single.mask_decoder(frame, conditioned, None)
+        assert_near(several.mask_decoder(frame, conditioned, None), prediction)
+        assert_near(several.memory_encoder(frame, prediction), single.memory_encoder(frame, prediction))
+        alone = [count for own, count in given_rows if own]
+        together = [count for own, count in given_rows if not own]
+        if objects < threads:
+            assert (alone, together) == ([], [objects])
+        elif turns:
+            assert alone == [1] * (objects - objects % threads)
+            assert sum(together) == objects % threads
+        else:
+            assert sorted(alone) == sorted(objects // threads + (part < objects % threads) for part in range(threads))
+            assert together == []
+
+
+def test_a_failure_among_objects_that_go_at_once_is_told(one_by_one: Path) -> None:
+    stages = OnnxRuntimeStages(one_by_one, threads=2)
+
+    def fail(names: Any, given: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    size = stages.sizes.image_size
+    frame, good = stages.image_encoder(torch.randn(1, 3, size, size)), stages._one_thread["memory_read"]
+    memory = memories(stages, 4, 4, 5)
+    memory.spatial_valid[:] = memory.pointer_valid[:] = True
+    before = stages.memory_attention(frame, memory)
+    stages._one_thread["memory_read"] = SimpleNamespace(run=fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stages.memory_attention(frame, memory)
+    stages._one_thread["memory_read"] = good
+    assert torch.equal(stages.memory_attention(frame, memory), before), "it goes on"
+
+
 @pytest.mark.gpu
 def test_a_gpu_answers_as_torch(folder: Path, reference: TorchStages) -> None:
     if CUDA not in load_onnxruntime().get_available_providers():
@@ -345,7 +402,7 @@ def test_nothing_grows_over_a_thousand_frames(folder: Path) -> None:
 
 def frames(folder: Path) -> Iterator[float]:
     """MiB that are allocated after each frame; objects come, go and lack memories."""
-    stages = OnnxRuntimeStages(folder, threads=1)
+    stages = OnnxRuntimeStages(folder, threads=2)
     size, s = 128, stages.sizes
     for number in range(1200):
         objects = 1 + number % 5
