@@ -61,14 +61,8 @@ def run_mode(
     """
     if settings.mode == "offline":
         strategy = settings.anchor_strategy(seed)
-        # Sentences with different anchors would share the direction in which masks spread: each is run alone.
-        together = strategy.is_same_for_all and not system.config.reasoner.chooses_frames
-        groups = [list(sentences)] if together else [[sentence] for sentence in sentences]
-        masks = [
-            segment_whole_video(system.stages, system.reasoner, frames, group, system.config, strategy=strategy)
-            for group in groups
-        ]
-        return np.concatenate(masks)[:, goal_frame:]
+        masks = segment_whole_video(system.stages, system.reasoner, frames, sentences, system.config, strategy=strategy)
+        return masks[:, goal_frame:]
     if settings.mode == "stream":
         group = system.config.tracking.max_objects
         return np.concatenate(

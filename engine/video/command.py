@@ -44,11 +44,6 @@ class SegmentSettings:
             raise ValueError("the whole-video mode asks once: no answer can be late")
         if self.is_offline and self.config.reasoner.method == "grounding":
             raise ValueError("--offline needs a method that understands a whole video: virst, visa or tempvrs")
-        if self.is_offline and self.config.reasoner.chooses_frames and len(self.goals) > 1:
-            raise ValueError(
-                f"{self.config.reasoner.method} chooses other frames for each sentence, and masks spread from them; "
-                "with --offline give one --goal at a time"
-            )
         if self.config.reasoner.chooses_frames and self.anchors != "dynamic":
             raise ValueError(f"{self.config.reasoner.method} chooses its anchors itself: leave out --anchors")
         AnchorStrategy(self.anchors)

@@ -9,16 +9,17 @@ anchor to the end and then backwards to the start, as SAM 2's video predictor do
 gated: an absent object is remembered as absent, and absence is the mask decoder's alone to tell, whatever the prompts'
 confidence.
 
-Sentences may have different anchors (`guided`, and methods that name the frames themselves). Asked together they set
-out together, at the earliest anchor of any, as SAM 2's objects do: a frame before the first anchor of its object
-attends to that one alone. Where that matters, ask one sentence at a time.
+Sentences may have different anchors (`guided`, and methods that name the frames themselves). Each sets out from its own
+first one, so that it gets the same masks as if it were asked alone. (SAM 2's objects set out together, at the earliest
+prompt of any.)
 
 The features of a frame are computed when its turn comes and then dropped, so a long video takes no more memory than a
-short one: those of the clip, the anchors, and the memory of the newest frames.
+short one: those of the clip, the anchors, and the memory of the newest frames. Frames between the first anchors of two
+sentences are met in both directions, and the masks of the earlier one wait for the other's.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -75,11 +76,6 @@ class AnchorStrategy:
             raise ValueError(f"anchors must be one of {', '.join(ANCHOR_STRATEGIES)}, got {self.name!r}")
         if self.count < 0 or (self.count and self.name != "dynamic"):
             raise ValueError(f"the number of anchors is for dynamic ones, and not negative; got {self.count}")
-
-    @property
-    def is_same_for_all(self) -> bool:
-        """Whether every sentence about a clip gets the same anchors, where a method answers for every frame."""
-        return self.name != "guided"
 
     def choose(self, prompts: Sequence[Prompt], *, has_chosen: bool = False) -> list[Prompt]:
         """The prompts of the anchors, oldest first; none of none. `has_chosen`: the method names the frames itself."""
@@ -227,7 +223,7 @@ def propagate_whole_video(
     *,
     strategy: AnchorStrategy = DYNAMIC,
 ) -> Iterator[OfflineFrame]:
-    """Each frame once: from the earliest anchor to the end, then from there backwards to the start.
+    """Each frame once: from the latest sentence's first anchor to the end, then from there backwards to the start.
 
     What it yields is good until the next one is asked for.
 
@@ -259,25 +255,35 @@ def propagate_whole_video(
     anchored_everywhere = set.intersection(*(set(company.anchored) for company in companies))
     for t in anchored_everywhere:
         del kept[t]
-    first = min((t for company in companies for t in company.anchored), default=0)
+    starts = [company.first for company in companies if company.first is not None]
+    first, last = min(starts, default=0), max(starts, default=0)
     reach = max(config.memory.recent_frames, config.memory.pointers)
-    for order, backwards in ((range(first, len(frames)), False), (range(first - 1, -1, -1), True)):
+    waiting: dict[int, _Part] = {}  # frames that some sentence has met, and others not yet
+    for order, backwards in ((range(first, len(frames)), False), (range(last - 1, -1, -1), True)):
         for company in companies:
             company.recent.clear()
         for t in order:
             frame = frames[t]
             timer = StageTimer(device)
+            moving = [company for company in companies if company.goes_through(t, last, backwards=backwards)]
             features: ImageFeatures | None = None
-            if any(company.reads(t) for company in companies):
+            if any(company.reads(t) for company in moving):
                 with timer.stage("image_encoder"):
-                    features = kept.pop(t) if t in kept else encode(frame)
-            predictions = []
-            for company in companies:
-                prediction = company.step(t, features, backwards, timer)
+                    features = kept[t] if t in kept else encode(frame)
+            part = waiting.pop(t, _Part())
+            for company in moving:
+                part.predictions[company] = company.step(t, features, backwards, timer)
                 company.recent.pop(t + reach if backwards else t - reach, None)
-                predictions.append(prediction if len(companies) == 1 else _own(prediction))
+                if len(companies) > 1:
+                    part.predictions[company] = _own(part.predictions[company])
+            part.add(timer)
+            if len(part.predictions) < len(companies):
+                waiting[t] = part
+                continue
+            kept.pop(t, None)
+            predictions = [part.predictions[company] for company in companies]
             merged = predictions[0] if len(companies) == 1 else _in_order(predictions, order_of_goals)
-            yield OfflineFrame(t, frame, merged, timer.ms())
+            yield OfflineFrame(t, frame, merged, part.timings_ms)
 
 
 class _Company:
@@ -303,6 +309,16 @@ class _Company:
             tokens = torch.from_numpy(np.stack([prompt.embeddings for prompt in prompts])).to(device)
             self.anchored[t] = _own(stages.mask_decoder(features[t], None, PromptTokens(tokens)))
             self._anchors[t] = _own(stages.memory_encoder(features[t], self.anchored[t]))
+
+    @property
+    def first(self) -> int | None:
+        """The frame from which masks spread; None: there is nothing to spread."""
+        return min(self.anchored, default=None)
+
+    def goes_through(self, t: int, last: int, *, backwards: bool) -> bool:
+        """Whether these masks come to frame t in this direction; those that are nowhere wait for the `last`."""
+        first = last if self.first is None else self.first
+        return t < first if backwards else t >= first
 
     def reads(self, t: int) -> bool:
         """Whether frame t needs its features."""
@@ -332,6 +348,18 @@ class _Company:
             object_score_logits=torch.full((self._objects,), -1.0, device=self._device),
             pointer=torch.zeros(self._objects, channels, device=self._device),
         )
+
+
+@dataclass
+class _Part:
+    """What is known of a frame that not every sentence has met yet."""
+
+    predictions: dict[_Company, MaskPrediction] = field(default_factory=dict)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    def add(self, timer: StageTimer) -> None:
+        for stage, ms in timer.ms().items():
+            self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + ms
 
 
 def _those_with_the_same_anchors(chosen: Sequence[Sequence[Prompt]]) -> list[list[int]]:

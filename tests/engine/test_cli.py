@@ -98,10 +98,6 @@ def test_version_lists_what_it_is_built_on():
         (["evaluate", "--detector", "owl"], "for the method grounding"),
         (["segment", "a.mp4", "--goal", "it", "--out", "b", "--anchors", "guided"], "--offline"),
         (
-            ["segment", "a.mp4", "--goal", "a", "--goal", "b", "--out", "c", "--offline", "--method", "visa"],
-            "one --goal at a time",
-        ),
-        (
             ["segment", "a.mp4", "--goal", "a", "--out", "c", "--offline", "--method", "visa", "--anchors", "guided"],
             "leave out --anchors",
         ),

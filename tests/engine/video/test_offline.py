@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.fakes import (
+    BLUE,
     GREEN,
     RED,
     FakeReasoner,
@@ -221,19 +222,36 @@ def test_sentences_may_have_different_anchors(stages):
     assert not masks[1].any()
 
 
-def test_a_sentence_that_shares_no_anchor_is_answered_as_if_it_were_alone_where_it_sets_out_first():
+@pytest.mark.parametrize("stages", [FakeStages, ReusedBuffers])
+def test_sentences_with_anchors_of_their_own_are_answered_as_if_alone(stages):
     """Exactly: the video is noisy, and what a frame recalls is a mean over all that is remembered."""
-    video = Video([moving_square(RED, row=2), moving_square(GREEN, row=10)])
+    video = Video([moving_square(RED, row=2), moving_square(GREEN, row=10), moving_square(BLUE, row=6)])
     frames = [video.frame(t) for t in range(20)]
 
     def logits_of(sentences):
-        reasoner = Names({"red": (3, 5), "green": (0,)})
-        seen = offline.propagate_whole_video(FakeStages(), reasoner, frames, sentences, CHOOSING)
-        return {each.number: each.prediction.mask_logits[0].clone() for each in seen}
+        reasoner = Names({"red": (3, 5), "green": (0,), "blue": (6,), "black": ()})
+        seen = list(_copied(offline.propagate_whole_video(stages(), reasoner, frames, sentences, CHOOSING)))
+        assert sorted(number for number, _, _ in seen) == list(range(20))
+        return {number: logits for number, logits, _ in seen}
 
-    together, alone = logits_of(["the green square", "the red square"]), logits_of(["the green square"])
-    assert together.keys() == alone.keys() == set(range(20))
-    assert all(torch.equal(together[t], alone[t]) for t in alone)
+    def _copied(found):
+        for each in found:
+            assert each.timings_ms.keys() <= {"image_encoder", "memory_attention", "mask_decoder", "memory_encoder"}
+            yield each.number, each.prediction.mask_logits.clone(), each.timings_ms
+
+    sentences = [f"the {colour} square" for colour in ("blue", "green", "black", "red")]
+    together = logits_of(sentences)
+    for goal, sentence in enumerate(sentences):
+        alone = logits_of([sentence])
+        assert all(torch.equal(together[t][goal], alone[t][0]) for t in range(20)), sentence
+
+
+def test_frames_between_first_anchors_come_once_both_directions_have_met():
+    video = Video([moving_square(RED, row=2), moving_square(GREEN, row=10)])
+    frames = [video.frame(t) for t in range(20)]
+    reasoner = Names({"red": (3,), "green": (0,)})
+    seen = offline.propagate_whole_video(FakeStages(), reasoner, frames, ["the green one", "the red one"], CHOOSING)
+    assert [each.number for each in seen] == [*range(3, 20), 2, 1, 0]
 
 
 def test_a_guided_anchor_is_where_the_reasoner_is_surest():
