@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Memory attention in two parts: what objects share, and the rest for one object of which every memory is there. Where
 # its scores are large, this is faster than all objects at once: they stay in the cache, and need no mask.
 ONE_BY_ONE = ("memory_queries", "memory_read")
-SHARED_INPUTS = (*FRAME_INPUTS, "tokens", "queries")  # the frame's: all objects have these in common
 # Its fused operator takes ten times as long as a sum and a layer norm (onnxruntime 1.32, CPU).
 SLOW_FUSIONS = ("SkipLayerNormFusion",)
 # Inputs that say which rows along axis 1 are there, and the inputs that have those rows.
@@ -52,7 +51,7 @@ class OnnxRuntimeStages(ExportedStages):
     ) -> None:
         """
         Args:
-            threads: CPU threads of a session; 0 = one per core.
+            threads: CPU threads, and objects that go at the same time; 0 = as many as torch uses.
             providers: ONNX Runtime's execution providers, first choice first; none = what fits `device`.
 
         Raises:
@@ -73,6 +72,7 @@ class OnnxRuntimeStages(ExportedStages):
             )
         if wanted == (CPU,) and manifest.precision == "fp16":
             log.warning("%s computes in fp16, which ONNX Runtime does in float32 on CPUs; fp32 is faster here", folder)
+        on_cpu = wanted == (CPU,)
         wanted_stages = [
             stage
             for stage in (*STAGES, *ONE_BY_ONE)
@@ -87,14 +87,16 @@ class OnnxRuntimeStages(ExportedStages):
                 for stage in stages
             }
 
+        # Never ONNX Runtime's own 0: that binds threads to cores, also to cores that this process must not use.
+        threads = threads or torch.get_num_threads()
         self._sessions = open_stages(wanted_stages, threads)
         self._takes_turns = ONE_BY_ONE[0] in self._sessions
-        # The other sessions for one thread each: an image and its queries are shared, and gaps in memories are rare.
-        self._at_once = (threads or torch.get_num_threads()) if where.type == "cpu" else 1
+        self._at_once = threads if on_cpu else 1
+        # Sessions for objects that go at the same time. An image and its queries are shared, and gaps in memories rare.
         shared = {"image_encoder", ONE_BY_ONE[0]} | ({"memory_attention"} if self._takes_turns else set())
         own = [stage for stage in wanted_stages if stage not in shared]
         self._one_thread = open_stages(own, 1) if self._at_once > 1 else {}
-        self._pool = ThreadPoolExecutor(self._at_once, "onnxruntime") if self._at_once > 1 else None
+        self._pool = ThreadPoolExecutor(self._at_once, "onnxruntime")  # starts threads when they are needed
         self._inputs = {stage: [i.name for i in session.get_inputs()] for stage, session in self._sessions.items()}
         # Axes that have a name in the file are free.
         shapes = [i.shape for session in self._sessions.values() for i in session.get_inputs()]
@@ -105,36 +107,45 @@ class OnnxRuntimeStages(ExportedStages):
         """Outputs are new tensors."""
         if self.device.type != "cpu":
             return self._run_on_device(stage, inputs, objects)
-        if stage == "memory_attention" and self._takes_turns:
-            inputs = inputs | self._run_on_cpu(ONE_BY_ONE[0], {"top": inputs["top"]}, self._sessions)
-        if self._pool is None or stage == "image_encoder" or objects < self._at_once:
-            return self._run_rows(stage, inputs, 0, objects, self._sessions)
-        if self._takes_turns:  # one object at a time on each thread; those left over have all threads, one by one
-            cuts = list(range(objects - objects % self._at_once + 1))
-        else:  # small ones are not worth a call for each
-            cuts = [objects * part // self._at_once for part in range(self._at_once + 1)]
-        waiting = [
-            self._pool.submit(self._run_rows, stage, inputs, start, stop, self._sessions | self._one_thread)
-            for start, stop in pairwise(cuts)
-        ]
-        parts = [part.result() for part in waiting]
-        if cuts[-1] < objects:
-            parts.append(self._run_rows(stage, inputs, cuts[-1], objects, self._sessions))
-        return _join(parts)
+        if stage == "memory_attention":
+            if self._takes_turns:
+                return self._read_in_turns(inputs, objects)
+            if self._has_free_rows:
+                inputs = _without_empty_rows(inputs)
+        if stage == "image_encoder" or objects < max(self._at_once, 2):
+            return self._run_on_cpu(stage, inputs, self._sessions)
+        # With large scores, each object alone: what it needs stays in the cache. Small ones are not worth the calls.
+        parts = objects if self._takes_turns and self._at_once > 1 else self._at_once
+        cuts = [objects * part // parts for part in range(parts + 1)]
+        return _join(self._run_each(stage, [_objects(inputs, start, stop) for start, stop in pairwise(cuts)]))
 
-    def _run_rows(self, stage: str, inputs: Tensors, start: int, stop: int, sessions: dict[str, Any]) -> Tensors:
-        """Objects `start` to `stop` of a stage's inputs."""
-        rows = {name: value if name in SHARED_INPUTS else value[start:stop] for name, value in inputs.items()}
-        if stage != "memory_attention":
-            return self._run_on_cpu(stage, rows, sessions)
-        if not self._takes_turns:
-            return self._run_on_cpu(stage, _without_empty_rows(rows) if self._has_free_rows else rows, sessions)
-        parts = []
-        for i in range(stop - start):
-            own = {name: value if name in SHARED_INPUTS else value[i : i + 1] for name, value in rows.items()}
-            complete = all(bool(own[valid].any()) for valid in ROWS)
-            parts.append(self._run_on_cpu(ONE_BY_ONE[1] if complete else stage, _without_empty_rows(own), sessions))
-        return _join(parts)
+    def _read_in_turns(self, inputs: Tensors, objects: int) -> Tensors:
+        """Memory attention, object by object; where one has no memory or no pointer, by the graph with a mask."""
+        shared, read = ONE_BY_ONE
+        frame = self._run_on_cpu(shared, {"top": inputs["top"]}, self._sessions)
+        alone = [_without_empty_rows(_objects(inputs, i, i + 1)) for i in range(objects)]
+        complete = [all(bool(own[valid].all()) for valid in ROWS) for own in alone]
+        of_complete = iter(
+            self._run_each(read, [frame | own for own, is_complete in zip(alone, complete, strict=True) if is_complete])
+        )
+        return _join(
+            [
+                next(of_complete) if is_complete else self._run_on_cpu("memory_attention", own, self._sessions)
+                for own, is_complete in zip(alone, complete, strict=True)
+            ]
+        )
+
+    def _run_each(self, stage: str, calls: Sequence[Tensors]) -> list[Tensors]:
+        """As many runs at the same time as there are threads; those left over one after the other, on all threads."""
+        side_by_side = len(calls) - len(calls) % self._at_once if self._at_once > 1 else 0
+        running = [self._pool.submit(self._run_on_cpu, stage, call, self._one_thread) for call in calls[:side_by_side]]
+        try:
+            found = [each.result() for each in running]
+        finally:  # where one has failed: nothing of this frame runs on beside the next
+            for each in running:
+                each.cancel()
+            wait(running)
+        return found + [self._run_on_cpu(stage, call, self._sessions) for call in calls[side_by_side:]]
 
     def _missing(self, what: str, found: int, exported: int) -> int:
         missing = super()._missing(what, found, exported)
@@ -164,6 +175,11 @@ class OnnxRuntimeStages(ExportedStages):
         torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
         session.run_with_iobinding(binding)
         return made
+
+
+def _objects(inputs: Tensors, start: int, stop: int) -> Tensors:
+    """A stage's inputs for some of its objects."""
+    return {name: value if name in FRAME_INPUTS else value[start:stop] for name, value in inputs.items()}
 
 
 def _join(parts: Sequence[Tensors]) -> Tensors:

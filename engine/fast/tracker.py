@@ -498,9 +498,9 @@ def _encode(stages: Stages, pixels: Sequence[Tensor], timer: StageTimer) -> Iter
 
 
 def _run_stages(works: Sequence[_Work]) -> None:
-    """All stages but the image encoder, on what is remembered, whatever it is."""
+    """All stages but the image encoder, on what is remembered, whatever it is, as if every memory were there."""
     stages = works[0].tracker._stages
-    features, conditioned = _condition(works)
+    features, conditioned = _condition(works, is_full=True)
     stages.memory_encoder(features, stages.mask_decoder(features, conditioned, None))
 
 
@@ -533,10 +533,16 @@ def _propagate(works: Sequence[_Work], timer: StageTimer) -> None:
         work.tracker._remember(work.step, work.rows, sightings[end - len(work.rows) : end])
 
 
-def _condition(works: Sequence[_Work]) -> tuple[ImageFeatures, Float[Tensor, "o c h w"]]:
-    """Memory attention; and the features to go on with: one frame for all objects, or a frame for each."""
+def _condition(works: Sequence[_Work], *, is_full: bool = False) -> tuple[ImageFeatures, Float[Tensor, "o c h w"]]:
+    """Memory attention; and the features to go on with: one frame for all objects, or a frame for each.
+
+    `is_full`: empty memories count, too.
+    """
     stages = works[0].tracker._stages
     memory = _joined([work.tracker._memory.read(work.step, work.rows) for work in works])
+    if is_full:
+        valid = {name: torch.ones_like(getattr(memory, name)) for name in ("spatial_valid", "pointer_valid")}
+        memory = replace(memory, **valid)
     if len(works) == 1:
         return works[0].features, stages.memory_attention(works[0].features, memory)
     features = _joined([work.features for work in works])

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime answers as torch does, says why when it cannot, and keeps nothing."""
 
+import itertools
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +31,7 @@ from virst_engine.weights import load_segmenter
 
 pytest.importorskip("onnxruntime")
 SLOTS, ROWS, TOKENS = 9, 18, 16
+LAST_BITS = 2e-6  # the same sums, perhaps in another order
 
 
 @pytest.fixture
@@ -46,12 +50,12 @@ def reference() -> TorchStages:
     return TorchStages(sam2, fusion_level=level)
 
 
-def assert_near(found: Any, wanted: Any) -> None:
-    """Both tensors, or both dataclasses of them."""
+def assert_near(found: Any, wanted: Any, within: float = 1e-4) -> None:
+    """Both tensors, or both dataclasses of them; `within`: of the largest number."""
     for name, tensor in vars(wanted).items() if hasattr(wanted, "__dataclass_fields__") else [("", wanted)]:
         ours = getattr(found, name) if name else found
         assert ours.shape == tensor.shape
-        assert torch.allclose(ours, tensor, atol=1e-4 * float(tensor.abs().max())), name
+        assert torch.allclose(ours, tensor, atol=within * float(tensor.abs().max())), name
 
 
 def some_memories(reference: TorchStages, objects: int, slots: int = SLOTS, rows: int = ROWS) -> MemoryTensors:
@@ -318,61 +322,123 @@ def test_a_provider_that_does_not_start_is_not_passed_over(folder: Path) -> None
         open_session(Pretender(), folder / "mask_decoder.onnx", providers=(CUDA,), device=torch.device("cuda:1"))
 
 
+Calls = list[tuple[str, bool, int]]  # stage, in a session of one thread?, objects
+
+
+def called(stages: OnnxRuntimeStages) -> Calls:
+    """What the sessions are called for from now on, in the order in which they are."""
+    calls: Calls = []
+    for own, sessions in ((False, stages._sessions), (True, stages._one_thread)):
+        for stage, real in sessions.items():
+
+            def run(names: Any, given: Any, stage: str = stage, own: bool = own, real: Any = real) -> Any:
+                rows = [len(value) for name, value in given.items() if name not in ("top", "tokens", "queries")]
+                calls.append((stage, own, rows[0] if rows else 1))
+                return real.run(names, given)
+
+            sessions[stage] = SimpleNamespace(run=run)
+    return calls
+
+
 @pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize("threads", [2, 3])
 def test_as_many_objects_as_threads_go_at_once(one_by_one: Path, folder: Path, threads: int, turns: bool) -> None:
-    """Alone where scores are large, with those left over one by one on all threads; else in equal parts, none left."""
+    """Alone where scores are large, with those left over on all threads; else in equal parts. To the same numbers."""
     export, slots, rows = (one_by_one, 4, 5) if turns else (folder, SLOTS, ROWS)
     single, several = OnnxRuntimeStages(export, threads=1), OnnxRuntimeStages(export, threads=threads)
-    assert {"mask_decoder", "memory_encoder"} < several._one_thread.keys()
     size = single.sizes.image_size
     frame = single.image_encoder(torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)))
-    given_rows: list[tuple[bool, int]] = []  # on a thread of its own? how many objects
-    for own, sessions in ((False, several._sessions), (True, several._one_thread)):
-
-        def run(names: Any, given: Any, own: bool = own, real: Any = sessions["mask_decoder"]) -> Any:
-            given_rows.append((own, len(given["sparse"])))
-            return real.run(names, given)
-
-        sessions["mask_decoder"] = SimpleNamespace(run=run)
+    calls = called(several)
     for objects in (1, 2, 3, 5, 7):
-        given_rows.clear()
         memory = memories(single, objects, slots, rows)
         memory.spatial_valid[:, 0] = memory.pointer_valid[:, 0] = True
-        memory.pointer_valid[objects // 2] = False  # the stage for all reads this one, among the others
         conditioned = single.memory_attention(frame, memory)
-        assert_near(several.memory_attention(frame, memory), conditioned)
         prediction = single.mask_decoder(frame, conditioned, None)
-        assert_near(several.mask_decoder(frame, conditioned, None), prediction)
-        assert_near(several.memory_encoder(frame, prediction), single.memory_encoder(frame, prediction))
-        alone = [count for own, count in given_rows if own]
-        together = [count for own, count in given_rows if not own]
-        if objects < threads:
-            assert (alone, together) == ([], [objects])
-        elif turns:
-            assert alone == [1] * (objects - objects % threads)
-            assert sum(together) == objects % threads
-        else:
-            assert sorted(alone) == sorted(objects // threads + (part < objects % threads) for part in range(threads))
-            assert together == []
+        entry = single.memory_encoder(frame, prediction)
+        calls.clear()
+        found = several.memory_attention(frame, memory)
+        assert_near(several.mask_decoder(frame, conditioned, None), prediction, within=LAST_BITS)
+        assert_near(several.memory_encoder(frame, prediction), entry, within=LAST_BITS)
+        assert_near(found, conditioned, within=LAST_BITS)
+        for stage in ("memory_read" if turns else "memory_attention", "mask_decoder", "memory_encoder"):
+            alone = [count for name, own, count in calls if name == stage and own]
+            together = [count for name, own, count in calls if name == stage and not own]
+            left = objects % threads if turns else 0
+            if objects < threads:
+                assert alone == []
+                assert sum(together) == objects
+            elif turns:
+                assert (alone, together) == ([1] * (objects - left), [1] * left)
+            else:
+                sizes = [objects // threads + (part < objects % threads) for part in range(threads)]
+                assert (sorted(alone), together) == (sorted(sizes), [])
 
 
-def test_a_failure_among_objects_that_go_at_once_is_told(one_by_one: Path) -> None:
-    stages = OnnxRuntimeStages(one_by_one, threads=2)
-
-    def fail(names: Any, given: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-    size = stages.sizes.image_size
-    frame, good = stages.image_encoder(torch.randn(1, 3, size, size)), stages._one_thread["memory_read"]
-    memory = memories(stages, 4, 4, 5)
+def test_objects_really_go_at_the_same_time(one_by_one: Path) -> None:
+    stages = OnnxRuntimeStages(one_by_one, threads=3)
+    frame = stages.image_encoder(torch.randn(1, 3, stages.sizes.image_size, stages.sizes.image_size))
+    memory = memories(stages, 6, 4, 5)
     memory.spatial_valid[:] = memory.pointer_valid[:] = True
-    before = stages.memory_attention(frame, memory)
-    stages._one_thread["memory_read"] = SimpleNamespace(run=fail)
+    all_there = threading.Barrier(3, timeout=60)
+    real = stages._one_thread["memory_read"]
+
+    def run(names: Any, given: Any) -> Any:
+        all_there.wait()  # breaks where fewer than three come
+        return real.run(names, given)
+
+    stages._one_thread["memory_read"] = SimpleNamespace(run=run)
+    assert len(stages.memory_attention(frame, memory)) == 6
+
+
+def test_an_object_with_a_gap_reads_by_itself_while_the_others_go_at_once(one_by_one: Path) -> None:
+    single, several = OnnxRuntimeStages(one_by_one, threads=1), OnnxRuntimeStages(one_by_one, threads=2)
+    frame = single.image_encoder(torch.randn(1, 3, single.sizes.image_size, single.sizes.image_size))
+    memory = memories(single, 5, 4, 5)
+    memory.spatial_valid[:, 0] = memory.pointer_valid[:, 0] = True
+    memory.pointer_valid[1] = False
+    wanted, calls = single.memory_attention(frame, memory), called(several)
+    assert_near(several.memory_attention(frame, memory), wanted, within=LAST_BITS)
+    assert [own for stage, own, _ in calls if stage == "memory_read"] == [True] * 4
+    assert [own for stage, own, _ in calls if stage == "memory_attention"] == [False]
+
+
+def test_a_failure_of_one_object_is_told_when_the_others_have_ended(one_by_one: Path) -> None:
+    stages = OnnxRuntimeStages(one_by_one, threads=2)
+    frame = stages.image_encoder(torch.randn(1, 3, stages.sizes.image_size, stages.sizes.image_size))
+    memory = memories(stages, 6, 4, 5)
+    memory.spatial_valid[:] = memory.pointer_valid[:] = True
+    before, real = stages.memory_attention(frame, memory), stages._one_thread["memory_read"]
+    started, ended = itertools.count(), []
+
+    def run(names: Any, given: Any) -> Any:
+        if next(started) == 0:
+            raise RuntimeError("out of memory")
+        time.sleep(0.2)
+        ended.append(real.run(names, given))
+        return ended[-1]
+
+    stages._one_thread["memory_read"] = SimpleNamespace(run=run)
     with pytest.raises(RuntimeError, match="out of memory"):
         stages.memory_attention(frame, memory)
-    stages._one_thread["memory_read"] = good
+    assert len(ended) == next(started) - 1 < 5, "what had begun has ended, the rest never began"
+    stages._one_thread["memory_read"] = real
     assert torch.equal(stages.memory_attention(frame, memory), before), "it goes on"
+
+
+def test_no_thread_is_bound_to_a_core_that_was_not_given(folder: Path) -> None:
+    """ONNX Runtime's own number of threads binds them to all cores of the machine."""
+    allowed = os.sched_getaffinity(0)
+    core = {min(allowed)}
+    before = set(os.listdir("/proc/self/task"))
+    os.sched_setaffinity(0, core)
+    try:
+        stages = OnnxRuntimeStages(folder, threads=0)
+        stages.image_encoder(torch.zeros(1, 3, 128, 128))
+        for thread in set(os.listdir("/proc/self/task")) - before:
+            assert os.sched_getaffinity(int(thread)) == core
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert stages._at_once == torch.get_num_threads()
 
 
 @pytest.mark.gpu

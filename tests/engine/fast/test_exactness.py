@@ -267,7 +267,7 @@ def test_the_comparison_notices_each_departure(pair: Pair) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2 * 3600)
 @pytest.mark.usefixtures("_no_rounding")
-@pytest.mark.skipif("VIRST_TEST_FULL_SIZE" not in os.environ, reason="takes ten minutes or more: set VIRST_TEST_FULL_SIZE=1")
+@pytest.mark.skipif("VIRST_TEST_FULL_SIZE" not in os.environ, reason="takes ten minutes: set VIRST_TEST_FULL_SIZE=1")
 def test_at_full_size() -> None:
     """sam2.1 tiny at 1024 px: a box, a mask on a later frame, 41 frames with a mask."""
     full = Pair(1024)
