@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ class OnnxRuntimeStages(ExportedStages):
                 for stage in stages
             }
 
-        # Never ONNX Runtime's own 0: that binds threads to cores, also to cores that this process must not use.
         threads = threads or torch.get_num_threads()
         self._sessions = open_stages(wanted_stages, threads)
         self._takes_turns = ONE_BY_ONE[0] in self._sessions
@@ -138,8 +137,10 @@ class OnnxRuntimeStages(ExportedStages):
     def _run_each(self, stage: str, calls: Sequence[Tensors]) -> list[Tensors]:
         """As many runs at the same time as there are threads; those left over one after the other, on all threads."""
         side_by_side = len(calls) - len(calls) % self._at_once if self._at_once > 1 else 0
-        running = [self._pool.submit(self._run_on_cpu, stage, call, self._one_thread) for call in calls[:side_by_side]]
+        running: list[Future[Tensors]] = []
         try:
+            for call in calls[:side_by_side]:
+                running.append(self._pool.submit(self._run_on_cpu, stage, call, self._one_thread))
             found = [each.result() for each in running]
         finally:  # where one has failed: nothing of this frame runs on beside the next
             for each in running:
@@ -227,7 +228,8 @@ def open_session(
     """
     _check_providers(runtime, providers)
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
+    # Never ONNX Runtime's own 0: that binds threads to cores, also to cores that this process must not use.
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3  # errors; providers that do not start are found out below
     # Threads that wait by spinning take the cores from the camera and from ROS.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

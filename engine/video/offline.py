@@ -15,7 +15,8 @@ prompt of any.)
 
 The features of a frame are computed when its turn comes and then dropped, so a long video takes no more memory than a
 short one: those of the clip, the anchors, and the memory of the newest frames. Frames between the first anchors of two
-sentences are met in both directions, and the masks of the earlier one wait for the other's.
+sentences are met in both directions, and the masks of the earlier one wait for the other's, on the host: 0.3 MB a frame
+and object at 1024 px.
 """
 
 from collections.abc import Iterator, Sequence
@@ -278,9 +279,11 @@ def propagate_whole_video(
                     part.predictions[company] = _own(part.predictions[company])
             part.add(timer)
             if len(part.predictions) < len(companies):
+                part.move("cpu")
                 waiting[t] = part
                 continue
             kept.pop(t, None)
+            part.move(device)
             predictions = [part.predictions[company] for company in companies]
             merged = predictions[0] if len(companies) == 1 else _in_order(predictions, order_of_goals)
             yield OfflineFrame(t, frame, merged, part.timings_ms)
@@ -356,6 +359,11 @@ class _Part:
 
     predictions: dict[_Company, MaskPrediction] = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
+
+    def move(self, device: torch.device | str) -> None:
+        for company, found in self.predictions.items():
+            moved = {name: value.to(device) for name, value in vars(found).items()}
+            self.predictions[company] = MaskPrediction(**moved)
 
     def add(self, timer: StageTimer) -> None:
         for stage, ms in timer.ms().items():

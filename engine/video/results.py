@@ -21,6 +21,7 @@ from virst_engine.video.video_file import can_be_played, open_video_writer
 from virst_engine.visualize import draw_overlay
 
 MASKS, OVERLAY, FIGURES = "masks", "overlay.mp4", "segments.json"
+WAITING_QUALITY = 95  # JPEG, of pictures that came before their turn
 OVERLAY_RATES_HZ = (1.0, 60.0)  # what players play
 SMALLEST_OVERLAY_PX = 240  # smaller pictures are enlarged, so that the text can be read
 
@@ -29,7 +30,7 @@ class SegmentWriter:
     """Writes while frames come; on leaving also what describes them, however the run ended.
 
     masks/000000.png    per frame, 8 bit: instance ids, 0 = background; where objects overlap, the one of higher score
-    overlay.mp4         the video with the masks drawn over it
+    overlay.mp4         the video with the masks drawn over it, in the video's order: what comes before its turn waits
     segments.json       goals, and per frame: stamp, objects with state, score, box and area, times per stage
 
     When the disk is full, what is left can be read: whole masks, no overlay that cannot be played, and the figures
@@ -53,6 +54,8 @@ class SegmentWriter:
         self._write_picture: Callable[[np.ndarray], None] | None = None
         self._close_video: Callable[[], None] = lambda: None
         self._size: tuple[int, int] | None = None
+        self._next_picture = 0
+        self._waiting: dict[int, bytes] = {}  # a whole video is computed from an anchor on, then backwards
         there = [name for name in (MASKS, OVERLAY, FIGURES) if (folder / name).exists()]
         if there and not replace:
             raise VideoError(f"{folder} holds results already ({', '.join(there)}); give another folder, or --replace")
@@ -90,7 +93,7 @@ class SegmentWriter:
             raise VideoError(problem if error is None else f"{error}; then: {problem}") from error
 
     def add(self, number: int, frame: Frame, result: FrameResult, goals: Sequence[Goal]) -> None:
-        """The next frame of the overlay. Raises VideoError when a file cannot be written."""
+        """One frame, in any order. Raises VideoError when a file cannot be written."""
         self._goals = goals
         height, width = frame.image_rgb_u8.shape[:2]
         mask_file = f"{MASKS}/{number:06d}.png"
@@ -105,14 +108,14 @@ class SegmentWriter:
             }
         )
         if self._wants_overlay:
-            self._draw(frame, result, {goal.goal_id: goal.sentence for goal in goals})
+            self._draw(number, frame, result, {goal.goal_id: goal.sentence for goal in goals})
 
     @property
     def frames(self) -> list[dict[str, Any]]:
         """As they will stand in the JSON file."""
         return self._frames
 
-    def _draw(self, frame: Frame, result: FrameResult, captions: Mapping[str, str]) -> None:
+    def _draw(self, number: int, frame: Frame, result: FrameResult, captions: Mapping[str, str]) -> None:
         smaller = min(frame.image_rgb_u8.shape[:2])
         picture = draw_overlay(
             frame.image_rgb_u8, result, captions, scale=max(1, math.ceil(SMALLEST_OVERLAY_PX / smaller))
@@ -125,11 +128,26 @@ class SegmentWriter:
         width, height = self._size
         if picture.shape[0] // 2 * 2 != height or picture.shape[1] // 2 * 2 != width:
             picture = cv2.resize(picture, self._size, interpolation=cv2.INTER_AREA)
+        picture = np.ascontiguousarray(picture[:height, :width])
+        if number != self._next_picture:
+            quality = [cv2.IMWRITE_JPEG_QUALITY, WAITING_QUALITY]
+            self._waiting[number] = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
+            return
+        self._show(picture)
+        while self._next_picture in self._waiting:
+            self._show_waiting(self._next_picture)
+
+    def _show_waiting(self, number: int) -> None:
+        picture = cv2.imdecode(np.frombuffer(self._waiting.pop(number), np.uint8), cv2.IMREAD_COLOR)
+        self._show(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+
+    def _show(self, picture: UInt8[np.ndarray, "height width 3"]) -> None:
         assert self._write_picture is not None
         try:
-            self._write_picture(np.ascontiguousarray(picture[:height, :width]))
+            self._write_picture(picture)
         except OSError as error:  # the encoder has ended
             raise VideoError(f"cannot write {self._folder / OVERLAY} ({error}); {self._remedy()}") from error
+        self._next_picture += 1
 
     def _write_image(self, name: str, image: UInt8[np.ndarray, "height width"]) -> None:
         self._write(name, cv2.imencode(".png", image)[1].tobytes())
@@ -149,6 +167,9 @@ class SegmentWriter:
         """Close it. What is wrong with it, empty when it can be played; what cannot be played is deleted."""
         if self._size is None:
             return ""
+        with contextlib.suppress(VideoError):  # seen below
+            for number in sorted(self._waiting):  # the run ended before those between
+                self._show_waiting(number)
         with contextlib.suppress(OSError):  # seen below
             self._close_video()
         path = self._folder / OVERLAY

@@ -236,10 +236,12 @@ def test_sentences_with_anchors_of_their_own_are_answered_as_if_alone(stages):
 
     def _copied(found):
         for each in found:
-            assert each.timings_ms.keys() <= {"image_encoder", "memory_attention", "mask_decoder", "memory_encoder"}
+            is_alone, is_anchor = len(each.prediction.mask_logits) == 1, each.number in (0, 3, 5, 6)
+            assert is_alone or is_anchor or "memory_attention" in each.timings_ms
             yield each.number, each.prediction.mask_logits.clone(), each.timings_ms
 
-    sentences = [f"the {colour} square" for colour in ("blue", "green", "black", "red")]
+    # The last one has the anchors of the first: they are one group, and come apart again.
+    sentences = [*(f"the {colour} square" for colour in ("blue", "green", "black", "red")), "the blue one"]
     together = logits_of(sentences)
     for goal, sentence in enumerate(sentences):
         alone = logits_of([sentence])

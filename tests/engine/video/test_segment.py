@@ -127,6 +127,24 @@ def test_masks_overlay_and_figures_are_written(tmp_path):
     assert [frame.image_rgb_u8.shape for frame in overlay] == [(256, 256, 3)] * 16
 
 
+def test_the_overlay_has_the_videos_order_whatever_comes_first(tmp_path):
+    """A whole video is computed from an anchor to the end, then backwards."""
+    segmented = stream()
+    write(tmp_path / "forwards", segmented)
+    write(tmp_path / "both", [*segmented[6:], *reversed(segmented[:6])])
+    write(tmp_path / "broken", [*segmented[6:], *reversed(segmented[3:6])])  # ended before the others came
+    pictures = {
+        name: [frame.image_rgb_u8.astype(int) for frame in open_recording(tmp_path / name / "overlay.mp4")]
+        for name in ("forwards", "both", "broken")
+    }
+    for name, wanted in (("both", pictures["forwards"]), ("broken", pictures["forwards"][3:])):
+        found = pictures[name]
+        assert len(found) == len(wanted)
+        # Nearest to itself: the square moves, and codecs lose some detail.
+        away = np.array([[np.abs(ours - theirs).mean() for theirs in wanted] for ours in found])
+        assert list(away.argmin(axis=1)) == list(range(len(wanted)))
+
+
 def test_what_was_done_is_written_when_the_run_breaks_off(tmp_path):
     def broken():
         yield from stream()[:5]
